@@ -1,0 +1,79 @@
+#include "base/device_memory.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "base/units.h"
+
+namespace prehoc {
+
+DeviceBuffer& DeviceBuffer::operator=(DeviceBuffer&& other) noexcept {
+  if (this != &other) {
+    Reset();
+    memory_ = std::exchange(other.memory_, nullptr);
+    data_ = std::exchange(other.data_, nullptr);
+    size_ = std::exchange(other.size_, 0);
+  }
+  return *this;
+}
+
+void DeviceBuffer::Reset() {
+  if (memory_ != nullptr) memory_->Free(data_, size_);
+  memory_ = nullptr;
+  data_ = nullptr;
+  size_ = 0;
+}
+
+Result<DeviceBuffer> DeviceMemory::Allocate(size_t size, std::string_view tag) {
+  const size_t rounded = RoundUp(std::max<size_t>(size, 1), 256);
+  {
+    MutexLock lock(mutex_);
+    if (rounded > budget_ - used_) {
+      return {StatusCode::kOutOfSpace, "device budget: " + std::string(tag) + " needs " +
+                                           FormatBytes(static_cast<double>(rounded)) + ", " +
+                                           FormatBytes(static_cast<double>(budget_ - used_)) + " of " +
+                                           FormatBytes(static_cast<double>(budget_)) +
+                                           " are left; raise the device budget"};
+    }
+    used_ += rounded;
+    peak_ = std::max(peak_, used_);
+  }
+  Result<std::byte*> data = DoAllocate(rounded);
+  if (!data.ok()) {
+    MutexLock lock(mutex_);
+    used_ -= rounded;
+    return data.status().WithContext(tag);
+  }
+  return DeviceBuffer(this, *data, rounded);
+}
+
+size_t DeviceMemory::used() const {
+  MutexLock lock(mutex_);
+  return used_;
+}
+
+size_t DeviceMemory::peak() const {
+  MutexLock lock(mutex_);
+  return peak_;
+}
+
+void DeviceMemory::Free(std::byte* data, size_t size) {
+  DoFree(data, size);
+  MutexLock lock(mutex_);
+  used_ -= size;
+}
+
+Result<std::byte*> HostDeviceMemory::DoAllocate(size_t size) {
+  void* data = std::aligned_alloc(256, size);
+  if (data == nullptr) {
+    return {StatusCode::kOutOfSpace, "the system has no " + FormatBytes(static_cast<double>(size)) + " left"};
+  }
+  std::memset(data, 0, size);
+  return static_cast<std::byte*>(data);
+}
+
+void HostDeviceMemory::DoFree(std::byte* data, size_t) { std::free(data); }
+
+}  // namespace prehoc

@@ -1,0 +1,26 @@
+# prehoc_test(NAME SRCS ... DEPS ... [LABELS ...]): one GoogleTest program, registered with ctest as a whole.
+function(prehoc_test name)
+  if(NOT PREHOC_BUILD_TESTS)
+    return()
+  endif()
+  cmake_parse_arguments(ARG "" "TIMEOUT" "SRCS;DEPS;LABELS" ${ARGN})
+  add_executable(${name} ${ARG_SRCS})
+  target_link_libraries(${name} PRIVATE ${ARG_DEPS} prehoc_flags GTest::gtest GTest::gtest_main)
+  target_compile_definitions(${name} PRIVATE
+    PREHOC_SOURCE_DIR="${PROJECT_SOURCE_DIR}" PREHOC_TESTDATA_DIR="${PROJECT_SOURCE_DIR}/tests/golden")
+  add_test(NAME ${name} COMMAND ${name})
+  if(NOT ARG_TIMEOUT)
+    set(ARG_TIMEOUT 300)
+  endif()
+  set_tests_properties(${name} PROPERTIES TIMEOUT ${ARG_TIMEOUT} LABELS "${ARG_LABELS}")
+endfunction()
+
+# prehoc_bench(NAME SRCS ... DEPS ...): one Google Benchmark program.
+function(prehoc_bench name)
+  if(NOT PREHOC_BUILD_BENCH)
+    return()
+  endif()
+  cmake_parse_arguments(ARG "" "" "SRCS;DEPS" ${ARGN})
+  add_executable(${name} ${ARG_SRCS})
+  target_link_libraries(${name} PRIVATE ${ARG_DEPS} prehoc_flags benchmark::benchmark)
+endfunction()

@@ -1,0 +1,18 @@
+# Flags for our own code only: linked PRIVATE, so that users of the library never inherit them.
+add_library(prehoc_flags INTERFACE)
+target_compile_features(prehoc_flags INTERFACE cxx_std_20)
+target_compile_options(prehoc_flags INTERFACE
+  $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Wpedantic;-Wshadow;-Wnon-virtual-dtor;-Wno-missing-field-initializers>
+  $<$<AND:$<COMPILE_LANGUAGE:CXX>,$<BOOL:${PREHOC_WERROR}>>:-Werror>
+  # nvcc 13.0 reports a plain assignment of a [[nodiscard]] class as a drop; real drops stay reported.
+  $<$<COMPILE_LANGUAGE:CUDA>:-diag-suppress=2810>)
+if(PREHOC_TEST_POINTS)
+  target_compile_definitions(prehoc_flags INTERFACE PREHOC_TEST_POINTS)
+endif()
+if(PREHOC_SANITIZE)
+  target_compile_options(prehoc_flags INTERFACE -fsanitize=${PREHOC_SANITIZE} -fno-omit-frame-pointer -g1)
+  target_link_options(prehoc_flags INTERFACE -fsanitize=${PREHOC_SANITIZE})
+  if(PREHOC_SANITIZE MATCHES "undefined")
+    target_compile_options(prehoc_flags INTERFACE -fno-sanitize-recover=undefined)
+  endif()
+endif()
