@@ -1,0 +1,53 @@
+// The host tier's memory: equal blocks under one hard byte budget, in huge pages where the system gives them.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+
+#include "base/counters.h"
+#include "base/executor.h"
+#include "base/ids.h"
+#include "base/result.h"
+
+namespace prehoc {
+
+// Owns at most budget / block_bytes blocks. Memory is mapped in extents; each is touched in parallel before it is
+// used, and the next one is prepared in the background while blocks of the last are handed out, so that no
+// caller pays for page faults. Never holds a byte more than the budget. Safe from any thread.
+class HostArena {
+ public:
+  struct Options {
+    size_t block_bytes = 0;            // required; rounded up to 4096 in memory
+    uint64_t budget = 0;               // [bytes], hard; at least one block unless 0 (an arena without blocks)
+    uint64_t extent_bytes = 64u << 20; // how much is mapped and touched at a time
+    bool huge_pages = true;            // asks for transparent huge pages; falls back without
+    bool lock_memory = false;          // mlock; falls back without, and counts it
+    Status Validate() const;
+  };
+  // `executor` runs the touching; it outlives the arena.
+  static Result<std::unique_ptr<HostArena>> Create(const Options& options, Executor* executor);
+  ~HostArena();
+
+  // Takes a block; its bytes are unspecified. Returns kOutOfSpace when all blocks are in use. Waits only for the
+  // extent being touched, if every touched block is taken.
+  Result<BlockId> Allocate();
+  void Free(BlockId block);
+  std::span<std::byte> block(BlockId block) const;  // [block_bytes], 4096-aligned; stays where it is until freed
+
+  int64_t capacity_blocks() const;  // budget / block size in memory
+  int64_t used_blocks() const;
+  uint64_t used_bytes() const;      // blocks in use
+  uint64_t mapped_bytes() const;    // memory really held; never above the budget
+  uint64_t peak_bytes() const;      // the most mapped_bytes() ever was
+  // host.{capacity_bytes,used_bytes,mapped_bytes,peak_bytes,huge_page_bytes,lock_failures}
+  void VisitCounters(const CounterVisitor& visit) const;
+  Status CheckInvariants() const;
+
+ private:
+  struct Impl;
+  explicit HostArena(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace prehoc
