@@ -1,0 +1,66 @@
+// Where the engine's attention happens: the one call per layer that the engine hands to a KV cache.
+#pragma once
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "base/executor.h"
+#include "base/result.h"
+#include "base/status.h"
+
+namespace prehoc::reference {
+
+// One layer's work for tokens [first, first + count) of one sequence. fp32, contiguous, row-major; K after RoPE.
+struct AttendCall {
+  int32_t layer = 0;
+  int64_t first = 0;   // position of the first token; all earlier positions have been given before
+  int64_t count = 0;   // tokens; 1 = decode
+  int64_t q_skip = 0;  // the first q_skip tokens only leave their K and V (frozen by ETF); < count, except that all may be skipped
+  const float* q = nullptr;  // [count - q_skip, heads, head_dim], after RoPE
+  const float* q_pre_rope = nullptr;  // as q, before RoPE; null = not kept (wanted by cis.cos_stage=pre_rope only)
+  const float* k = nullptr;  // [count, kv_heads, head_dim], after RoPE
+  const float* v = nullptr;  // [count, kv_heads, head_dim]
+  float* out = nullptr;      // [count - q_skip, heads, head_dim]
+};
+
+// What a method leaves out of prefill in one layer (METHODS 1.4, ETF).
+struct FreezeRule {
+  int64_t frozen = 0;      // positions [0, frozen) pass through the layer unchanged
+  bool reuse_kv = false;   // frozen tokens take K and V of the last layer that computed them, instead of projecting
+};
+
+// One sequence. Not safe for two threads at once.
+class AttentionBackend {
+ public:
+  virtual ~AttentionBackend() = default;
+  virtual int64_t length() const = 0;  // tokens that every layer has
+
+  // Announces tokens [length(), length() + tokens.size()), before the first Attend() of them. `prompt_tokens` is
+  // the whole prompt's length during prefill, 0 in decode.
+  virtual Status Begin(std::span<const int32_t> tokens, int64_t prompt_tokens) = 0;
+  virtual FreezeRule Freeze(int32_t layer) const = 0;  // for the tokens announced
+  virtual Status Attend(const AttendCall& call) = 0;   // appends K and V, then attends causally
+  virtual Status End() = 0;                            // every layer has been given; length() grows
+  // After an error between Begin() and End(): forgets the announced tokens, so that they can be run again.
+  virtual void Rollback() = 0;
+};
+
+// All K and V in fp32 memory, every position attended: the reference that everything is compared with.
+class DenseBackend final : public AttentionBackend {
+ public:
+  DenseBackend(int32_t layers, int32_t heads, int32_t kv_heads, int32_t head_dim, int64_t max_tokens);
+  int64_t length() const override { return length_; }
+  Status Begin(std::span<const int32_t> tokens, int64_t prompt_tokens) override;
+  FreezeRule Freeze(int32_t) const override { return {}; }
+  Status Attend(const AttendCall& call) override;
+  Status End() override;
+  void Rollback() override { pending_ = 0; }
+
+ private:
+  const int32_t layers_, heads_, kv_heads_, head_dim_;
+  const int64_t max_tokens_;
+  int64_t length_ = 0, pending_ = 0;
+  std::vector<float> k_, v_;  // [layers, max_tokens, kv_heads, head_dim]
+};
+
+}  // namespace prehoc::reference
