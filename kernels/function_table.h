@@ -1,0 +1,245 @@
+// The kernels of one backend behind one table: plain C++ (the truth), vector code, and CUDA fill the same entries,
+// so the whole pipeline runs on any of them and can be compared. Kernels know rows, codes and scores; they
+// know no policy. A call covers any number of (sequence, KV head) tasks of one layer.
+//
+// Notation as in METHODS 0: q [group, head_dim] fp32 after RoPE, logits z = q.k / sqrt(head_dim), n visible positions.
+// A row is K[head_dim] then V[head_dim], fp16. Pointers are of the backend's device.
+#pragma once
+#include <cstdint>
+#include <span>
+#include <string_view>
+
+#include "base/executor.h"
+#include "base/half.h"
+#include "base/status.h"
+
+namespace prehoc {
+
+// Who runs the work and what orders it: the CPU backends use `executor` and return when done; the CUDA backend
+// enqueues on `stream` and returns at once.
+struct Launch {
+  Executor* executor = nullptr;  // null = the calling thread alone
+  void* stream = nullptr;        // cudaStream_t of the CUDA backend
+};
+
+// Consecutive rows in one piece of memory.
+struct RowRun {
+  const Half* rows = nullptr;  // [count, 2, head_dim]
+  int32_t count = 0;
+};
+
+// Low-bit codes of K, per channel over a group of tokens: k ~ lo[c] + code * step[c]. METHODS 1.12.
+struct CodeFormat {
+  int32_t bits = 4;          // 2, 3, 4 or 8
+  int32_t group_tokens = 64; // 16 or 64
+  bool error_norms = false;  // also stores |k_i - code_i| per token (fp16, rounded up): tightens the bound
+  friend bool operator==(const CodeFormat&, const CodeFormat&) = default;
+};
+
+// --- append: fp32 K and V of new tokens become rows -------------------------------------------------------------
+struct AppendTask {
+  const float* k = nullptr;  // [count] vectors, `stride` floats apart
+  const float* v = nullptr;
+  int64_t stride = 0;        // [floats] between tokens, in k and in v
+  Half* rows = nullptr;      // [count, 2, head_dim]
+  int32_t count = 0;
+};
+struct AppendParams {
+  std::span<const AppendTask> tasks;
+  int32_t head_dim = 0;
+};
+
+// --- encode: one group of rows becomes a code block ---------------------------------------------------------------
+struct EncodeTask {
+  const Half* rows = nullptr;     // [group_tokens, 2, head_dim]; only K is read
+  std::byte* block = nullptr;     // [code_block_bytes]
+  Half* page_lo = nullptr;        // [group_tokens / 16, head_dim] minimum of each K channel per page of 16, or null
+  Half* page_hi = nullptr;        // maximum
+};
+struct EncodeParams {
+  std::span<const EncodeTask> tasks;
+  CodeFormat format;
+  int32_t head_dim = 0;
+};
+
+// --- gate: has the query turned since the choice was made? (CIS) ------------------------------------------------
+// cosine = min over the group of cos(anchor[h], q[h]), clamped to [-1, 1]; -2 if a norm is zero or not finite.
+struct GateTask {
+  const float* q = nullptr;       // [group, head_dim]
+  const float* anchor = nullptr;  // [group, head_dim]
+  float* cosine = nullptr;        // [1]
+};
+struct GateParams {
+  std::span<const GateTask> tasks;
+  int32_t group = 0, head_dim = 0;
+};
+
+// --- scan: logits of every coded position, from the codes --------------------------------------------------------
+// z[h, i] for i < groups * group_tokens. With `err` also a proven bound: |z_exact - z| <= err[h, i], where z_exact
+// is the real-arithmetic logit of the stored fp16 key: the smaller of SUM_c |q_c| step_c / 2 and |q| |e_i|
+// (if norms are stored), plus whatever this backend's arithmetic adds.
+struct ScanTask {
+  const float* q = nullptr;           // [group, head_dim]
+  const std::byte* blocks = nullptr;  // [groups] blocks of code_block_bytes, contiguous
+  int32_t groups = 0;                 // may be 0
+  float* z = nullptr;                 // [group] rows, `z_stride` floats apart
+  float* err = nullptr;               // as z, or null
+  int64_t z_stride = 0;
+};
+struct ScanParams {
+  std::span<const ScanTask> tasks;
+  CodeFormat format;
+  int32_t group = 0, head_dim = 0;
+};
+
+// --- score: exact logits of rows ------------------------------------------------------------------------------------
+struct ScoreTask {
+  const float* q = nullptr;  // [group, head_dim]
+  std::span<const RowRun> runs;
+  float* z = nullptr;        // [group] rows of SUM counts, `z_stride` floats apart, in the order of the runs
+  int64_t z_stride = 0;
+};
+struct ScoreParams {
+  std::span<const ScoreTask> tasks;
+  int32_t group = 0, head_dim = 0;
+};
+
+// --- score_pages: upper bound of z over the keys of each page of 16 (Quest, arXiv 2406.10774) -------------------
+// z[h, p] = SUM_c max(q_c lo_c, q_c hi_c) / sqrt(head_dim)
+struct ScorePagesTask {
+  const float* q = nullptr;   // [group, head_dim]
+  const Half* lo = nullptr;   // [pages, head_dim]
+  const Half* hi = nullptr;
+  int32_t pages = 0;          // may be 0
+  float* z = nullptr;         // [group] rows of `pages`, `z_stride` floats apart
+  int64_t z_stride = 0;
+};
+struct ScorePagesParams {
+  std::span<const ScorePagesTask> tasks;
+  int32_t group = 0, head_dim = 0;
+};
+
+// --- choose: which positions of the middle a step attends to (METHODS 1.1 SELECT, 1.11 TC) ----------------------
+// 1. lse_all[h] = LSE of z[h, i] over i in [begin, n).     (begin > 0 only under PSAW without sinks: see keep_lo)
+// 2. weight score of i in the middle [lo, hi): by `rule`; kMaxWeight: s_i = max_h (z[h,i] - lse_all[h]).
+// 3. candidates: all of the middle, or, if `resident` is given, i with its bit set or s_i > log_theta.
+// 4. order by (s descending, position ascending). Keep the first k; then dilate (below); or, if target_drop >= 0,
+//    go on from k until for every head the dropped mass is at most target_drop, or `cap` positions are kept:
+//    dropped = U / (U + L), U = SUM exp(z + err) over what is not kept, L = SUM exp(z - err) over what is kept.
+//    Kept always: [0, sinks) and [hi, n).   What is neither candidate nor kept counts as dropped.
+// 5. dilation (CIS): the first m kept also bring p +- j, j <= r, inside the middle. exact_budget (CIS*): walk the
+//    ranks, adding p (and its neighbours while rank < m) until exactly k distinct positions are kept.
+struct ChooseParams;
+enum class GroupRule : uint8_t {
+  kMaxWeight = 0,   // max over the group of softmax weights (in logs)
+  kMeanWeight = 1,  // mean over the group of softmax weights
+  kMaxLogit = 2,    // max of raw logits
+};
+struct ChooseTask {
+  const float* z = nullptr;    // [group] rows of n, `z_stride` floats apart; every visible position
+  const float* err = nullptr;  // as z, or null for 0
+  int64_t z_stride = 0;
+  int32_t n = 0;               // visible positions
+  int32_t sinks = 0;           // [0, sinks) is kept
+  int32_t lo = 0, hi = 0;      // the middle; sinks <= lo <= hi <= n; [sinks, lo) is out of the window (PSAW): not counted at all
+  int32_t k = 0;               // middle positions wanted; clipped to the middle
+  int32_t cap = 0;             // with target_drop: the most that may be kept
+  float target_drop = -1;      // < 0: fixed k
+  int32_t dilate_m = 0, dilate_r = 0;
+  bool exact_budget = false;
+  const uint64_t* resident = nullptr;  // bit i of word i / 64, [n / 64 rounded up]; or null
+  float log_theta = 0;         // with `resident`: missing positions with s_i above it are candidates too
+  GroupRule rule = GroupRule::kMaxWeight;
+  float* pooled = nullptr;     // [n]: max(pooled, s) over the middle, or null
+  bool pool_reset = false;     // pooled = s instead
+  // Results.
+  int32_t* chosen = nullptr;   // sorted positions; room for max_chosen(task)
+  int32_t* count = nullptr;    // [1]
+  float* lse_all = nullptr;    // [group] over [0, sinks) and [lo, n)
+  float* lse_out = nullptr;    // [group] of what is not kept; -inf if nothing
+  float* lse_out_bound = nullptr;  // [group] with + err; or null
+  uint8_t* met = nullptr;      // [1] 1 if target_drop was reached (or is off); or null
+  int32_t max_chosen() const;  // room that `chosen` must have
+};
+struct ChooseParams {
+  std::span<const ChooseTask> tasks;
+  int32_t group = 0;
+};
+
+// --- top_k: sorted positions of the k largest of score[lo, hi), ties to the lower position ------------------------
+struct TopKTask {
+  const float* score = nullptr;  // indexed by position
+  int32_t lo = 0, hi = 0, k = 0;
+  int32_t* chosen = nullptr;     // [min(k, hi - lo)]
+  int32_t* count = nullptr;      // [1]
+};
+struct TopKParams {
+  std::span<const TopKTask> tasks;
+};
+
+// --- gather: rows to slots ------------------------------------------------------------------------------------------
+struct RowCopy {
+  const Half* from = nullptr;
+  Half* to = nullptr;
+};
+struct GatherParams {
+  std::span<const RowCopy> rows;
+  int32_t head_dim = 0;
+};
+
+// --- attend: exact attention over runs of rows ---------------------------------------------------------------------
+// out[h] = SUM softmax(z) v, lse[h] = LSE of z, fp32 accumulation. No row at all gives out 0 and lse -inf.
+struct AttendTask {
+  const float* q = nullptr;  // [group, head_dim]
+  std::span<const RowRun> runs;
+  float* out = nullptr;      // [group, head_dim]
+  float* lse = nullptr;      // [group]
+};
+struct AttendParams {
+  std::span<const AttendTask> tasks;
+  int32_t group = 0, head_dim = 0;
+};
+
+// --- prefill: causal attention of a chunk of queries ---------------------------------------------------------------
+// Query t (position first + t) sees [0, sinks) and [start[t], first + t]; start null = 0 for all. `runs` hold
+// positions [run_first, ...) consecutively and reach past the last query.
+struct PrefillTask {
+  const float* q = nullptr;   // [queries] rows of [group, head_dim], `q_stride` floats apart
+  int64_t q_stride = 0;
+  float* out = nullptr;       // as q, `out_stride` floats apart
+  int64_t out_stride = 0;
+  std::span<const RowRun> runs;  // positions 0, 1, 2, ...
+  const int32_t* start = nullptr;  // [queries] or null
+};
+struct PrefillParams {
+  std::span<const PrefillTask> tasks;
+  int32_t queries = 0;
+  int32_t first = 0;   // position of query 0
+  int32_t sinks = 0;
+  int32_t group = 0, head_dim = 0;
+};
+
+// Every entry returns kInvalid or kUnsupported (with nothing written) for shapes it does not take, naming them.
+struct KernelTable {
+  std::string_view name;  // "reference", "avx2", "avx512", "cuda"
+  size_t (*code_block_bytes)(const CodeFormat& format, int32_t head_dim);  // 0 = unsupported format
+  Status (*append)(const AppendParams&, const Launch&);
+  Status (*encode)(const EncodeParams&, const Launch&);
+  Status (*gate)(const GateParams&, const Launch&);
+  Status (*scan)(const ScanParams&, const Launch&);
+  Status (*score)(const ScoreParams&, const Launch&);
+  Status (*score_pages)(const ScorePagesParams&, const Launch&);
+  Status (*choose)(const ChooseParams&, const Launch&);
+  Status (*top_k)(const TopKParams&, const Launch&);
+  Status (*gather)(const GatherParams&, const Launch&);
+  Status (*attend)(const AttendParams&, const Launch&);
+  Status (*prefill)(const PrefillParams&, const Launch&);
+};
+
+const KernelTable& ReferenceKernels();
+// The fastest table that this CPU runs: avx512, avx2 or reference.
+const KernelTable& BestCpuKernels();
+// By name; null if unknown or not runnable on this CPU.
+const KernelTable* FindKernels(std::string_view name);
+
+}  // namespace prehoc
