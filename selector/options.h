@@ -1,0 +1,117 @@
+// Every open choice of the methods as a knob, with its default (METHODS 1.2, 1.3, 1.4, 1.11). One flat struct, so
+// that a run can be described, compared and repeated. Names in the comments are those of the command line.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/result.h"
+#include "base/status.h"
+
+namespace prehoc {
+
+enum class SelectorKind : uint8_t { kDense, kWindow, kOracle, kCis, kPsaw, kEtf, kCpe, kSharedCandidates, kTwoClock };
+
+// How positions are judged when a head selects.
+enum class Scorer : uint8_t { kNone, kExact, kCodes, kPages };
+
+// Total positions per KV head and step: sinks + chosen + local.
+struct Budget {
+  int32_t sinks = 8;         // budget.sinks
+  int32_t local = 32;        // budget.local: the last positions, the current one included
+  double fraction = 1.0 / 16;  // of the visible positions (--budget 1/16); used when tokens == 0
+  int32_t tokens = 0;        // fixed total (--budget 512)
+  double mass = 0;           // > 0: --budget mass(0.95): keep until the estimated kept mass reaches it ...
+  double cap_fraction = 0.125;  // ... or this share of the visible positions: mass(0.95,cap=1/8)
+  int32_t cap_tokens = 0;    // ... or this many: mass(0.95,cap=1024)
+
+  // Positions of the middle for n visible ones; never negative.
+  int32_t MiddleK(int64_t n) const;
+  int32_t MiddleCap(int64_t n) const;  // MiddleK for a fixed budget
+  // "1/16", "0.1", "512", "mass(0.95)", "mass(0.95,cap=1/8)". kInvalid with what is accepted.
+  static Result<Budget> Parse(std::string_view text);
+  std::string ToString() const;
+};
+
+struct CisOptions {
+  int32_t block = 16;          // cis.block s: an unconditional selection every s steps
+  double tau = 0.8;            // cis.tau: share while cosine > tau; <= -1 always, >= 1 never
+  enum class CosStage : uint8_t { kPostRope, kPreRope } cos_stage = CosStage::kPostRope;
+  enum class GateScope : uint8_t { kKvHead, kQueryHead, kGroupMean, kLayer } gate_scope = GateScope::kKvHead;
+  enum class OnFail : uint8_t { kReselect, kReselectOnce, kDense } fail = OnFail::kReselect;
+  bool stagger = false;        // cis.phase: aligned | staggered ((u + l) mod s)
+  bool first_anchor_prompt = true;  // cis.first_anchor: prompt | decode
+  bool anchor_dilated = true;  // cis.anchor_attends: dilated | plain
+  enum class DilateCount : uint8_t { kCeilThird, kFloorThird, kAll, kNone } m = DilateCount::kCeilThird;
+  int32_t r = 1;               // cis.r
+  enum class GqaSet : uint8_t { kMaxWeight, kMeanWeight, kMaxLogit, kPerQueryHead } gqa_set = GqaSet::kMaxWeight;
+  bool half_logits = false;    // cis.precision: f32 | f16
+  bool local_edge_held = false;  // cis.local_edge: slides | held
+  bool exact_budget = false;   // cis.budget: cis | cis* (CIS*)
+  Scorer scorer = Scorer::kExact;  // cis.scorer: exact | codes | pages
+  enum class Gate : uint8_t { kCosine, kCertified } gate = Gate::kCosine;
+  double delta_max = 0.05;     // cis.delta_max, for the certified gate
+};
+
+struct DepthOptions {  // PSAW and ETF share this shape: c = kept fraction of the last layer
+  double c = 0.9;       // psaw.c, etf.c in (0, 1]
+  double l_s = 0.5;     // psaw.l_s, etf.l_s: first layer that cuts, as a fraction of the layers
+};
+struct PsawOptions : DepthOptions {
+  enum class Phase : uint8_t { kBoth, kPrefill, kDecode, kOff } phase = Phase::kBoth;
+  bool keep_sink = true;        // psaw.keep_sink
+  bool layer_base_one = true;   // psaw.layer_base: 1 (last layer reaches c) | 0
+  bool filter_each_step = false;  // psaw.cis_filter: select | step
+};
+struct EtfOptions : DepthOptions {
+  enum class Mode : uint8_t { kCarry, kReuseKv } mode = Mode::kCarry;
+  enum class Extent : uint8_t { kPrompt, kChunk } n = Extent::kPrompt;  // etf.n: prompt | chunk
+};
+
+// The slow clock, and what a step may bring (METHODS 1.11).
+struct TwoClockOptions {
+  double tau = 0.8;          // tc.tau; <= -1 always inherits until max_age, >= 1 scans every step ("off")
+  int32_t max_age = 16;      // tc.max_age: steps a choice may be inherited
+  Scorer scorer = Scorer::kCodes;  // tc.scorer: codes | exact
+  double theta = 0.005;      // tc.theta: a missing position heavier than this is fetched within the step
+  double factor = 4;         // tc.factor c: wanted = c * k
+  int32_t refresh = 16;      // tc.refresh s, steps
+  int32_t pool = 16;         // tc.pool w, scans
+  int32_t lag = 0;           // tc.lag: steps between deciding a fetch and its rows being used
+  bool stagger = true;       // tc.stagger: layers and heads refresh at different steps
+};
+struct SharedCandidatesOptions {
+  double factor = 4;         // sc.factor
+  int32_t refresh = 16;      // sc.refresh
+  int32_t pool = 1;          // sc.pool
+  int32_t lag = 0;           // sc.lag
+  Scorer inner = Scorer::kExact;  // sc.inner: exact | codes, to choose among the candidates
+};
+
+struct SelectorOptions {
+  SelectorKind kind = SelectorKind::kTwoClock;
+  Budget budget;
+  CisOptions cis;
+  PsawOptions psaw;
+  EtfOptions etf;
+  TwoClockOptions tc;
+  SharedCandidatesOptions sc;
+  double max_dropped_mass = -1;  // >= 0: widen each head's set until the proven bound is at most this, or attend densely
+  int32_t certify_every = 0;     // n > 0: a fresh scan at least every n steps
+
+  // Sets one knob by name: Set("cis.tau", "0.7"), Set("budget", "1/32"). kInvalid: an unknown name gives the nearest valid
+  // ones; a bad value gives what is accepted.
+  Status Set(std::string_view knob, std::string_view value);
+  Status Validate() const;  // kInvalid, naming the knob and its value
+  // Every knob that this kind uses as "name=value", in a fixed order: for reports and for telling runs apart.
+  std::vector<std::string> Describe() const;
+};
+
+// "dense", "window", "oracle", "cis", "psaw", "etf", "cpe", "sc", "tc". kInvalid with the nearest valid names.
+Result<SelectorKind> ParseSelectorKind(std::string_view name);
+std::string_view SelectorKindName(SelectorKind kind);
+std::vector<std::string_view> SelectorKindNames();
+std::vector<std::string> KnobNames();
+
+}  // namespace prehoc

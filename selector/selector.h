@@ -1,0 +1,115 @@
+// What a step attends to, decided before attention is scored. A selector is a pure function from (layer, step, visible
+// positions) to a rule; the cache applies the rule per KV head with kernels, so every method runs through one pipeline
+// (two clocks, DESIGN.md) and a rule can be compared in a test, printed, or captured in a graph.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+
+#include "base/result.h"
+#include "selector/options.h"
+
+namespace prehoc {
+
+struct StepContext {
+  int32_t layer = 0;   // 0-based
+  int32_t layers = 0;
+  int64_t step = 0;    // u: 0 = the last prompt token (select only), 1 = the first decode step
+  int64_t n = 0;       // visible positions, the current one included
+};
+
+// What one layer does at one step, before anything is known about a head.
+struct StepRule {
+  bool attend_all = false;   // every visible position (within the window), exactly; nothing is selected
+  Scorer scorer = Scorer::kNone;  // kNone without attend_all: sinks and local only
+  int32_t sinks = 0;
+  int32_t local = 0;         // the last positions are always kept
+  int32_t lo = 0;            // first position of the middle: sinks, or the PSAW edge
+  bool cut_sinks = false;    // PSAW without keep_sink: [0, lo) is out of sight, sinks included
+
+  // Gate: an earlier choice is kept while this holds (age in steps since it was made).
+  bool may_inherit = false;  // false: select now (block start, no gate)
+  double tau = 2;            // <= -1 always, >= 1 never
+  int32_t max_age = 0;       // inclusive; 0 = no limit
+  bool pre_rope = false;
+  CisOptions::GateScope scope = CisOptions::GateScope::kKvHead;
+  CisOptions::OnFail fail = CisOptions::OnFail::kReselect;
+  bool certified = false;    // gate on the bound of METHODS 1.7 instead of the cosine
+  double delta_max = 0;
+
+  // Choice.
+  int32_t k = 0;             // middle positions
+  int32_t cap = 0;           // most middle positions when a mass or bound is aimed at
+  double target_drop = -1;   // >= 0: keep until the dropped mass is at most this
+  bool target_is_bound = false;  // by proven bound (max_dropped_mass) rather than estimate (mass budget)
+  int32_t dilate_m = 0, dilate_r = 0;
+  bool dilate_later = false;     // anchor step attends the plain set, later steps the dilated one
+  bool exact_budget = false;
+  CisOptions::GqaSet gqa_set = CisOptions::GqaSet::kMaxWeight;
+  bool half_logits = false;
+  bool local_held = false;   // the local window keeps its left edge until the next selection
+  bool filter_each_step = false;  // drop inherited positions below lo
+
+  // Residency.
+  bool residents_only = false;  // choose among device-resident positions (shared candidates)
+  double theta = 0;          // with a device that does not hold everything: fetch missing positions heavier than this;
+                             // 0 = fetch whatever is chosen
+};
+
+// The slow clock of one (layer, KV head).
+struct ResidencyRule {
+  double factor = 0;   // wanted = factor * k rows; 0 = no slow clock: whatever was fetched last stays
+  int32_t refresh = 16;
+  int32_t pool = 16;
+  int32_t lag = 0;
+  bool stagger = true;
+};
+
+// What prefill leaves out (METHODS 1.3, 1.4).
+struct PrefillRule {
+  int64_t frozen = 0;      // ETF: positions [0, frozen) pass this layer unchanged
+  bool reuse_kv = false;
+  bool windowed = false;   // PSAW: use WindowStart() per query
+  bool keep_sink = true;
+};
+
+class Selector {
+ public:
+  // Returns kInvalid as SelectorOptions::Validate does.
+  static Result<std::unique_ptr<Selector>> Create(const SelectorOptions& options);
+  virtual ~Selector() = default;
+
+  const SelectorOptions& options() const { return options_; }
+  std::string_view name() const { return SelectorKindName(options_.kind); }
+
+  StepRule Rule(const StepContext& context) const;  // the method's rule, then what all methods share (small n, bounds)
+  ResidencyRule Residency() const { return DoResidency(); }
+  PrefillRule Prefill(int32_t layer, int32_t layers, int64_t prompt_tokens, int64_t chunk_end) const {
+    return DoPrefill(layer, layers, prompt_tokens, chunk_end);
+  }
+  // P_l(n): positions [0, result) are out of the window of a query that sees n positions. METHODS 1.3.
+  virtual int64_t WindowStart(int32_t layer, int32_t layers, int64_t n) const;
+  bool NeedsCodes() const;      // the index must hold codes
+  bool NeedsPages() const;      // ... page bounds
+  bool NeedsErrorBounds() const { return options_.max_dropped_mass >= 0; }
+  bool NeedsPreRope() const { return options_.cis.cos_stage == CisOptions::CosStage::kPreRope; }
+  // Part of every persisted key: how prefill changes K and V (METHODS 12.5). Empty when prefill is dense.
+  std::string MethodTag(int64_t prompt_tokens) const { return DoMethodTag(prompt_tokens); }
+
+ protected:
+  explicit Selector(const SelectorOptions& options) : options_(options) {}
+
+ private:
+  virtual StepRule DoRule(const StepContext& context) const = 0;
+  virtual ResidencyRule DoResidency() const { return {}; }
+  virtual PrefillRule DoPrefill(int32_t, int32_t, int64_t, int64_t) const { return {}; }
+  virtual std::string DoMethodTag(int64_t) const { return {}; }
+
+  const SelectorOptions options_;
+};
+
+// True if a head keeps its choice: `cosine` as the gate reports it (-2 = unusable), `age` steps since it was made.
+bool Inherits(const StepRule& rule, float cosine, int64_t age);
+
+}  // namespace prehoc
