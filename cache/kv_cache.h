@@ -1,0 +1,157 @@
+// The facade: a KV cache in tiers (device, host, disk), shared by sequences; and one sequence of it.
+//
+//   auto cache = KvCache::Create(options, resources);
+//   auto seq = (*cache)->OpenWithPrefix(sequence_options, tokens);     // longest verified prefix restored
+//   for each chunk of the rest:   seq->Begin(chunk_tokens, prompt_tokens);
+//                                 for each layer: seq->Prefill(layer, q, k, v, out);     seq->End();
+//   for each new token:           seq->Begin({token}, 0);
+//                                 for each layer: seq->Attend(layer, q, k, v, out);      seq->End();
+//   seq->Report();
+#pragma once
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/clock.h"
+#include "base/counters.h"
+#include "base/device_memory.h"
+#include "base/executor.h"
+#include "base/geometry.h"
+#include "base/ids.h"
+#include "base/result.h"
+#include "cache/report.h"
+#include "kernels/function_table.h"
+#include "selector/selector.h"
+#include "transfer/chunk_store.h"
+
+namespace prehoc {
+
+struct CacheOptions {
+  KvGeometry geometry;
+  uint64_t host_budget = uint64_t{1} << 30;  // [bytes], hard; must hold at least one layer of the longest sequence
+  std::array<uint8_t, 32> model{};           // fingerprint: what decides K and V besides the tokens
+  std::string tenant_salt;                   // sequences of different salts never share a value
+  SelectorOptions selector;
+  CodeFormat codes;
+  bool huge_pages = true;
+  int64_t audit_every = 64;  // decode steps between audits with exact scores; 0 = never
+  bool persist_decode = true;  // chunks that hold generated tokens go to the store too (under a key of their own)
+  Status Validate() const;
+};
+
+// What the cache runs on; everything outlives it.
+struct CacheResources {
+  Executor* executor = nullptr;        // parallel loops; required
+  Executor* background = nullptr;      // write-behind jobs; null = `executor`
+  DeviceMemory* device = nullptr;      // its budget is the device budget; required
+  ChunkStore* store = nullptr;         // disk tier, or null
+  const KernelTable* kernels = nullptr;  // null = BestCpuKernels()
+  const Clock* clock = nullptr;        // null = SteadyClock
+};
+
+struct SequenceOptions {
+  int64_t max_tokens = 0;       // prompt and answer together; required; the index and the ring are sized by it
+  uint64_t device_bytes = 0;    // of the device budget; 0 = all that is left
+};
+
+// fp32, contiguous, row-major, K and Q after RoPE.
+struct LayerInput {
+  const float* q = nullptr;   // [count - q_skip, heads, head_dim]
+  const float* q_pre_rope = nullptr;  // as q, before RoPE; only for cis.cos_stage = pre_rope
+  const float* k = nullptr;   // [count, kv_heads, head_dim]
+  const float* v = nullptr;   // [count, kv_heads, head_dim]
+  float* out = nullptr;       // [count - q_skip, heads, head_dim]
+  int64_t q_skip = 0;         // leading tokens without a query (frozen by ETF)
+};
+
+// One sequence. One thread at a time; different sequences may run at once.
+class Sequence {
+ public:
+  ~Sequence();
+  int64_t length() const;        // tokens that every layer has
+  int64_t restored() const;      // of them, taken from a tier at Open
+  int64_t max_tokens() const;
+
+  // Announces tokens [length(), length() + tokens.size()). prompt_tokens: length of the whole prompt (prefill) or 0
+  // (decode; exactly one token). Prefill pieces end at a multiple of chunk_tokens or at the prompt's end.
+  // kInvalid (a call is open, too many tokens), kOutOfSpace (beyond max_tokens).
+  Status Begin(std::span<const int32_t> tokens, int64_t prompt_tokens);
+  PrefillRule FreezeRule(LayerId layer) const;
+
+  // Appends K and V of the announced tokens to `layer`, then attends causally and densely (within the PSAW window).
+  // Every layer once, in order. Rows go to the host tier, the index is built as groups fill.
+  // kOutOfSpace (every budget full), kCorrupt or kNotFound (an earlier chunk is lost: LostChunks()), kIoError.
+  Status Prefill(LayerId layer, const LayerInput& input);
+
+  // The same for one decode token: append, then the fast clock: gate, scan, choose, fetch what matters, attend.
+  Status Attend(LayerId layer, const LayerInput& input);
+
+  // Ends the step: the slow clock turns, full chunks are sealed and written behind, length() grows.
+  Status End();
+  // After an error, or instead of End(): as if Begin() had not been called.
+  void Rollback();
+
+  // Chunks whose rows no tier can give any more (corrupted or shed by a full store). Recompute them in order:
+  // BeginRepair(chunk), Prefill() of every layer for its tokens, EndRepair(); then run the failed step again.
+  std::vector<ChunkIndex> LostChunks() const;
+  Status BeginRepair(ChunkIndex chunk);
+  Status EndRepair();
+  std::span<const int32_t> tokens() const;  // [length()]
+
+  const SequenceReport& Report() const;  // of finished steps
+  // One line per tier, for people: rows resident on the device, blocks in the host arena and in the store.
+  struct Residency {
+    int64_t device_rows = 0, device_slots = 0;    // summed over (layer, KV head); slots excludes ring and sinks
+    int64_t host_blocks = 0, disk_only_blocks = 0, lost_blocks = 0;  // of this sequence
+  };
+  Residency CountResidency() const;
+  Status CheckInvariants() const;
+
+  // For laboratories: what the last finished step did in one head.
+  struct HeadView {
+    std::vector<int32_t> attended;  // sorted positions
+    bool selected = false;          // ran a selection in that step
+    float cosine = 0;               // of the gate; -2 where none was computed
+  };
+  Result<HeadView> LastStep(LayerId layer, KvHeadId head) const;
+
+ private:
+  friend class KvCache;
+  struct Impl;
+  explicit Sequence(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+// Safe from any thread. Outlives its sequences.
+class KvCache {
+ public:
+  // kInvalid names the option; kOutOfSpace if the host budget cannot be had.
+  static Result<std::unique_ptr<KvCache>> Create(const CacheOptions& options, const CacheResources& resources);
+  ~KvCache();
+
+  // kOutOfSpace: the device budget does not hold the index, the ring and one choice; the message says how much would.
+  Result<std::unique_ptr<Sequence>> Open(const SequenceOptions& options);
+  // As Open(), then restores the longest prefix of `tokens` whose chunks are in the host tier or the store and pass
+  // verification; at most tokens.size() - 1, so that the last token is always run. `prompt_tokens` as in Begin().
+  // A damaged chunk ends the prefix there and is counted; the rest is computed as if it had never been stored.
+  Result<std::unique_ptr<Sequence>> OpenWithPrefix(const SequenceOptions& options, std::span<const int32_t> tokens);
+
+  // Waits until everything written behind is in the store, then flushes it.
+  Status Flush();
+
+  const CacheOptions& options() const;
+  const Selector& selector() const;
+  const KernelTable& kernels() const;
+  // device.*, host.*, store.*, write_behind.*; each tier with its budget and its peak.
+  void VisitCounters(const CounterVisitor& visit) const;
+
+ private:
+  struct Impl;
+  explicit KvCache(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace prehoc

@@ -1,0 +1,86 @@
+// What a sequence did, in the terms of METHODS 1.8. Plain data: it merges, prints as JSON and compares in a test.
+#pragma once
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <string_view>
+
+#include "base/counters.h"
+
+namespace prehoc {
+
+// Distribution of values in [0, 1] with a relative error of at most 2 % per quantile; mean and extremes are exact.
+class UnitSketch {
+ public:
+  void Add(double value);
+  void Merge(const UnitSketch& other);
+  int64_t count() const { return count_; }
+  double mean() const { return count_ ? sum_ / static_cast<double>(count_) : 0; }
+  double max() const { return max_; }
+  double Quantile(double q) const;  // 0 when empty
+
+ private:
+  static constexpr int kBins = 1200;  // 2 % apart, from 1 down to 1e-10; the last bin holds what is smaller
+  static int Bin(double value);
+  std::array<int64_t, kBins> bins_{};
+  int64_t count_ = 0;
+  double sum_ = 0, max_ = 0;
+};
+
+// Seconds of a step by part, audits excluded.
+struct StepTimes {
+  double append = 0, gate = 0, score = 0, choose = 0, plan = 0, fetch = 0, attend = 0, slow_clock = 0, prefill = 0;
+  double audit = 0;  // not part of any other figure
+  double Total() const { return append + gate + score + choose + plan + fetch + attend + slow_clock; }
+};
+
+struct SequenceReport {
+  int64_t prompt_tokens = 0;     // given to Prefill
+  int64_t restored_tokens = 0;   // of them, restored from a tier instead
+  int64_t decode_steps = 0;
+  // (layer, KV head, step) triples.
+  int64_t triples = 0;           // of sparse decode steps (u >= 1, n > C): the denominator of rho
+  int64_t dense_triples = 0;     // attended to everything visible
+  int64_t retrievals = 0;        // triples that ran a selection
+  int64_t inherited = 0;         // triples that kept an earlier one
+  int64_t first_selections = 0;  // at u = 0, reported apart
+  int64_t widened_dense = 0;     // heads that attended densely because no smaller set met max_dropped_mass
+  double rho() const { return triples ? static_cast<double>(retrievals) / static_cast<double>(triples) : 0; }
+  // Positions, summed over the triples (sparse ones only; dense ones would hide them).
+  int64_t attended = 0;
+  double mean_attended() const { return triples ? static_cast<double>(attended) / static_cast<double>(triples) : 0; }
+  // Bytes over all decode steps. Scored: read in order to choose, with the gate's own. Fetched: K and V attended or moved.
+  int64_t bytes_gate = 0, bytes_codes = 0, bytes_exact_keys = 0;
+  int64_t bytes_scored() const { return bytes_gate + bytes_codes + bytes_exact_keys; }
+  int64_t bytes_attended = 0;       // rows read by attention, wherever they were
+  int64_t bytes_from_host = 0;      // rows that crossed from host to device, in a step or behind it, decode only
+  int64_t bytes_from_disk = 0;      // blocks read from the store during decode
+  // Rows attended in decode by where they were found.
+  int64_t rows_device = 0, rows_host = 0, rows_disk = 0;
+  int64_t rows_in_step = 0;         // gathered within a step
+  int64_t triples_in_step = 0;      // heads that gathered within a step
+  int64_t rows_behind = 0;          // moved by the slow clock
+  int64_t rows_skipped = 0;         // chosen by score, missing and light: counted as dropped
+  int64_t refreshes = 0;            // slow-clock turns of a (layer, KV head)
+  // Dropped mass per (layer, query head, step).
+  UnitSketch dropped_estimated;     // from the last scan and this step's log-sum-exp
+  UnitSketch dropped_bound;         // proven, where the index gives bounds
+  UnitSketch dropped_audited;       // exact, on audited steps
+  UnitSketch estimate_error;        // |estimate - exact| on audited steps
+  UnitSketch output_error;          // |o_S - o| / |o| on audited steps, capped at 1
+  double estimate_age_mean = 0;     // steps since the scan that an estimate rests on
+  int64_t bound_violations = 0;     // a bound below the audited truth: a bug
+  int64_t audited_steps = 0;
+  // Prefill.
+  int64_t prefill_bytes_from_disk = 0;
+  int64_t prefill_frozen_rows = 0;  // ETF: (layer, token) pairs that skipped attention
+  int64_t prefill_cut_keys = 0;     // PSAW: (layer, query, key) triples out of the window
+  // Integrity.
+  int64_t corrupt_chunks = 0, missing_chunks = 0, recomputed_chunks = 0;
+  StepTimes times;
+
+  void Merge(const SequenceReport& other);
+  void VisitCounters(const CounterVisitor& visit) const;
+};
+
+}  // namespace prehoc
