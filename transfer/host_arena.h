@@ -25,7 +25,7 @@ class HostArena {
     bool lock_memory = false;          // mlock; falls back without, and counts it
     Status Validate() const;
   };
-  // `executor` runs the touching; it outlives the arena.
+  // `executor` runs the touching; it outlives the arena. The first extent is touched here, in parallel.
   static Result<std::unique_ptr<HostArena>> Create(const Options& options, Executor* executor);
   ~HostArena();
 
@@ -45,9 +45,9 @@ class HostArena {
   Status CheckInvariants() const;
 
  private:
-  struct Impl;
-  explicit HostArena(std::unique_ptr<Impl> impl);
-  std::unique_ptr<Impl> impl_;
+  struct Impl;  // shared with the background job that touches the next extent: it may run after the arena died
+  explicit HostArena(std::shared_ptr<Impl> impl);
+  std::shared_ptr<Impl> impl_;
 };
 
 }  // namespace prehoc

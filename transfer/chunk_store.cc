@@ -1,0 +1,33 @@
+#include "transfer/chunk_store.h"
+
+#include <cstdio>
+
+namespace prehoc {
+namespace {
+Status WrongSize(const char* what, const ChunkKey& key, size_t size, size_t expected) {
+  return {StatusCode::kInvalid, "chunk " + key.ToString() + ": " + what + " has " + std::to_string(size) +
+                                    " bytes, chunk_bytes is " + std::to_string(expected)};
+}
+}  // namespace
+
+std::string ChunkKey::ToString() const {
+  std::string text;
+  char pair[4];
+  for (size_t i = 0; i < 8; ++i) {
+    std::snprintf(pair, sizeof pair, "%02x", chain[i]);
+    text += pair;
+  }
+  return text + "/" + std::to_string(layer);
+}
+
+Status ChunkStore::Get(const ChunkKey& key, std::span<std::byte> out) {
+  if (out.size() != chunk_bytes_) return WrongSize("out", key, out.size(), chunk_bytes_);
+  return DoGet(key, out);
+}
+
+Status ChunkStore::Put(const ChunkKey& key, std::span<const std::byte> data) {
+  if (data.size() != chunk_bytes_) return WrongSize("data", key, data.size(), chunk_bytes_);
+  return DoPut(key, data);
+}
+
+}  // namespace prehoc

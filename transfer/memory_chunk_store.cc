@@ -1,0 +1,186 @@
+#include "transfer/memory_chunk_store.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <string>
+
+#include "base/units.h"
+
+namespace prehoc {
+
+Status MemoryChunkStore::Options::Validate() const {
+  if (chunk_bytes == 0) return {StatusCode::kInvalid, "memory store: chunk_bytes=0; give the bytes of one chunk"};
+  if (chunk_bytes > (uint64_t{1} << 40)) {
+    return {StatusCode::kInvalid, "memory store: chunk_bytes=" + std::to_string(chunk_bytes) + " is over 1 TiB"};
+  }
+  if (budget < sizeof(RecordHeader) + chunk_bytes) {
+    return {StatusCode::kInvalid, "memory store: budget=" + std::to_string(budget) + " holds no record of " +
+                                      std::to_string(sizeof(RecordHeader) + chunk_bytes) + " bytes; raise it"};
+  }
+  return {};
+}
+
+MemoryChunkStore::MemoryChunkStore(const Options& options, RecordContext context)
+    : ChunkStore(options.chunk_bytes), context_(std::move(context)), budget_(options.budget) {}
+
+Result<std::unique_ptr<MemoryChunkStore>> MemoryChunkStore::Create(const Options& options) {
+  PREHOC_RETURN_IF_ERROR(options.Validate());
+  PREHOC_ASSIGN_OR_RETURN(RecordContext context, RecordContext::Create(options.identity));
+  return std::unique_ptr<MemoryChunkStore>(new MemoryChunkStore(options, std::move(context)));
+}
+
+Status MemoryChunkStore::DoGet(const ChunkKey& key, std::span<std::byte> out) {
+  Record record;
+  {
+    MutexLock lock(mutex_);
+    ++counters_.gets;
+    const auto found = index_.find(key);
+    if (found == index_.end()) {
+      ++counters_.misses;
+      return {StatusCode::kNotFound, "memory store: no chunk " + key.ToString()};
+    }
+    lru_.splice(lru_.begin(), lru_, found->second);
+    record = found->second->record;
+  }
+  // The copy runs unlocked: `record` keeps the bytes, and keeps them from being evicted.
+  const Result<std::span<const std::byte>> payload =
+      ParseRecord(context_, key, {record.get(), sizeof(RecordHeader) + chunk_bytes()});
+  if (payload.ok()) std::memcpy(out.data(), payload->data(), out.size());
+  MutexLock lock(mutex_);
+  if (!payload.ok()) {
+    ++counters_.corrupt;
+    const auto found = index_.find(key);
+    if (found != index_.end() && found->second->record == record) EraseLocked(found->second);
+    return payload.status().WithContext("memory store");
+  }
+  ++counters_.hits;
+  counters_.read_bytes += out.size();
+  return {};
+}
+
+Status MemoryChunkStore::DoPut(const ChunkKey& key, std::span<const std::byte> data) {
+  {
+    MutexLock lock(mutex_);
+    if (index_.contains(key)) return {};
+    PREHOC_RETURN_IF_ERROR(ReserveLocked());
+  }
+  Record record(new (std::nothrow) std::byte[record_bytes()]);
+  if (record != nullptr) {
+    const RecordHeader header = EncodeHeader(context_, key, data);
+    std::memcpy(record.get(), &header, sizeof header);
+    std::memcpy(record.get() + sizeof header, data.data(), data.size());
+  }
+  MutexLock lock(mutex_);
+  --reserved_;
+  if (record == nullptr) {
+    ++counters_.put_dropped;
+    return {StatusCode::kOutOfSpace, "memory store: the system has no memory for " +
+                                         FormatBytes(static_cast<double>(record_bytes()))};
+  }
+  if (index_.contains(key)) return {};  // another thread stored the same chunk meanwhile
+  lru_.push_front({key, std::move(record)});
+  index_.emplace(key, lru_.begin());
+  ++counters_.puts;
+  counters_.written_bytes += data.size();
+  return {};
+}
+
+Status MemoryChunkStore::ReserveLocked() {
+  ReapLocked();
+  const uint64_t limit = budget_ / record_bytes();
+  const auto held = [&] { return lru_.size() + removed_.size() + reserved_; };
+  auto victim = lru_.end();
+  while (held() >= limit && victim != lru_.begin()) {
+    --victim;
+    // Readers take their copy under the mutex, so a count of one cannot grow behind our back.
+    if (victim->record.use_count() > 1) continue;
+    const auto next = std::next(victim);
+    EraseLocked(victim);
+    victim = next;
+    ++counters_.evicted;
+  }
+  if (held() >= limit) {
+    ++counters_.put_dropped;
+    return {StatusCode::kBusy, "memory store: all " + std::to_string(limit) + " records of the budget are in use"};
+  }
+  ++reserved_;
+  counters_.peak_bytes = std::max(counters_.peak_bytes, held() * record_bytes());
+  return {};
+}
+
+void MemoryChunkStore::EraseLocked(Lru::iterator it) {
+  if (it->record.use_count() > 1) removed_.push_back(it->record);
+  index_.erase(it->key);
+  lru_.erase(it);
+}
+
+void MemoryChunkStore::ReapLocked() {
+  removed_.remove_if([](const Record& record) { return record.use_count() == 1; });
+}
+
+bool MemoryChunkStore::DoContains(const ChunkKey& key) const {
+  MutexLock lock(mutex_);
+  return index_.contains(key);
+}
+
+Status MemoryChunkStore::DoDelete(const ChunkKey& key) {
+  MutexLock lock(mutex_);
+  const auto found = index_.find(key);
+  if (found != index_.end()) EraseLocked(found->second);
+  return {};
+}
+
+uint64_t MemoryChunkStore::DoResidentBytes() const {
+  MutexLock lock(mutex_);
+  return lru_.size() * record_bytes();
+}
+
+void MemoryChunkStore::DoVisitCounters(const CounterVisitor& visit) const {
+  Counters c;
+  uint64_t resident = 0;
+  {
+    MutexLock lock(mutex_);
+    c = counters_;
+    resident = lru_.size() * record_bytes();
+  }
+  const auto show = [&](const char* name, uint64_t value) { visit(name, static_cast<double>(value)); };
+  show("store.gets", c.gets);
+  show("store.hits", c.hits);
+  show("store.misses", c.misses);
+  show("store.corrupt", c.corrupt);
+  show("store.puts", c.puts);
+  show("store.put_dropped", c.put_dropped);
+  show("store.evicted", c.evicted);
+  show("store.read_bytes", c.read_bytes);
+  show("store.written_bytes", c.written_bytes);
+  show("store.resident_bytes", resident);
+  show("store.peak_bytes", c.peak_bytes);
+  show("store.budget_bytes", budget_);
+}
+
+Status MemoryChunkStore::FlipBitForTest(const ChunkKey& key, size_t bit) {
+  MutexLock lock(mutex_);
+  const auto found = index_.find(key);
+  if (found == index_.end()) return {StatusCode::kNotFound, "no chunk " + key.ToString()};
+  if (bit / 8 >= record_bytes()) return {StatusCode::kInvalid, "bit " + std::to_string(bit)};
+  found->second->record[bit / 8] ^= std::byte{1} << (bit % 8);
+  return {};
+}
+
+Status MemoryChunkStore::CheckInvariants() const {
+  MutexLock lock(mutex_);
+  if (index_.size() != lru_.size()) return {StatusCode::kCorrupt, "index and list differ in size"};
+  for (auto it = lru_.begin(); it != lru_.end(); ++it) {
+    const auto found = index_.find(it->key);
+    if (found == index_.end() || &*found->second != &*it) {
+      return {StatusCode::kCorrupt, "chunk " + it->key.ToString() + " is in the list but not indexed"};
+    }
+  }
+  if ((lru_.size() + removed_.size() + reserved_) * record_bytes() > budget_) {
+    return {StatusCode::kCorrupt, "records exceed the budget"};
+  }
+  return {};
+}
+
+}  // namespace prehoc

@@ -1,0 +1,131 @@
+#include "transfer/record_format.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <string>
+
+#include "base/geometry.h"
+
+// The packaged library's plain entry points are SSE2 only; the dispatching ones pick AVX2 or AVX-512.
+#if defined(__x86_64__) && __has_include(<xxh_x86dispatch.h>)
+#include <xxh_x86dispatch.h>
+#else
+#include <xxhash.h>
+#endif
+
+namespace prehoc {
+namespace {
+
+std::string Hex(uint64_t value) {
+  char text[24];
+  std::snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(value));
+  return text;
+}
+
+std::string HexPrefix(const std::array<uint8_t, 32>& bytes) {
+  std::string text;
+  char pair[4];
+  for (size_t i = 0; i < 8; ++i) {
+    std::snprintf(pair, sizeof pair, "%02x", bytes[i]);
+    text += pair;
+  }
+  return text;
+}
+
+Status Mismatch(const ChunkKey& key, const char* field, const std::string& found, const std::string& expected) {
+  return {StatusCode::kCorrupt,
+          "record " + key.ToString() + ": " + field + " is " + found + ", expected " + expected};
+}
+
+std::span<const std::byte> BytesBeforeChecksum(const RecordHeader& header) {
+  return {reinterpret_cast<const std::byte*>(&header), offsetof(RecordHeader, checksum)};
+}
+
+std::array<uint64_t, 2> Checksum(const RecordHeader& header, std::span<const std::byte> payload) {
+  return Hash128(payload, Hash64(BytesBeforeChecksum(header)));
+}
+
+template <size_t N>
+bool AllZero(const std::array<uint8_t, N>& bytes) {
+  return std::all_of(bytes.begin(), bytes.end(), [](uint8_t b) { return b == 0; });
+}
+
+}  // namespace
+
+uint64_t Hash64(std::span<const std::byte> bytes, uint64_t seed) {
+  return XXH3_64bits_withSeed(bytes.data(), bytes.size(), seed);
+}
+
+std::array<uint64_t, 2> Hash128(std::span<const std::byte> bytes, uint64_t seed) {
+  const XXH128_hash_t hash = XXH3_128bits_withSeed(bytes.data(), bytes.size(), seed);
+  return {hash.low64, hash.high64};
+}
+
+Result<RecordContext> RecordContext::Create(const StoreIdentity& identity) {
+  if (identity.format_version != kRecordFormatVersion) {
+    return {StatusCode::kInvalid, "record format version " + std::to_string(identity.format_version) +
+                                      " was asked for, this build knows " + std::to_string(kRecordFormatVersion)};
+  }
+  if (identity.dtype != KvDtypeName(KvDtype::kF16)) {
+    return {StatusCode::kInvalid, "record dtype '" + identity.dtype + "' was asked for, this build knows '" +
+                                      KvDtypeName(KvDtype::kF16) + "'"};
+  }
+  RecordContext context;
+  context.dtype = static_cast<uint8_t>(KvDtype::kF16);
+  context.layout = Hash64(std::as_bytes(std::span(identity.layout)));
+  context.model = identity.model;
+  context.layout_name = identity.layout;
+  return context;
+}
+
+RecordHeader EncodeHeader(const RecordContext& context, const ChunkKey& key, std::span<const std::byte> payload) {
+  RecordHeader header;
+  header.dtype = context.dtype;
+  header.layout = context.layout;
+  header.model = context.model;
+  header.chain = key.chain;
+  header.layer = key.layer;
+  header.payload_bytes = payload.size();
+  header.checksum = Checksum(header, payload);
+  return header;
+}
+
+Result<std::span<const std::byte>> ParseRecord(const RecordContext& context, const ChunkKey& key,
+                                               std::span<const std::byte> record, VerifyPayload verify) {
+  if (record.size() < sizeof(RecordHeader)) {
+    return Mismatch(key, "length", std::to_string(record.size()), std::to_string(sizeof(RecordHeader)) + " or more");
+  }
+  RecordHeader header;
+  std::memcpy(&header, record.data(), sizeof header);
+  const std::span<const std::byte> payload = record.subspan(sizeof header);
+  if (header.magic != kRecordMagic) return Mismatch(key, "magic", Hex(header.magic), Hex(kRecordMagic));
+  if (header.version != kRecordFormatVersion) {
+    return Mismatch(key, "format version", std::to_string(header.version), std::to_string(kRecordFormatVersion));
+  }
+  if (header.dtype != context.dtype) {
+    return Mismatch(key, "dtype", std::to_string(header.dtype), std::to_string(context.dtype));
+  }
+  if (header.layout != context.layout) {
+    return Mismatch(key, "layout", Hex(header.layout), Hex(context.layout) + " (" + context.layout_name + ")");
+  }
+  if (header.model != context.model) {
+    return Mismatch(key, "model", HexPrefix(header.model), HexPrefix(context.model));
+  }
+  if (header.chain != key.chain || header.layer != key.layer) {
+    return Mismatch(key, "key", ChunkKey{header.chain, header.layer}.ToString(), key.ToString());
+  }
+  if (header.payload_bytes != payload.size()) {
+    return Mismatch(key, "payload length", std::to_string(payload.size()), std::to_string(header.payload_bytes));
+  }
+  if (header.reserved0 != 0 || header.reserved1 != 0 || !AllZero(header.reserved2)) {
+    return Mismatch(key, "reserved field", "not zero", "zero");
+  }
+  if (verify == VerifyPayload::kYes) {
+    const std::array<uint64_t, 2> found = Checksum(header, payload);
+    if (found != header.checksum) return Mismatch(key, "checksum", Hex(found[0]), Hex(header.checksum[0]));
+  }
+  return payload;
+}
+
+}  // namespace prehoc
