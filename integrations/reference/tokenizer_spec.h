@@ -23,6 +23,22 @@ enum class PreTokenizer {
 
 enum class TokenType : uint8_t { kNormal = 1, kUnknown = 2, kControl = 3, kUserDefined = 4, kUnused = 5, kByte = 6 };
 
+// Which pieces of text between special tokens get a space in front, where add_space_prefix says so.
+enum class SpacePrefix : uint8_t {
+  kEverySegment,             // Llama 2
+  kEverySegmentUnlessSpace,  // unless it starts with one
+  kFirstSegmentUnlessSpace,  // only at the start of the text: Mistral's newer files
+};
+
+// A token that is matched in the text before anything else cuts it.
+struct AddedToken {
+  int32_t id = -1;
+  bool special = false;     // a control token: text may be told not to produce it
+  bool lstrip = false;      // takes whitespace to its left along
+  bool rstrip = false;      // and to its right
+  bool normalized = false;  // matched after normalisation, not in the raw text
+};
+
 struct TokenizerSpec {
   TokenizerKind kind = TokenizerKind::kByteLevelBpe;
   PreTokenizer pre = PreTokenizer::kGpt2;
@@ -34,6 +50,9 @@ struct TokenizerSpec {
   std::vector<int32_t> eog_ids;     // every id that ends a turn (eos, <|im_end|>, <|eot_id|>)
   bool add_bos = false, add_eos = false;
   bool add_space_prefix = false;    // SentencePiece: a space before the first word
+  SpacePrefix space_prefix = SpacePrefix::kEverySegment;
+  bool ignore_merges = false;       // a word that is a token is that token, whatever the merges say: Llama 3
+  std::vector<AddedToken> added;    // empty: control, unknown and user-defined tokens, matched in the raw text
   bool nfc = false;                 // normalise to NFC first
   std::string chat_template;        // Jinja source as stored; only recognised, never interpreted
 };
