@@ -59,7 +59,7 @@ struct StepRule {
 
 // The slow clock of one (layer, KV head).
 struct ResidencyRule {
-  double factor = 0;   // wanted = factor * k rows; 0 = no slow clock: whatever was fetched last stays
+  double factor = 0;   // wanted = factor * k rows (with a mass budget: factor * cap); 0 = no slow clock: whatever was fetched last stays
   int32_t refresh = 16;
   int32_t pool = 16;
   int32_t lag = 0;
@@ -93,7 +93,7 @@ class Selector {
   bool NeedsCodes() const;      // the index must hold codes
   bool NeedsPages() const;      // ... page bounds
   bool NeedsErrorBounds() const { return options_.max_dropped_mass >= 0; }
-  bool NeedsPreRope() const { return options_.cis.cos_stage == CisOptions::CosStage::kPreRope; }
+  bool NeedsPreRope() const;    // the gate compares queries before RoPE
   // Part of every persisted key: how prefill changes K and V (METHODS 12.5). Empty when prefill is dense.
   std::string MethodTag(int64_t prompt_tokens) const { return DoMethodTag(prompt_tokens); }
 
@@ -110,6 +110,8 @@ class Selector {
 };
 
 // True if a head keeps its choice: `cosine` as the gate reports it (-2 = unusable), `age` steps since it was made.
+// With `certified` the cosine is not looked at: true means that the choice may stay if its bound (certificate.h) also
+// holds, that is, is at most delta_max.
 bool Inherits(const StepRule& rule, float cosine, int64_t age);
 
 }  // namespace prehoc

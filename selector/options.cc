@@ -1,0 +1,344 @@
+#include "selector/options.h"
+
+#include <algorithm>
+#include <array>
+#include <functional>
+#include <initializer_list>
+#include <limits>
+#include <utility>
+
+#include "selector/text.h"
+
+namespace prehoc {
+namespace {
+using selector_internal::Nearest;
+using selector_internal::ParseFraction;
+using selector_internal::ParseNumber;
+using selector_internal::PrintFraction;
+using selector_internal::PrintNumber;
+using selector_internal::Quote;
+
+constexpr std::array<std::pair<std::string_view, SelectorKind>, 9> kKinds = {{
+    {"dense", SelectorKind::kDense},
+    {"window", SelectorKind::kWindow},
+    {"oracle", SelectorKind::kOracle},
+    {"cis", SelectorKind::kCis},
+    {"psaw", SelectorKind::kPsaw},
+    {"etf", SelectorKind::kEtf},
+    {"cpe", SelectorKind::kCpe},
+    {"sc", SelectorKind::kSharedCandidates},
+    {"tc", SelectorKind::kTwoClock},
+}};
+
+using Kinds = uint32_t;  // a bit per SelectorKind
+constexpr Kinds Bit(SelectorKind kind) { return Kinds{1} << static_cast<uint32_t>(kind); }
+constexpr Kinds kDense = Bit(SelectorKind::kDense);
+constexpr Kinds kWindow = Bit(SelectorKind::kWindow);
+constexpr Kinds kOracle = Bit(SelectorKind::kOracle);
+constexpr Kinds kPsaw = Bit(SelectorKind::kPsaw);
+constexpr Kinds kEtf = Bit(SelectorKind::kEtf);
+constexpr Kinds kCpe = Bit(SelectorKind::kCpe);
+constexpr Kinds kCis = Bit(SelectorKind::kCis) | kCpe;
+constexpr Kinds kSc = Bit(SelectorKind::kSharedCandidates);
+constexpr Kinds kTc = Bit(SelectorKind::kTwoClock);
+constexpr Kinds kChoosing = kOracle | kCis | kSc | kTc;
+constexpr Kinds kAll = kDense | kWindow | kChoosing | kPsaw | kEtf;
+
+struct Knob {
+  std::string name;
+  Kinds kinds = 0;       // who uses it
+  std::string accepted;  // for messages
+  std::function<bool(SelectorOptions&, std::string_view)> set;  // false: not accepted
+  std::function<std::string(const SelectorOptions&)> get;       // reads back as the same value
+};
+
+// `field` is [](auto& options) -> auto& in all of these, so that one lambda both reads and writes.
+template <class Field>
+Knob Real(std::string name, Kinds kinds, std::string accepted, Field field, bool (*ok)(double), bool as_fraction = false) {
+  return {std::move(name), kinds, std::move(accepted),
+          [=](SelectorOptions& o, std::string_view text) {
+            const auto value = as_fraction ? ParseFraction(text) : ParseNumber<double>(text);
+            if (!value || !ok(*value)) return false;
+            field(o) = *value;
+            return true;
+          },
+          [=](const SelectorOptions& o) { return as_fraction ? PrintFraction(field(o)) : PrintNumber(field(o)); }};
+}
+
+// As `knob`, but the word "off" stands for the value `off`, and is printed for it.
+Knob WithOff(Knob knob, double off, double (*get)(const SelectorOptions&), void (*set)(SelectorOptions&, double)) {
+  knob.accepted += " or off";
+  knob.set = [off, set, inner = knob.set](SelectorOptions& o, std::string_view text) {
+    if (text != "off") return inner(o, text);
+    set(o, off);
+    return true;
+  };
+  knob.get = [off, get, inner = knob.get](const SelectorOptions& o) { return get(o) == off ? "off" : inner(o); };
+  return knob;
+}
+
+template <class Field>
+Knob Whole(std::string name, Kinds kinds, int32_t least, Field field,
+           int32_t most = std::numeric_limits<int32_t>::max()) {
+  std::string accepted = "a whole number from " + std::to_string(least);
+  if (most != std::numeric_limits<int32_t>::max()) accepted += " to " + std::to_string(most);
+  return {std::move(name), kinds, std::move(accepted),
+          [=](SelectorOptions& o, std::string_view text) {
+            const auto value = ParseNumber<int32_t>(text);
+            if (!value || *value < least || *value > most) return false;
+            field(o) = *value;
+            return true;
+          },
+          [=](const SelectorOptions& o) { return std::to_string(field(o)); }};
+}
+
+template <class Value>
+using Words = std::vector<std::pair<std::string_view, Value>>;
+
+template <class Field, class Value>
+Knob Word(std::string name, Kinds kinds, Field field, Words<Value> words) {
+  std::string accepted;
+  for (const auto& word : words) accepted += (accepted.empty() ? "" : " | ") + std::string(word.first);
+  return {std::move(name), kinds, std::move(accepted),
+          [=](SelectorOptions& o, std::string_view text) {
+            for (const auto& [word, value] : words) {
+              if (word != text) continue;
+              field(o) = value;
+              return true;
+            }
+            return false;
+          },
+          [=](const SelectorOptions& o) {
+            for (const auto& [word, value] : words) {
+              if (value == field(o)) return std::string(word);
+            }
+            return "#" + std::to_string(static_cast<int>(field(o)));  // refused when read back
+          }};
+}
+
+Knob BudgetKnob() {
+  return {"budget", kWindow | kChoosing, "1/16, 0.1, 512, mass(0.95), mass(0.95,cap=1/8) or mass(0.95,cap=1024)",
+          [](SelectorOptions& o, std::string_view text) {
+            Result<Budget> parsed = Budget::Parse(text);
+            if (!parsed.ok()) return false;
+            parsed->sinks = o.budget.sinks;  // knobs of their own
+            parsed->local = o.budget.local;
+            o.budget = *parsed;
+            return true;
+          },
+          [](const SelectorOptions& o) { return o.budget.ToString(); }};
+}
+
+// The one place that knows the knobs: names, who uses them, what they accept, where they live.
+std::vector<Knob> MakeKnobs() {
+  using C = CisOptions;
+  using P = PsawOptions;
+  using E = EtfOptions;
+  constexpr auto any = [](double) { return true; };
+  constexpr auto share = [](double x) { return x > 0 && x <= 1; };
+  constexpr auto below_one = [](double x) { return x >= 0 && x < 1; };
+  constexpr auto probability = [](double x) { return x >= 0 && x <= 1; };
+  constexpr auto factor = [](double x) { return x >= 1 && x <= 1e6; };
+  const std::string tau = "a number (<= -1 always shares, >= 1 never)";
+  const Words<Scorer> scorers = {{"exact", Scorer::kExact}, {"codes", Scorer::kCodes}};
+  Words<Scorer> cis_scorers = scorers;
+  cis_scorers.emplace_back("pages", Scorer::kPages);
+  const auto depth = [&](const std::string& name, Kinds kinds, auto field) {
+    return std::array{
+        Real(name + ".c", kinds, "a number in (0, 1]", [=](auto& o) -> auto& { return field(o).c; }, share),
+        Real(name + ".l_s", kinds, "a share of the layers in [0, 1), such as 1/2",
+             [=](auto& o) -> auto& { return field(o).l_s; }, below_one, true)};
+  };
+  const auto psaw = depth("psaw", kPsaw | kCpe, [](auto& o) -> auto& { return o.psaw; });
+  const auto etf = depth("etf", kEtf | kCpe, [](auto& o) -> auto& { return o.etf; });
+  return {
+      Word("selector", kAll, [](auto& o) -> auto& { return o.kind; },
+           Words<SelectorKind>(kKinds.begin(), kKinds.end())),
+      BudgetKnob(),
+      Whole("budget.sinks", kWindow | kChoosing | kPsaw, 0, [](auto& o) -> auto& { return o.budget.sinks; }, 1 << 30),
+      Whole("budget.local", kWindow | kChoosing | kPsaw, 1, [](auto& o) -> auto& { return o.budget.local; }, 1 << 30),
+      WithOff(Real("max_dropped_mass", kChoosing, "a number in [0, 1]",
+                   [](auto& o) -> auto& { return o.max_dropped_mass; }, probability),
+              -1, [](const SelectorOptions& o) { return o.max_dropped_mass; },
+              [](SelectorOptions& o, double off) { o.max_dropped_mass = off; }),
+      Whole("certify_every", kChoosing, 0, [](auto& o) -> auto& { return o.certify_every; }),
+
+      Whole("cis.block", kCis, 1, [](auto& o) -> auto& { return o.cis.block; }),
+      Real("cis.tau", kCis, tau, [](auto& o) -> auto& { return o.cis.tau; }, any),
+      Word("cis.cos_stage", kCis, [](auto& o) -> auto& { return o.cis.cos_stage; },
+           Words<C::CosStage>{{"post_rope", C::CosStage::kPostRope}, {"pre_rope", C::CosStage::kPreRope}}),
+      Word("cis.gate_scope", kCis, [](auto& o) -> auto& { return o.cis.gate_scope; },
+           Words<C::GateScope>{{"kv_head", C::GateScope::kKvHead},
+                               {"query_head", C::GateScope::kQueryHead},
+                               {"group_mean", C::GateScope::kGroupMean},
+                               {"layer", C::GateScope::kLayer}}),
+      Word("cis.fail", kCis, [](auto& o) -> auto& { return o.cis.fail; },
+           Words<C::OnFail>{{"reselect", C::OnFail::kReselect},
+                            {"reselect_once", C::OnFail::kReselectOnce},
+                            {"dense", C::OnFail::kDense}}),
+      Word("cis.phase", kCis, [](auto& o) -> auto& { return o.cis.stagger; },
+           Words<bool>{{"aligned", false}, {"staggered", true}}),
+      Word("cis.first_anchor", kCis, [](auto& o) -> auto& { return o.cis.first_anchor_prompt; },
+           Words<bool>{{"prompt", true}, {"decode", false}}),
+      Word("cis.anchor_attends", kCis, [](auto& o) -> auto& { return o.cis.anchor_dilated; },
+           Words<bool>{{"dilated", true}, {"plain", false}}),
+      Word("cis.m", kCis, [](auto& o) -> auto& { return o.cis.m; },
+           Words<C::DilateCount>{{"ceil(k/3)", C::DilateCount::kCeilThird},
+                                 {"floor(k/3)", C::DilateCount::kFloorThird},
+                                 {"k", C::DilateCount::kAll},
+                                 {"0", C::DilateCount::kNone}}),
+      Whole("cis.r", kCis, 0, [](auto& o) -> auto& { return o.cis.r; }, 64),
+      Word("cis.gqa_set", kCis, [](auto& o) -> auto& { return o.cis.gqa_set; },
+           Words<C::GqaSet>{{"max_weight", C::GqaSet::kMaxWeight},
+                            {"mean_weight", C::GqaSet::kMeanWeight},
+                            {"max_logit", C::GqaSet::kMaxLogit},
+                            {"per_query_head", C::GqaSet::kPerQueryHead}}),
+      Word("cis.precision", kCis, [](auto& o) -> auto& { return o.cis.half_logits; },
+           Words<bool>{{"f32", false}, {"f16", true}}),
+      Word("cis.local_edge", kCis, [](auto& o) -> auto& { return o.cis.local_edge_held; },
+           Words<bool>{{"slides", false}, {"held", true}}),
+      Word("cis.budget", kCis, [](auto& o) -> auto& { return o.cis.exact_budget; },
+           Words<bool>{{"cis", false}, {"cis*", true}}),
+      Word("cis.scorer", kCis, [](auto& o) -> auto& { return o.cis.scorer; }, cis_scorers),
+      Word("cis.gate", kCis, [](auto& o) -> auto& { return o.cis.gate; },
+           Words<C::Gate>{{"cosine", C::Gate::kCosine}, {"certified", C::Gate::kCertified}}),
+      Real("cis.delta_max", kCis, "a number in [0, 1]", [](auto& o) -> auto& { return o.cis.delta_max; }, probability),
+
+      Word("psaw.phase", kPsaw | kCpe, [](auto& o) -> auto& { return o.psaw.phase; },
+           Words<P::Phase>{{"both", P::Phase::kBoth},
+                           {"prefill", P::Phase::kPrefill},
+                           {"decode", P::Phase::kDecode},
+                           {"off", P::Phase::kOff}}),
+      psaw[0],
+      psaw[1],
+      Word("psaw.keep_sink", kPsaw | kCpe, [](auto& o) -> auto& { return o.psaw.keep_sink; },
+           Words<bool>{{"true", true}, {"false", false}}),
+      Word("psaw.layer_base", kPsaw | kCpe, [](auto& o) -> auto& { return o.psaw.layer_base_one; },
+           Words<bool>{{"1", true}, {"0", false}}),
+      Word("psaw.cis_filter", kCpe, [](auto& o) -> auto& { return o.psaw.filter_each_step; },
+           Words<bool>{{"select", false}, {"step", true}}),
+
+      Word("etf.mode", kEtf | kCpe, [](auto& o) -> auto& { return o.etf.mode; },
+           Words<E::Mode>{{"carry", E::Mode::kCarry}, {"reuse_kv", E::Mode::kReuseKv}}),
+      etf[0],
+      etf[1],
+      Word("etf.n", kEtf | kCpe, [](auto& o) -> auto& { return o.etf.n; },
+           Words<E::Extent>{{"prompt", E::Extent::kPrompt}, {"chunk", E::Extent::kChunk}}),
+
+      WithOff(Real("tc.tau", kTc, tau, [](auto& o) -> auto& { return o.tc.tau; }, any), 1,
+              [](const SelectorOptions& o) { return o.tc.tau; },
+              [](SelectorOptions& o, double off) { o.tc.tau = off; }),
+      Whole("tc.max_age", kTc, 0, [](auto& o) -> auto& { return o.tc.max_age; }),
+      Word("tc.scorer", kTc, [](auto& o) -> auto& { return o.tc.scorer; }, scorers),
+      Real("tc.theta", kTc, "a number in [0, 1]", [](auto& o) -> auto& { return o.tc.theta; }, probability),
+      Real("tc.factor", kTc, "a number from 1", [](auto& o) -> auto& { return o.tc.factor; }, factor),
+      Whole("tc.refresh", kTc, 1, [](auto& o) -> auto& { return o.tc.refresh; }),
+      Whole("tc.pool", kTc, 1, [](auto& o) -> auto& { return o.tc.pool; }),
+      Whole("tc.lag", kTc, 0, [](auto& o) -> auto& { return o.tc.lag; }),
+      Word("tc.stagger", kTc, [](auto& o) -> auto& { return o.tc.stagger; },
+           Words<bool>{{"true", true}, {"false", false}}),
+
+      Real("sc.factor", kSc, "a number from 1", [](auto& o) -> auto& { return o.sc.factor; }, factor),
+      Whole("sc.refresh", kSc, 1, [](auto& o) -> auto& { return o.sc.refresh; }),
+      Whole("sc.pool", kSc, 1, [](auto& o) -> auto& { return o.sc.pool; }),
+      Whole("sc.lag", kSc, 0, [](auto& o) -> auto& { return o.sc.lag; }),
+      Word("sc.inner", kSc, [](auto& o) -> auto& { return o.sc.inner; }, scorers),
+  };
+}
+
+const std::vector<Knob>& Knobs() {
+  static const auto* const knobs = new std::vector<Knob>(MakeKnobs());
+  return *knobs;
+}
+
+Status Refused(std::string what) { return {StatusCode::kInvalid, std::move(what)}; }
+
+// What single knobs cannot know: combinations that would promise more than the method can keep.
+Status CheckBound(const SelectorOptions& o) {
+  if (o.max_dropped_mass < 0) return {};
+  const std::string knob = "max_dropped_mass=" + PrintNumber(o.max_dropped_mass) + ": ";
+  const bool cis = o.kind == SelectorKind::kCis || o.kind == SelectorKind::kCpe;
+  const bool cuts = o.kind == SelectorKind::kPsaw || o.kind == SelectorKind::kCpe;
+  if (o.kind == SelectorKind::kWindow) return Refused(knob + "a window is chosen by position and bounds nothing");
+  if (cis && o.cis.scorer == Scorer::kPages) return Refused(knob + "needs cis.scorer exact or codes, not pages");
+  if (cis && o.cis.half_logits) return Refused(knob + "needs cis.precision=f32");
+  if (cuts && o.psaw.c < 1 && (o.psaw.phase == PsawOptions::Phase::kBoth || o.psaw.phase == PsawOptions::Phase::kDecode)) {
+    return Refused(knob + "what PSAW cuts in decode is never scored; set psaw.phase to prefill or off");
+  }
+  return {};
+}
+
+Status CheckCertifiedGate(const SelectorOptions& o) {
+  const bool cis = o.kind == SelectorKind::kCis || o.kind == SelectorKind::kCpe;
+  if (!cis || o.cis.gate != CisOptions::Gate::kCertified) return {};
+  if (o.cis.scorer == Scorer::kPages) return Refused("cis.gate=certified: needs cis.scorer exact or codes, not pages");
+  if (o.cis.half_logits) return Refused("cis.gate=certified: needs cis.precision=f32");
+  if (!o.cis.local_edge_held && o.budget.local < o.cis.block) {
+    return Refused("cis.gate=certified: budget.local=" + std::to_string(o.budget.local) + " is less than cis.block=" +
+                   std::to_string(o.cis.block) + "; enlarge it or set cis.local_edge=held");
+  }
+  return {};
+}
+
+}  // namespace
+
+Status SelectorOptions::Set(std::string_view name, std::string_view value) {
+  for (const Knob& knob : Knobs()) {
+    if (knob.name != name) continue;
+    if (knob.set(*this, value)) return {};
+    std::string message = knob.name + "=" + Quote(value) + ": accepted: " + knob.accepted;
+    if (knob.name == "selector") return ParseSelectorKind(value).status();
+    return Refused(std::move(message));
+  }
+  return Refused("no knob " + Quote(name) + "; nearest: " + Nearest(name, KnobNames()));
+}
+
+Status SelectorOptions::Validate() const {
+  // A field holds a sane value exactly if its knob would accept what it prints.
+  SelectorOptions scratch;
+  for (const Knob& knob : Knobs()) {
+    const std::string value = knob.get(*this);
+    if (!knob.set(scratch, value)) return Refused(knob.name + "=" + value + ": accepted: " + knob.accepted);
+  }
+  if (kind == SelectorKind::kWindow && budget.mass > 0) {
+    return Refused("budget=" + budget.ToString() + ": a window scores nothing and knows no mass");
+  }
+  PREHOC_RETURN_IF_ERROR(CheckBound(*this));
+  return CheckCertifiedGate(*this);
+}
+
+std::vector<std::string> SelectorOptions::Describe() const {
+  std::vector<std::string> result;
+  for (const Knob& knob : Knobs()) {
+    if (knob.kinds & Bit(kind)) result.push_back(knob.name + "=" + knob.get(*this));
+  }
+  return result;
+}
+
+Result<SelectorKind> ParseSelectorKind(std::string_view name) {
+  for (const auto& [known, kind] : kKinds) {
+    if (known == name) return kind;
+  }
+  return Refused("no selector " + Quote(name) + "; nearest: " + Nearest(name, SelectorKindNames()));
+}
+
+std::string_view SelectorKindName(SelectorKind kind) {
+  for (const auto& [name, known] : kKinds) {
+    if (known == kind) return name;
+  }
+  return "unknown";
+}
+
+std::vector<std::string_view> SelectorKindNames() {
+  std::vector<std::string_view> names;
+  for (const auto& entry : kKinds) names.push_back(entry.first);
+  return names;
+}
+
+std::vector<std::string> KnobNames() {
+  std::vector<std::string> names;
+  for (const Knob& knob : Knobs()) names.push_back(knob.name);
+  return names;
+}
+
+}  // namespace prehoc

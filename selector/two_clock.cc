@@ -1,0 +1,30 @@
+// Two clocks (METHODS 1.11), the default: whenever the gate does not hold, a head looks at every position through the codes;
+// only what is resident changes slowly.
+#include "selector/methods.h"
+
+namespace prehoc::selector_internal {
+namespace {
+class TwoClock final : public Selector {
+ public:
+  explicit TwoClock(const SelectorOptions& options) : Selector(options) {}
+
+ private:
+  StepRule DoRule(const StepContext& context) const override {
+    const TwoClockOptions& tc = options().tc;
+    StepRule rule = ChooseK(options(), tc.scorer, context.n);
+    rule.may_inherit = context.step > 0 && tc.tau < 1 && tc.max_age > 0;
+    rule.tau = tc.tau;
+    rule.max_age = tc.max_age;
+    rule.theta = tc.theta;
+    return rule;
+  }
+  ResidencyRule DoResidency() const override {
+    const TwoClockOptions& tc = options().tc;
+    return {.factor = tc.factor, .refresh = tc.refresh, .pool = tc.pool, .lag = tc.lag, .stagger = tc.stagger};
+  }
+};
+}  // namespace
+
+std::unique_ptr<Selector> MakeTwoClock(const SelectorOptions& options) { return std::make_unique<TwoClock>(options); }
+
+}  // namespace prehoc::selector_internal
