@@ -1,0 +1,467 @@
+#include "selector/reference.h"
+
+#include <algorithm>
+#include <cmath>
+#include <deque>
+#include <limits>
+#include <numeric>
+#include <set>
+
+#include "base/check.h"
+#include "base/half.h"
+
+namespace prehoc {
+namespace {
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+using Positions = std::vector<int32_t>;  // sorted unless said otherwise
+
+double LogSumExp(const std::vector<double>& values) {
+  double most = -kInfinity;
+  for (const double value : values) most = std::max(most, value);
+  if (most == -kInfinity) return most;
+  double sum = 0;
+  for (const double value : values) sum += std::exp(value - most);
+  return most + std::log(sum);
+}
+
+// What a step can see at all, in three disjoint pieces and in order: [0, sinks), [lo, hi), [hi, n).
+struct Sight {
+  int32_t sinks = 0, lo = 0, hi = 0, n = 0;
+
+  Positions All() const {
+    Positions all(static_cast<size_t>(sinks));
+    std::iota(all.begin(), all.end(), 0);
+    for (int32_t i = lo; i < n; ++i) all.push_back(i);
+    return all;
+  }
+  bool InMiddle(int64_t i) const { return i >= lo && i < hi; }
+};
+
+// What a selection found: in rank order where that matters.
+struct Chosen {
+  Positions ranked;   // the plain choice, best first
+  Positions plain, dilated;
+  bool met = true;    // false: the proven bound was not reached, attend densely
+};
+
+// Who decides together: the query heads of a KV head, or (cis.gqa_set = per_query_head) one of them.
+struct Unit {
+  int32_t first_head = 0, heads = 0, kv_head = 0;
+  bool has_set = false;
+  int64_t chosen_at = 0;   // step
+  int32_t local_left = 0;  // first local position at that step
+  std::vector<float> anchor, anchor_pre;  // [heads, head_dim]
+  Positions middle;
+  std::vector<double> lse_dropped;  // [heads]: L_D
+  // Shared candidates: what is resident now, and what will be.
+  std::deque<std::vector<double>> scans;  // scores by position, oldest first
+  Positions candidates, next_candidates;
+  int32_t edge = 0, next_edge = 0;  // positions from here on were local at the refresh, and stay
+  int64_t next_at = -1;
+};
+}  // namespace
+
+std::vector<double> ReferenceLogits(std::span<const float> q, std::span<const float> keys, int32_t head_dim) {
+  const auto dim = static_cast<size_t>(head_dim);
+  std::vector<double> z;
+  for (size_t h = 0; h < q.size() / dim; ++h) {
+    for (size_t i = 0; i < keys.size() / dim; ++i) {
+      double dot = 0;
+      for (size_t c = 0; c < dim; ++c) dot += static_cast<double>(q[h * dim + c]) * keys[i * dim + c];
+      z.push_back(dot / std::sqrt(static_cast<double>(head_dim)));
+    }
+  }
+  return z;
+}
+
+struct ReferenceTrace::Impl {
+  const SelectorOptions options;
+  const ReferenceShape shape;
+  const bool all_resident;
+  std::vector<Unit> units;
+
+  bool is_cis() const { return options.kind == SelectorKind::kCis || options.kind == SelectorKind::kCpe; }
+  bool is_sc() const { return options.kind == SelectorKind::kSharedCandidates; }
+  bool is_tc() const { return options.kind == SelectorKind::kTwoClock; }
+
+  // METHODS 1.3. Layers count from 1, or from 0 by psaw.layer_base.
+  int32_t Edge(int64_t n) const {
+    const PsawOptions& psaw = options.psaw;
+    if (options.kind != SelectorKind::kPsaw && options.kind != SelectorKind::kCpe) return 0;
+    if (psaw.phase == PsawOptions::Phase::kPrefill || psaw.phase == PsawOptions::Phase::kOff) return 0;
+    const double l = psaw.layer_base_one ? shape.layer + 1 : shape.layer;
+    const double l_s = psaw.l_s * shape.layers;
+    if (l < l_s) return 0;
+    const double x = (l - l_s) / (shape.layers - l_s);
+    const double cut = std::floor((1 - std::pow(psaw.c, x)) * static_cast<double>(n) + 1e-9);
+    return static_cast<int32_t>(std::max(0.0, std::min(cut, static_cast<double>(n - options.budget.local))));
+  }
+
+  Sight Look(int64_t n64) const {
+    const auto n = static_cast<int32_t>(n64);
+    const Budget& budget = options.budget;
+    if (n <= budget.sinks + budget.local) return {n, n, n, n};
+    const int32_t edge = Edge(n);
+    Sight sight{budget.sinks, std::max(budget.sinks, edge), n - budget.local, n};
+    if (!options.psaw.keep_sink && edge > 0 && edge >= budget.sinks) sight.sinks = 0;
+    return sight;
+  }
+
+  double Z(const ReferenceInput& in, int32_t head, int32_t i) const {
+    const double z = in.z[static_cast<size_t>(head) * static_cast<size_t>(in.n) + static_cast<size_t>(i)];
+    return is_cis() && options.cis.half_logits ? HalfToFloat(FloatToHalf(static_cast<float>(z))) : z;
+  }
+  double Error(const ReferenceInput& in, int32_t head, int32_t i) const {
+    return in.err.empty() ? 0 : in.err[static_cast<size_t>(head) * static_cast<size_t>(in.n) + static_cast<size_t>(i)];
+  }
+  double Lse(const ReferenceInput& in, int32_t head, const Positions& at, double errors = 0) const {
+    std::vector<double> values;
+    for (const int32_t i : at) values.push_back(Z(in, head, i) + errors * Error(in, head, i));
+    return LogSumExp(values);
+  }
+
+  // METHODS 1.1 SELECT 1-3, with the other group rules of cis.gqa_set. By position; only the middle is filled.
+  std::vector<double> Scores(const Unit& unit, const Sight& sight, const ReferenceInput& in) const {
+    using Rule = CisOptions::GqaSet;
+    const Rule rule = is_cis() ? options.cis.gqa_set : Rule::kMaxWeight;
+    std::vector<double> scores(static_cast<size_t>(sight.hi), -kInfinity);
+    std::vector<double> lse;
+    for (int32_t h = 0; h < unit.heads; ++h) lse.push_back(Lse(in, unit.first_head + h, sight.All()));
+    for (int32_t i = sight.lo; i < sight.hi; ++i) {
+      std::vector<double> of_heads;
+      for (int32_t h = 0; h < unit.heads; ++h) {
+        const double z = Z(in, unit.first_head + h, i);
+        of_heads.push_back(rule == Rule::kMaxLogit ? z : z - lse[static_cast<size_t>(h)]);
+      }
+      scores[static_cast<size_t>(i)] = rule == Rule::kMeanWeight ? LogSumExp(of_heads)
+                                                                 : *std::max_element(of_heads.begin(), of_heads.end());
+    }
+    return scores;
+  }
+
+  // SELECT 4: best first, ties to the lower position.
+  static Positions Rank(const std::vector<double>& scores, Positions candidates) {
+    std::stable_sort(candidates.begin(), candidates.end(), [&](int32_t a, int32_t b) {
+      return scores[static_cast<size_t>(a)] > scores[static_cast<size_t>(b)];
+    });
+    return candidates;
+  }
+  static Positions First(const Positions& ranked, size_t count) {
+    return {ranked.begin(), ranked.begin() + static_cast<std::ptrdiff_t>(std::min(count, ranked.size()))};
+  }
+  static Positions Sorted(Positions positions) {
+    std::sort(positions.begin(), positions.end());
+    return positions;
+  }
+
+  Positions With(const Sight& sight, const Positions& middle, int32_t local_left) const {
+    std::set<int32_t> all(middle.begin(), middle.end());
+    for (int32_t i = 0; i < sight.sinks; ++i) all.insert(i);
+    for (int32_t i = std::max(local_left, sight.lo); i < sight.n; ++i) all.insert(i);
+    return {all.begin(), all.end()};
+  }
+  static Positions Without(const Positions& all, const Positions& some) {
+    Positions rest;
+    std::set_difference(all.begin(), all.end(), some.begin(), some.end(), std::back_inserter(rest));
+    return rest;
+  }
+
+  // How many ranks it takes until every head's dropped mass is at most `target`, from `least` to `most`.
+  size_t UntilMass(const Unit& unit, const Sight& sight, const ReferenceInput& in, const Positions& ranked, double target,
+                   size_t least, size_t most, bool* met) const {
+    const Positions all = sight.All();
+    for (size_t count = std::min(least, ranked.size());; ++count) {
+      const Positions kept = With(sight, First(ranked, count), sight.hi);
+      const Positions rest = Without(all, kept);
+      *met = true;
+      for (int32_t h = unit.first_head; h < unit.first_head + unit.heads; ++h) {
+        const double out = Lse(in, h, rest, 1), in_set = Lse(in, h, kept, -1);
+        const double dropped = rest.empty() ? 0 : 1 / (1 + std::exp(in_set - out));
+        if (dropped > target) *met = false;
+      }
+      if (*met || count >= std::min(most, ranked.size())) return count;
+    }
+  }
+
+  // SELECT 5, and CIS* of 1.2.
+  Positions Dilate(const Sight& sight, const Positions& plain_ranked, const Positions& ranked, size_t k) const {
+    const CisOptions& cis = options.cis;
+    size_t m = 0;
+    switch (cis.m) {
+      case CisOptions::DilateCount::kCeilThird: m = (k + 2) / 3; break;
+      case CisOptions::DilateCount::kFloorThird: m = k / 3; break;
+      case CisOptions::DilateCount::kAll: m = k; break;
+      case CisOptions::DilateCount::kNone: m = 0; break;
+    }
+    std::set<int32_t> set;
+    const Positions& walk = cis.exact_budget ? ranked : plain_ranked;
+    for (size_t i = 0; i < walk.size(); ++i) {
+      const auto add = [&](int32_t position) {
+        if (sight.InMiddle(position) && !(cis.exact_budget && set.size() >= k)) set.insert(position);
+      };
+      add(walk[i]);
+      for (int32_t j = 1; i < m && j <= cis.r; ++j) {
+        add(walk[i] - j);
+        add(walk[i] + j);
+      }
+      if (cis.exact_budget && set.size() >= k) break;
+    }
+    return {set.begin(), set.end()};
+  }
+
+  // What shared candidates may choose among.
+  Positions Candidates(const Unit& unit, const Sight& sight) const {
+    Positions result;
+    for (int32_t i = sight.lo; i < sight.hi; ++i) {
+      if (!is_sc() || all_resident || options.max_dropped_mass >= 0 || i >= unit.edge ||
+          std::binary_search(unit.candidates.begin(), unit.candidates.end(), i)) {
+        result.push_back(i);
+      }
+    }
+    return result;
+  }
+
+  // The slow clock of METHODS 1.11.2.
+  void Refresh(Unit* unit, const Sight& sight, const ReferenceInput& in) const {
+    const SharedCandidatesOptions& sc = options.sc;
+    if (in.step >= unit->next_at && unit->next_at >= 0) {
+      unit->candidates = unit->next_candidates;
+      unit->edge = unit->next_edge;
+      unit->next_at = -1;
+    }
+    int64_t refresh = sc.refresh;
+    if (options.certify_every > 0) refresh = std::min<int64_t>(refresh, options.certify_every);
+    const bool first = unit->scans.empty();
+    if (!first && in.step % refresh != 0) return;
+    unit->scans.push_back(Scores(*unit, sight, in));
+    if (unit->scans.size() > static_cast<size_t>(sc.pool)) unit->scans.pop_front();
+    std::vector<double> pooled(static_cast<size_t>(sight.hi), -kInfinity);
+    for (const auto& scan : unit->scans) {
+      for (size_t i = 0; i < scan.size(); ++i) pooled[i] = std::max(pooled[i], scan[i]);
+    }
+    Positions middle(static_cast<size_t>(sight.hi - sight.lo));
+    std::iota(middle.begin(), middle.end(), sight.lo);
+    const auto wanted = static_cast<size_t>(sc.factor * MostRows(in.n));
+    Positions best = Sorted(First(Rank(pooled, middle), wanted));
+    if (first || sc.lag == 0) {  // nothing is resident before the first refresh: it cannot lag
+      unit->candidates = std::move(best);
+      unit->edge = sight.hi;
+    } else {
+      unit->next_candidates = std::move(best);
+      unit->next_edge = sight.hi;
+      unit->next_at = in.step + sc.lag;
+    }
+  }
+  int32_t MostRows(int64_t n) const {
+    return options.budget.mass > 0 ? options.budget.MiddleCap(n) : options.budget.MiddleK(n);
+  }
+
+  Chosen Select(Unit* unit, const Sight& sight, const ReferenceInput& in) const {
+    if (is_sc()) Refresh(unit, sight, in);
+    const Positions ranked = Rank(Scores(*unit, sight, in), Candidates(*unit, sight));
+    const auto k = static_cast<size_t>(options.budget.MiddleK(in.n));
+    Chosen chosen;
+    if (options.max_dropped_mass >= 0) {
+      chosen.ranked = First(ranked, UntilMass(*unit, sight, in, ranked, options.max_dropped_mass, k, ranked.size(),
+                                              &chosen.met));
+    } else if (options.budget.mass > 0) {
+      bool met = false;
+      const auto cap = static_cast<size_t>(options.budget.MiddleCap(in.n));
+      chosen.ranked = First(ranked, UntilMass(*unit, sight, in, ranked, 1 - options.budget.mass, 0, cap, &met));
+    } else {
+      chosen.ranked = First(ranked, k);
+    }
+    const bool fixed_k = options.max_dropped_mass < 0 && options.budget.mass == 0;
+    chosen.plain = Sorted(chosen.ranked);
+    chosen.dilated = is_cis() && fixed_k ? Dilate(sight, chosen.ranked, ranked, k) : chosen.plain;
+    return chosen;
+  }
+
+  // SELECT 6. W of METHODS 1.7: the oldest local positions, which may leave the window within the block.
+  void Keep(Unit* unit, const Sight& sight, const ReferenceInput& in, const Chosen& chosen) const {
+    const size_t dim = static_cast<size_t>(shape.head_dim);
+    const auto slice = [&](std::span<const float> q) {
+      const auto part = q.subspan(static_cast<size_t>(unit->first_head) * dim, static_cast<size_t>(unit->heads) * dim);
+      return std::vector<float>(part.begin(), part.end());
+    };
+    unit->has_set = true;
+    unit->chosen_at = in.step;
+    unit->local_left = sight.hi;
+    unit->middle = chosen.dilated;
+    unit->anchor = slice(in.q);
+    if (!in.q_pre.empty()) unit->anchor_pre = slice(in.q_pre);
+    Positions outside = Without(sight.All(), With(sight, chosen.dilated, sight.hi));
+    if (!options.cis.local_edge_held) {
+      for (int32_t i = sight.hi; i < std::min(sight.hi + options.cis.block - 1, sight.n); ++i) outside.push_back(i);
+    }
+    unit->lse_dropped.clear();
+    for (int32_t h = 0; h < unit->heads; ++h) unit->lse_dropped.push_back(Lse(in, unit->first_head + h, outside, 1));
+  }
+
+  // cos of one query head with its anchor; -2 if a norm is zero or not finite.
+  double Cosine(const Unit& unit, int32_t head, const ReferenceInput& in) const {
+    const bool pre = is_cis() && options.cis.cos_stage == CisOptions::CosStage::kPreRope;
+    const std::span<const float> q = pre ? in.q_pre : in.q;
+    const std::vector<float>& anchor = pre ? unit.anchor_pre : unit.anchor;
+    const size_t dim = static_cast<size_t>(shape.head_dim);
+    double dot = 0, qq = 0, aa = 0;
+    for (size_t c = 0; c < dim; ++c) {
+      const double x = q[static_cast<size_t>(head) * dim + c];
+      const double a = anchor[static_cast<size_t>(head - unit.first_head) * dim + c];
+      dot += x * a;
+      qq += x * x;
+      aa += a * a;
+    }
+    const double cosine = dot / (std::sqrt(qq) * std::sqrt(aa));
+    if (qq == 0 || aa == 0 || !std::isfinite(cosine)) return -2;
+    return std::clamp(cosine, -1.0, 1.0);
+  }
+
+  // The gate's figure for one unit, over the heads of its scope. An unusable head spoils it.
+  double GateCosine(const Unit& asking, const ReferenceInput& in) const {
+    using Scope = CisOptions::GateScope;
+    const Scope scope = is_cis() ? options.cis.gate_scope : Scope::kKvHead;
+    double least = 2, sum = 0;
+    int32_t count = 0;
+    for (const Unit& unit : units) {
+      const bool same_kv = unit.kv_head == asking.kv_head;
+      const bool same_unit = unit.first_head == asking.first_head;
+      const bool in_scope = scope == Scope::kLayer || (scope == Scope::kQueryHead ? same_unit : same_kv);
+      if (!in_scope || !unit.has_set) continue;
+      for (int32_t h = 0; h < unit.heads; ++h) {
+        const double cosine = Cosine(unit, unit.first_head + h, in);
+        least = std::min(least, cosine);
+        sum += cosine;
+        ++count;
+      }
+    }
+    return scope == Scope::kGroupMean && least > -2 ? sum / count : least;
+  }
+
+  std::vector<double> Bounds(const Unit& unit, const ReferenceInput& in, const Positions& attended) const {
+    const size_t dim = static_cast<size_t>(shape.head_dim);
+    std::vector<double> bounds;
+    for (int32_t h = 0; h < unit.heads; ++h) {
+      const auto at = static_cast<size_t>(h);
+      const double u = DroppedLseBound(unit.lse_dropped[at], in.balls[static_cast<size_t>(unit.kv_head)],
+                                       std::span(unit.anchor).subspan(at * dim, dim),
+                                       in.q.subspan(static_cast<size_t>(unit.first_head + h) * dim, dim));
+      bounds.push_back(DroppedMassBound(Lse(in, unit.first_head + h, attended), u));
+    }
+    return bounds;
+  }
+
+  // What an inherited set means at this step.
+  Positions Inherited(const Unit& unit, const Sight& sight) const {
+    Positions middle = unit.middle;
+    if (options.psaw.filter_each_step) std::erase_if(middle, [&](int32_t i) { return i < sight.lo; });
+    const bool held = is_cis() && options.cis.local_edge_held;
+    return With(sight, middle, held ? unit.local_left : sight.hi);
+  }
+
+  // True if no gate is asked: no set yet, a block start, or too old.
+  bool MustSelect(const Unit& unit, const ReferenceInput& in) const {
+    if (!unit.has_set || options.max_dropped_mass >= 0) return true;
+    const int64_t age = in.step - unit.chosen_at;
+    if (options.certify_every > 0 && age >= options.certify_every) return true;
+    if (is_tc()) return age > options.tc.max_age;
+    if (!is_cis()) return true;
+    return (in.step + (options.cis.stagger ? shape.layer : 0)) % options.cis.block == 0;
+  }
+
+  bool Share(const Unit& unit, const ReferenceInput& in, const Positions& inherited, std::vector<double>* bounds) const {
+    if (is_cis() && options.cis.gate == CisOptions::Gate::kCertified) {
+      *bounds = Bounds(unit, in, inherited);
+      return *std::max_element(bounds->begin(), bounds->end()) <= options.cis.delta_max;
+    }
+    const double tau = is_cis() ? options.cis.tau : options.tc.tau;
+    if (tau <= -1) return true;
+    if (tau >= 1) return false;
+    return GateCosine(unit, in) > tau;
+  }
+
+  // What the unit attends to, and whether it selected.
+  Positions Decide(Unit* unit, const Sight& sight, const ReferenceInput& in, bool shares, bool* selected) const {
+    using Fail = CisOptions::OnFail;
+    const bool must = MustSelect(*unit, in);
+    if (!must && shares) return Inherited(*unit, sight);
+    if (!must && is_cis() && options.cis.fail == Fail::kDense) return sight.All();
+    *selected = true;
+    const Chosen chosen = Select(unit, sight, in);
+    const bool once = !must && is_cis() && options.cis.fail == Fail::kReselectOnce;
+    if (!once) Keep(unit, sight, in, chosen);
+    if (!chosen.met) return sight.All();
+    const bool plain = is_cis() && !options.cis.anchor_dilated;
+    return With(sight, plain ? chosen.plain : chosen.dilated, sight.hi);
+  }
+
+  ReferenceDecision Step(const ReferenceInput& in);
+};
+
+ReferenceDecision ReferenceTrace::Impl::Step(const ReferenceInput& in) {
+  const auto heads = static_cast<size_t>(shape.heads());
+  PREHOC_CHECK(in.z.size() == heads * static_cast<size_t>(in.n));
+  ReferenceDecision decision;
+  decision.attended.resize(heads);
+  decision.selected.resize(heads);
+  decision.dropped.resize(heads);
+  decision.bound.assign(heads, -1);
+
+  const Sight sight = Look(in.n);
+  const Budget& budget = options.budget;
+  const int64_t most = int64_t{budget.sinks} + budget.MiddleK(in.n) + budget.local;
+  const bool chooses = is_cis() || is_tc() || is_sc() || options.kind == SelectorKind::kOracle;
+  const bool dense = in.n <= most || (!chooses && options.kind != SelectorKind::kWindow);
+  const bool skips_prompt =
+      options.kind == SelectorKind::kOracle || (is_cis() && !options.cis.first_anchor_prompt);
+
+  // Gates are asked before any set changes: one layer-wide gate sees the anchors of all.
+  std::vector<bool> shares(units.size());
+  std::vector<std::vector<double>> bounds(units.size());
+  for (size_t u = 0; u < units.size(); ++u) {
+    if (!chooses || dense || in.step == 0 || MustSelect(units[u], in)) continue;
+    shares[u] = Share(units[u], in, Inherited(units[u], sight), &bounds[u]);
+  }
+  for (size_t u = 0; u < units.size(); ++u) {
+    Unit& unit = units[u];
+    Positions attended;
+    bool selected = false;
+    if (dense || (in.step == 0 && skips_prompt)) {
+      attended = sight.All();
+    } else if (options.kind == SelectorKind::kWindow) {
+      attended = With(sight, {}, sight.hi - budget.MiddleK(in.n));
+    } else {
+      attended = Decide(&unit, sight, in, shares[u], &selected);
+    }
+    const Positions rest = Without(sight.All(), attended);
+    for (int32_t h = 0; h < unit.heads; ++h) {
+      const int32_t head = unit.first_head + h;
+      const auto at = static_cast<size_t>(head);
+      decision.selected[at] = selected;
+      decision.dropped[at] = rest.empty() ? 0 : std::exp(Lse(in, head, rest) - Lse(in, head, sight.All()));
+      if (shares[u] && !bounds[u].empty()) decision.bound[at] = bounds[u][static_cast<size_t>(h)];
+      if (in.step > 0) decision.attended[at] = attended;
+    }
+  }
+  return decision;
+}
+
+ReferenceTrace::ReferenceTrace(const SelectorOptions& options, const ReferenceShape& shape, bool all_resident)
+    : impl_(new Impl{options, shape, all_resident, {}}) {
+  PREHOC_CHECK(options.Validate().ok());
+  const bool alone = impl_->is_cis() && options.cis.gqa_set == CisOptions::GqaSet::kPerQueryHead;
+  const int32_t together = alone ? 1 : shape.group;
+  for (int32_t head = 0; head < shape.heads(); head += together) {
+    Unit unit;
+    unit.first_head = head;
+    unit.heads = together;
+    unit.kv_head = head / shape.group;
+    impl_->units.push_back(std::move(unit));
+  }
+}
+
+ReferenceTrace::~ReferenceTrace() = default;
+
+ReferenceDecision ReferenceTrace::Step(const ReferenceInput& input) { return impl_->Step(input); }
+
+}  // namespace prehoc

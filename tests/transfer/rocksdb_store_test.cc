@@ -1,0 +1,530 @@
+#include "transfer/rocksdb_store.h"
+
+#include <fcntl.h>
+#include <spawn.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <fstream>
+#include <mutex>
+#include <random>
+#include <set>
+#include <thread>
+
+#include "base/test_point.h"
+#include "tests/contract/chunk_store_contract.h"
+#include "tests/transfer/transfer_test_util.h"
+#include "transfer/record_format.h"
+#include "transfer/store_directory.h"
+
+extern char** environ;
+
+namespace prehoc {
+namespace {
+
+namespace fs = std::filesystem;
+constexpr size_t kBytes = kContractChunkBytes;
+
+class RocksDbStoreTest : public ::testing::Test {
+ protected:
+  RocksDbStoreTest() {
+    options_.path = dir_.path() + "/a/store";
+    options_.identity = TestIdentity();
+    options_.chunk_bytes = kBytes;
+    options_.budget = 32 << 20;
+  }
+  std::unique_ptr<RocksDbStore> Open() {
+    auto store = RocksDbStore::Open(options_);
+    EXPECT_TRUE(store.ok()) << store.status().ToString();
+    return store.ok() ? std::move(*store) : nullptr;
+  }
+  Status TryOpen() { return RocksDbStore::Open(options_).status(); }
+  uint64_t BytesOnDisk() const {
+    uint64_t total = 0;
+    for (const auto& entry : fs::directory_iterator(options_.path)) {
+      std::error_code gone;
+      const uintmax_t bytes = fs::file_size(entry.path(), gone);
+      if (!gone) total += bytes;
+    }
+    return total;
+  }
+  std::vector<fs::path> Tables() const {
+    std::vector<fs::path> tables;
+    for (const auto& entry : fs::directory_iterator(options_.path)) {
+      if (entry.path().extension() == ".sst") tables.push_back(entry.path());
+    }
+    std::sort(tables.begin(), tables.end());
+    return tables;
+  }
+  // Puts until it is taken: kBusy means that a flush is under way.
+  static Status PutPatiently(ChunkStore& store, int n, size_t bytes = kBytes) {
+    while (true) {
+      Status status = store.Put(TestKey(n), TestChunk(n, bytes));
+      if (status.code() != StatusCode::kBusy) return status;
+      PREHOC_RETURN_IF_ERROR(store.Flush());
+    }
+  }
+
+  TempDir dir_;
+  RocksDbStore::Options options_;
+};
+
+TEST_F(RocksDbStoreTest, RefusesOptionsThatMakeNoSense) {
+  options_.path.clear();
+  EXPECT_STATUS(TryOpen(), StatusCode::kInvalid, "path is empty");
+  options_.path = dir_.path() + "/s";
+  options_.budget = 1 << 20;
+  EXPECT_STATUS(TryOpen(), StatusCode::kInvalid, "budget=1048576");
+  options_.budget = UINT64_MAX;
+  EXPECT_STATUS(TryOpen(), StatusCode::kInvalid, "over 64 TiB");
+  options_.budget = 32 << 20;
+  options_.chunk_bytes = 0;
+  EXPECT_STATUS(TryOpen(), StatusCode::kInvalid, "chunk_bytes=0");
+  options_.chunk_bytes = 3 << 20;
+  EXPECT_STATUS(TryOpen(), StatusCode::kInvalid, "a sixteenth of the budget");
+  options_.chunk_bytes = kBytes;
+  options_.segment_bytes = 1;
+  EXPECT_STATUS(TryOpen(), StatusCode::kInvalid, "segment_bytes=1");
+  EXPECT_FALSE(fs::exists(dir_.path() + "/s")) << "a refused store leaves nothing behind";
+}
+
+TEST_F(RocksDbStoreTest, KeepsRecordsAcrossReopening) {
+  {
+    auto store = Open();
+    for (int i = 0; i < 30; ++i) ASSERT_STATUS_OK(store->Put(TestKey(i), TestChunk(i)));
+    ASSERT_STATUS_OK(store->Flush());
+    ASSERT_STATUS_OK(store->Delete(TestKey(3)));   // tombstone in another file
+    ASSERT_STATUS_OK(store->Put(TestKey(30), TestChunk(30)));
+    ASSERT_STATUS_OK(store->Delete(TestKey(30)));  // record and tombstone in one memtable
+    ASSERT_STATUS_OK(store->Put(TestKey(31), TestChunk(31)));
+  }  // closing flushes
+  auto store = Open();
+  for (int i = 0; i < 32; ++i) {
+    const bool expected = i != 3 && i != 30;
+    ASSERT_EQ(store->Contains(TestKey(i)), expected) << i;
+    std::vector<std::byte> out(kBytes);
+    if (expected) {
+      ASSERT_STATUS_OK(store->Get(TestKey(i), out));
+      ASSERT_EQ(out, TestChunk(i));
+    }
+  }
+  EXPECT_EQ(store->resident_bytes(), 30 * (kBytes + sizeof(RecordHeader)));
+  ASSERT_STATUS_OK(store->CheckInvariants());
+  // Numbers go on after the ones on disk: a new record of a deleted key stays.
+  ASSERT_STATUS_OK(store->Put(TestKey(3), TestChunk(3)));
+  store.reset();
+  EXPECT_TRUE(Open()->Contains(TestKey(3)));
+}
+
+TEST_F(RocksDbStoreTest, RefusesAnotherIdentityWithBothValues) {
+  Open().reset();
+  const RocksDbStore::Options good = options_;
+  options_.identity.model[0] ^= 1;
+  options_.identity.model_name = "other-model";
+  EXPECT_STATUS(TryOpen(), StatusCode::kInvalid, "'test-model'");
+  EXPECT_STATUS(TryOpen(), StatusCode::kInvalid, "'other-model'");
+  options_ = good;
+  options_.identity.layout = "rows-kv/l3";
+  EXPECT_STATUS(TryOpen(), StatusCode::kInvalid, "rows-kv/l2/h2/d16/p16/c64, not rows-kv/l3");
+  options_ = good;
+  options_.chunk_bytes = 8192;
+  EXPECT_STATUS(TryOpen(), StatusCode::kInvalid, "4096, not 8192");
+  options_ = good;
+  // A note of a later version, as a later build would leave it.
+  StoreNote note{kStoreVersion, options_.identity, kBytes};
+  note.identity.dtype = "bf16";
+  std::ofstream(options_.path + "/" + kStoreNoteName) << FormatStoreNote(note);
+  EXPECT_STATUS(TryOpen(), StatusCode::kInvalid, "bf16, not f16");
+  note = {kStoreVersion + 1, options_.identity, kBytes};
+  std::ofstream(options_.path + "/" + kStoreNoteName) << FormatStoreNote(note);
+  EXPECT_STATUS(TryOpen(), StatusCode::kInvalid, "store version 2, not 1");
+  note = {kStoreVersion, options_.identity, kBytes};
+  note.identity.format_version = 9;
+  std::ofstream(options_.path + "/" + kStoreNoteName) << FormatStoreNote(note);
+  EXPECT_STATUS(TryOpen(), StatusCode::kInvalid, "format version 9, not 1");
+  std::ofstream(options_.path + "/" + kStoreNoteName) << "nonsense";
+  EXPECT_STATUS(TryOpen(), StatusCode::kCorrupt, "prehoc-store");
+}
+
+TEST_F(RocksDbStoreTest, TakesOnlyAnEmptyDirectory) {
+  options_.path = dir_.path();
+  std::ofstream(dir_.path() + "/thesis.txt") << "work of years";
+  EXPECT_STATUS(TryOpen(), StatusCode::kInvalid, "thesis.txt");
+  EXPECT_EQ(std::distance(fs::directory_iterator(dir_.path()), {}), 1);
+  options_.path = dir_.path() + "/thesis.txt";
+  EXPECT_STATUS(TryOpen(), StatusCode::kInvalid, "not a directory");
+  options_.path = dir_.path() + "/none";
+  options_.create_if_missing = false;
+  EXPECT_STATUS(TryOpen(), StatusCode::kNotFound, "no such directory");
+  options_.create_if_missing = true;
+  options_.path = dir_.path() + "/empty";
+  fs::create_directory(options_.path);
+  std::ofstream(options_.path + "/prehoc-store.tmp") << "a crash while the note was written";
+  EXPECT_STATUS_OK(TryOpen());
+}
+
+TEST_F(RocksDbStoreTest, NobodyElseMayRead) {
+  const mode_t before = ::umask(0);
+  {
+    auto store = Open();
+    ASSERT_STATUS_OK(store->Put(TestKey(1), TestChunk(1)));
+    ASSERT_STATUS_OK(store->Flush());
+    struct stat info {};
+    for (const auto& entry : fs::directory_iterator(options_.path)) {
+      ASSERT_EQ(::stat(entry.path().c_str(), &info), 0);
+      EXPECT_EQ(info.st_mode & 0777, 0600u) << entry.path();
+    }
+    for (const std::string& path : {options_.path, dir_.path() + "/a"}) {
+      ASSERT_EQ(::stat(path.c_str(), &info), 0);
+      EXPECT_EQ(info.st_mode & 0777, 0700u) << path;
+    }
+  }
+  ::umask(before);
+}
+
+TEST_F(RocksDbStoreTest, ReadOnlyReadsAndDoesNotWrite) {
+  options_.read_only = true;
+  EXPECT_STATUS(TryOpen(), StatusCode::kNotFound, "no such directory");
+  options_.read_only = false;
+  auto writer = Open();
+  ASSERT_STATUS_OK(writer->Put(TestKey(1), TestChunk(1)));
+  ASSERT_STATUS_OK(writer->Flush());
+  options_.read_only = true;
+  auto reader = Open();  // beside the writer: no lock
+  std::vector<std::byte> out(kBytes);
+  ASSERT_STATUS_OK(reader->Get(TestKey(1), out));
+  EXPECT_EQ(out, TestChunk(1));
+  EXPECT_STATUS(reader->Put(TestKey(2), TestChunk(2)), StatusCode::kUnsupported, "read-only");
+  EXPECT_STATUS(reader->Delete(TestKey(1)), StatusCode::kUnsupported, "read-only");
+  EXPECT_STATUS_OK(reader->Flush());
+}
+
+TEST_F(RocksDbStoreTest, RefusesADirectoryItMayNotWrite) {
+  if (::geteuid() == 0) GTEST_SKIP() << "root may write anywhere";
+  Open().reset();
+  fs::permissions(options_.path, fs::perms::owner_read | fs::perms::owner_exec);
+  EXPECT_STATUS(TryOpen(), StatusCode::kIoError, "read_only");
+  fs::permissions(options_.path, fs::perms::owner_all);
+}
+
+TEST_F(RocksDbStoreTest, ASecondStoreInThisProcessIsBusy) {
+  auto store = Open();
+  EXPECT_STATUS(TryOpen(), StatusCode::kBusy, options_.path);
+}
+
+// A child that holds the store until Finish().
+class Child {
+ public:
+  Child(const std::string& path, int flushed, int more) {
+    int in[2], out[2];
+    if (::pipe2(in, O_CLOEXEC) != 0 || ::pipe2(out, O_CLOEXEC) != 0) std::abort();
+    posix_spawn_file_actions_t actions;
+    posix_spawn_file_actions_init(&actions);
+    posix_spawn_file_actions_adddup2(&actions, in[0], 0);
+    posix_spawn_file_actions_adddup2(&actions, out[1], 1);
+    const std::string program = fs::read_symlink("/proc/self/exe").parent_path() / "rocksdb_store_child";
+    std::string flushed_text = std::to_string(flushed), more_text = std::to_string(more), path_text = path;
+    char* argv[] = {const_cast<char*>(program.c_str()), path_text.data(), flushed_text.data(), more_text.data(),
+                    nullptr};
+    const int error = ::posix_spawn(&pid_, program.c_str(), &actions, nullptr, argv, environ);
+    posix_spawn_file_actions_destroy(&actions);
+    ::close(in[0]);
+    ::close(out[1]);
+    in_ = in[1];
+    char byte = 0;
+    ready_ = error == 0 && ::read(out[0], &byte, 1) == 1 && byte == 'r';
+    ::close(out[0]);
+  }
+  ~Child() { Finish(); }
+  void Finish() {
+    if (in_ < 0) return;
+    ::close(in_);
+    in_ = -1;
+    int status = 0;
+    ::waitpid(pid_, &status, 0);
+  }
+  bool ready() const { return ready_; }
+
+ private:
+  pid_t pid_ = -1;
+  int in_ = -1;
+  bool ready_ = false;
+};
+
+TEST_F(RocksDbStoreTest, SaysThatAnotherProcessHoldsIt) {
+  Child child(options_.path, 1, 0);
+  ASSERT_TRUE(child.ready());
+  EXPECT_STATUS(TryOpen(), StatusCode::kBusy, "another process");
+  EXPECT_STATUS(TryOpen(), StatusCode::kBusy, options_.path);
+  child.Finish();
+  EXPECT_STATUS_OK(TryOpen());
+}
+
+TEST_F(RocksDbStoreTest, ACrashLosesOnlyWhatWasNotFlushed) {
+  Child child(options_.path, 10, 5);
+  ASSERT_TRUE(child.ready());
+  child.Finish();
+  auto store = Open();
+  std::vector<std::byte> out(kBytes);
+  for (int i = 0; i < 10; ++i) {
+    ASSERT_STATUS_OK(store->Get(TestKey(i), out));
+    EXPECT_EQ(out, TestChunk(i));
+  }
+  for (int i = 10; i < 15; ++i) EXPECT_FALSE(store->Contains(TestKey(i))) << i;
+  // A number that the crash freed may be used again; its bytes are another record's.
+  ASSERT_STATUS_OK(store->Put(TestKey(20), TestChunk(20)));
+  ASSERT_STATUS_OK(store->Get(TestKey(20), out));
+  EXPECT_EQ(out, TestChunk(20));
+}
+
+TEST_F(RocksDbStoreTest, FindsBytesThatRottedOnDisk) {
+  constexpr int kRecords = 40;
+  {
+    auto store = Open();
+    for (int i = 0; i < kRecords; ++i) ASSERT_STATUS_OK(store->Put(TestKey(i), TestChunk(i)));
+  }
+  ASSERT_EQ(Tables().size(), 1u);
+  const std::string path = Tables()[0];
+  std::string good;
+  {
+    std::ifstream in(path, std::ios::binary);
+    good.assign(std::istreambuf_iterator<char>(in), {});
+  }
+  std::mt19937 rng(11);
+  int corrupt = 0;
+  for (int round = 0; round < 12; ++round) {
+    // Anywhere in the data blocks: payload, our header, and RocksDB's own keys and lengths.
+    std::string bad = good;
+    const size_t at = round < 4 ? static_cast<size_t>(round * 7 + 1) : rng() % (kRecords * kBytes);
+    bad[at] = static_cast<char>(bad[at] ^ (1 << (rng() % 8)));
+    std::ofstream(path, std::ios::binary | std::ios::trunc).write(bad.data(), static_cast<std::streamsize>(bad.size()));
+    options_.direct_io = round % 2 == 0;
+    auto store = Open();
+    ASSERT_NE(store, nullptr);
+    int bad_here = 0;
+    for (int i = 0; i < kRecords; ++i) {
+      std::vector<std::byte> out(kBytes);
+      const Status status = store->Get(TestKey(i), out);
+      if (status.ok()) {
+        ASSERT_EQ(out, TestChunk(i)) << "wrong bytes were given out; flipped at " << at;
+        continue;
+      }
+      EXPECT_EQ(status.code(), StatusCode::kCorrupt) << status.ToString();
+      EXPECT_FALSE(store->Contains(TestKey(i)));
+      EXPECT_EQ(store->Get(TestKey(i), out).code(), StatusCode::kNotFound);
+      ++bad_here;
+    }
+    EXPECT_LE(bad_here, 1);
+    EXPECT_EQ(CounterOf(*store, "store.corrupt"), bad_here);
+    corrupt += bad_here;
+    store.reset();
+    // Without the tombstones of this round.
+    for (const fs::path& table : Tables()) {
+      if (table != path) fs::remove(table);
+    }
+    fs::remove_all(options_.path);
+    auto fresh = Open();
+    for (int i = 0; i < kRecords; ++i) ASSERT_STATUS_OK(fresh->Put(TestKey(i), TestChunk(i)));
+    fresh.reset();
+    ASSERT_EQ(Tables().size(), 1u);
+    ASSERT_EQ(fs::path(path), Tables()[0]);
+  }
+  EXPECT_GE(corrupt, 10) << "the flips did not hit records";
+}
+
+TEST_F(RocksDbStoreTest, ATornFileIsRefusedNotServed) {
+  {
+    auto store = Open();
+    for (int i = 0; i < 40; ++i) ASSERT_STATUS_OK(store->Put(TestKey(i), TestChunk(i)));
+  }
+  fs::resize_file(Tables()[0], fs::file_size(Tables()[0]) / 2);
+  EXPECT_STATUS(TryOpen(), StatusCode::kCorrupt, "delete the directory");
+}
+
+TEST_F(RocksDbStoreTest, StaysWithinTheBudgetAndDropsTheOldestFirst) {
+  options_.budget = 16 << 20;
+  options_.segment_bytes = 256 << 10;
+  options_.second_chance = false;
+  constexpr int kRecords = 8000;  // 33 MB through 16 MiB
+  auto store = Open();
+  int oldest = 0;  // the model: records 0 .. oldest - 1 are gone, the rest is there
+  for (int n = 0; n < kRecords; ++n) {
+    ASSERT_STATUS_OK(PutPatiently(*store, n));
+    ASSERT_TRUE(store->Contains(TestKey(n))) << n;
+    while (!store->Contains(TestKey(oldest))) ++oldest;
+    ASSERT_LE(store->disk_bytes(), options_.budget);
+    if (n % 500 == 0 || n == kRecords - 1) {
+      ASSERT_LE(BytesOnDisk(), options_.budget) << n;
+      for (int i = 0; i <= n; ++i) ASSERT_EQ(store->Contains(TestKey(i)), i >= oldest) << n;
+      ASSERT_STATUS_OK(store->CheckInvariants());
+    }
+    // Nothing is shed before the budget is needed: all but a few segments of it hold live records.
+    if (oldest > 0) {
+      ASSERT_GE(store->resident_bytes(), options_.budget * 8 / 10) << n;
+    }
+  }
+  EXPECT_GT(oldest, 0);
+  EXPECT_EQ(CounterOf(*store, "store.evicted"), oldest);
+  EXPECT_EQ(CounterOf(*store, "store.puts"), kRecords);
+  EXPECT_LE(CounterOf(*store, "store.peak_bytes"), CounterOf(*store, "store.budget_bytes"));
+  std::vector<std::byte> out(kBytes);
+  for (int i = oldest; i < kRecords; i += 97) {
+    ASSERT_STATUS_OK(store->Get(TestKey(i), out));
+    ASSERT_EQ(out, TestChunk(i));
+  }
+  // A smaller budget holds from the next opening on.
+  store.reset();
+  EXPECT_LE(BytesOnDisk(), options_.budget);
+  const uint64_t before = options_.budget;
+  options_.budget = 24 << 20;
+  EXPECT_TRUE(Open()->Contains(TestKey(kRecords - 1)));
+  options_.budget = before;
+  EXPECT_TRUE(Open()->Contains(TestKey(kRecords - 1)));
+}
+
+TEST_F(RocksDbStoreTest, WhatIsReadGetsASecondChance) {
+  options_.budget = 16 << 20;
+  options_.segment_bytes = 256 << 10;
+  auto store = Open();
+  std::vector<std::byte> out(kBytes);
+  constexpr int kHot = 10, kRecords = 10000;
+  for (int n = 0; n < kRecords; ++n) {
+    ASSERT_STATUS_OK(PutPatiently(*store, n));
+    if (n >= kHot && n % 200 == 0) {
+      for (int hot = 0; hot < kHot; ++hot) {
+        ASSERT_STATUS_OK(store->Get(TestKey(hot), out)) ;
+        ASSERT_EQ(out, TestChunk(hot));
+      }
+    }
+  }
+  EXPECT_FALSE(store->Contains(TestKey(kHot)));
+  EXPECT_GE(CounterOf(*store, "store.rescued"), 2 * kHot);
+  EXPECT_LE(CounterOf(*store, "store.peak_bytes"), CounterOf(*store, "store.budget_bytes"));
+  EXPECT_LE(BytesOnDisk(), options_.budget);
+  const uint64_t live = store->resident_bytes() / (kBytes + sizeof(RecordHeader));
+  EXPECT_EQ(CounterOf(*store, "store.puts") - CounterOf(*store, "store.evicted"), static_cast<double>(live));
+  store.reset();
+  store = Open();
+  for (int hot = 0; hot < kHot; ++hot) {
+    ASSERT_STATUS_OK(store->Get(TestKey(hot), out));
+    ASSERT_EQ(out, TestChunk(hot));
+  }
+  EXPECT_EQ(store->resident_bytes() / (kBytes + sizeof(RecordHeader)), live);
+}
+
+TEST_F(RocksDbStoreTest, AFullDiskRefusesPutsAndServesReads) {
+  Open().reset();
+  options_.min_free_bytes = 0;
+  auto store = Open();
+  ASSERT_STATUS_OK(store->Put(TestKey(1), TestChunk(1)));
+  store.reset();
+  options_.min_free_bytes = UINT64_MAX;  // no disk has that much
+  store = Open();
+  EXPECT_STATUS(store->Put(TestKey(2), TestChunk(2)), StatusCode::kOutOfSpace, "min_free_bytes");
+  EXPECT_EQ(CounterOf(*store, "store.put_dropped"), 1);
+  std::vector<std::byte> out(kBytes);
+  EXPECT_STATUS_OK(store->Get(TestKey(1), out));
+}
+
+TEST_F(RocksDbStoreTest, NeverWaitsForTheDisk) {
+#ifndef PREHOC_TEST_POINTS
+  GTEST_SKIP() << "needs test points";
+#else
+  options_.budget = 16 << 20;
+  options_.segment_bytes = 256 << 10;
+  auto store = Open();
+  std::mutex mutex;
+  std::condition_variable cv;
+  bool go = false;
+  int dropped = 0;
+  {
+    TestPointHook hook("rocksdb_store.flush", [&] {
+      std::unique_lock lock(mutex);
+      cv.wait(lock, [&] { return go; });
+    });
+    // The flush stands still: two memtables fill up, then writes are dropped and counted.
+    for (int n = 0; n < 1000; ++n) {
+      const Status status = store->Put(TestKey(n), TestChunk(n));
+      if (status.code() == StatusCode::kBusy) {
+        ++dropped;
+        EXPECT_FALSE(store->Contains(TestKey(n)));
+      } else {
+        ASSERT_STATUS_OK(status);
+        EXPECT_TRUE(store->Contains(TestKey(n)));
+      }
+    }
+    EXPECT_GT(dropped, 700);
+    EXPECT_EQ(CounterOf(*store, "store.put_dropped"), dropped);
+    // A delete in this state survives the restart, too.
+    EXPECT_STATUS_OK(store->Delete(TestKey(0)));
+    EXPECT_STATUS_OK(store->CheckInvariants());
+    std::unique_lock lock(mutex);
+    go = true;
+    cv.notify_all();
+  }
+  ASSERT_STATUS_OK(store->Flush());
+  ASSERT_STATUS_OK(store->Put(TestKey(5000), TestChunk(5000)));
+  store.reset();
+  store = Open();
+  EXPECT_FALSE(store->Contains(TestKey(0)));
+  EXPECT_TRUE(store->Contains(TestKey(1)));
+  EXPECT_TRUE(store->Contains(TestKey(5000)));
+#endif
+}
+
+TEST_F(RocksDbStoreTest, ReadersAndEvictionDoNotMeet) {
+  options_.budget = 16 << 20;
+  options_.segment_bytes = 256 << 10;
+  auto store = Open();
+  std::atomic<int> written{0};
+  std::atomic<bool> stop{false};
+  std::vector<std::string> errors(3);
+  std::vector<std::thread> readers;
+  for (int t = 0; t < 3; ++t) {
+    readers.emplace_back([&, t] {
+      std::mt19937 rng(static_cast<unsigned>(t));
+      std::vector<std::byte> out(kBytes);
+      while (!stop) {
+        // Mostly around the oldest records, where segments are being dropped.
+        const int newest = written;
+        const int n = std::max(0, newest - 3500 + static_cast<int>(rng() % 600));
+        const Status status = store->Get(TestKey(n), out);
+        if (status.ok() && out != TestChunk(n)) errors[t] = "wrong bytes";
+        if (!status.ok() && status.code() != StatusCode::kNotFound) errors[t] = status.ToString();
+      }
+    });
+  }
+  for (int n = 0; n < 6000; ++n) {
+    const Status status = PutPatiently(*store, n);
+    if (!status.ok()) errors[0] = status.ToString();
+    written = n;
+  }
+  stop = true;
+  for (std::thread& reader : readers) reader.join();
+  for (const std::string& error : errors) EXPECT_EQ(error, "");
+  EXPECT_EQ(CounterOf(*store, "store.corrupt"), 0);
+  EXPECT_GT(CounterOf(*store, "store.evicted"), 0);
+  EXPECT_STATUS_OK(store->CheckInvariants());
+}
+
+TEST_F(RocksDbStoreTest, LargeValues) {
+  options_.chunk_bytes = 1 << 20;
+  options_.budget = 64 << 20;
+  {
+    auto store = Open();
+    for (int i = 0; i < 5; ++i) ASSERT_STATUS_OK(PutPatiently(*store, i, 1 << 20));
+  }
+  auto store = Open();
+  std::vector<std::byte> out(1 << 20);
+  for (int i = 0; i < 5; ++i) {
+    ASSERT_STATUS_OK(store->Get(TestKey(i), out));
+    EXPECT_EQ(out, TestChunk(i, 1 << 20));
+  }
+}
+
+}  // namespace
+}  // namespace prehoc

@@ -1,0 +1,207 @@
+#include "transfer/store_directory.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <charconv>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+
+#include "transfer/record_format.h"
+
+namespace prehoc {
+namespace {
+namespace fs = std::filesystem;
+
+constexpr std::string_view kFirstLine = "prehoc store";
+
+std::string Hex(const std::array<uint8_t, 32>& bytes) {
+  static constexpr char kDigits[] = "0123456789abcdef";
+  std::string text;
+  for (const uint8_t byte : bytes) {
+    text += kDigits[byte >> 4];
+    text += kDigits[byte & 15];
+  }
+  return text;
+}
+
+bool ParseHex(std::string_view text, std::array<uint8_t, 32>* bytes) {
+  if (text.size() != 64) return false;
+  for (size_t i = 0; i < 32; ++i) {
+    const char* begin = text.data() + 2 * i;
+    const auto [end, error] = std::from_chars(begin, begin + 2, (*bytes)[i], 16);
+    if (error != std::errc() || end != begin + 2) return false;
+  }
+  return true;
+}
+
+template <class Int>
+bool ParseInt(std::string_view text, Int* value) {
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), *value);
+  return error == std::errc() && end == text.data() + text.size();
+}
+
+// Names are for people: a line break in one must not look like a field.
+std::string OneLine(std::string text) {
+  for (char& c : text) {
+    if (static_cast<unsigned char>(c) < 0x20) c = ' ';
+  }
+  return text;
+}
+
+Status Io(const std::string& path, const char* what, int error) {
+  return {error == ENOSPC ? StatusCode::kOutOfSpace : StatusCode::kIoError,
+          "store " + path + ": " + what + ": " + std::strerror(error)};
+}
+
+// Each directory that is missing, with mode 0700 whatever the umask adds.
+Status MakeDirectories(const std::string& path) {
+  std::string prefix;
+  for (const fs::path& part : fs::path(path)) {
+    prefix = (fs::path(prefix) / part).string();
+    if (::mkdir(prefix.c_str(), 0700) != 0 && errno != EEXIST && !fs::is_directory(prefix)) {
+      return Io(path, ("cannot create " + prefix).c_str(), errno);
+    }
+  }
+  return {};
+}
+
+Status WriteNote(const std::string& path, const std::string& text) {
+  const std::string name = path + "/" + kStoreNoteName;
+  const std::string temporary = name + ".tmp";
+  const int fd = ::open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+  if (fd < 0) return Io(path, "cannot write into it", errno);
+  int error = 0;
+  for (size_t done = 0; done < text.size() && error == 0;) {
+    const ssize_t n = ::write(fd, text.data() + done, text.size() - done);
+    if (n < 0 && errno != EINTR) error = errno;
+    if (n > 0) done += static_cast<size_t>(n);
+  }
+  if (error == 0 && ::fsync(fd) != 0) error = errno;
+  if (::close(fd) != 0 && error == 0) error = errno;
+  if (error == 0 && ::rename(temporary.c_str(), name.c_str()) != 0) error = errno;
+  if (error != 0) {
+    ::unlink(temporary.c_str());
+    return Io(path, "cannot write its note", error);
+  }
+  return {};
+}
+
+}  // namespace
+
+std::string FormatStoreNote(const StoreNote& note) {
+  std::ostringstream out;
+  out << kFirstLine << "\nstore " << note.store_version << "\nformat " << note.identity.format_version << "\ndtype "
+      << OneLine(note.identity.dtype) << "\nlayout " << OneLine(note.identity.layout) << "\nmodel "
+      << Hex(note.identity.model) << "\nmodel_name " << OneLine(note.identity.model_name) << "\nchunk_bytes "
+      << note.chunk_bytes << "\n";
+  return out.str();
+}
+
+Result<StoreNote> ParseStoreNote(std::string_view text) {
+  const auto take = [&](std::string_view label) -> Result<std::string> {
+    const size_t end = text.find('\n');
+    if (end == std::string_view::npos || !text.starts_with(label)) {
+      return {StatusCode::kCorrupt, "the note '" + std::string(kStoreNoteName) + "' lacks '" + std::string(label) + "'"};
+    }
+    std::string value(text.substr(label.size(), end - std::min(end, label.size())));
+    text.remove_prefix(end + 1);
+    return value;
+  };
+  StoreNote note;
+  PREHOC_ASSIGN_OR_RETURN(const std::string rest, take(kFirstLine));
+  PREHOC_ASSIGN_OR_RETURN(const std::string store, take("store "));
+  PREHOC_ASSIGN_OR_RETURN(const std::string format, take("format "));
+  PREHOC_ASSIGN_OR_RETURN(note.identity.dtype, take("dtype "));
+  PREHOC_ASSIGN_OR_RETURN(note.identity.layout, take("layout "));
+  PREHOC_ASSIGN_OR_RETURN(const std::string model, take("model "));
+  PREHOC_ASSIGN_OR_RETURN(note.identity.model_name, take("model_name "));
+  PREHOC_ASSIGN_OR_RETURN(const std::string chunk, take("chunk_bytes "));
+  if (!rest.empty() || !ParseInt(store, &note.store_version) || !ParseInt(format, &note.identity.format_version) ||
+      !ParseHex(model, &note.identity.model) || !ParseInt(chunk, &note.chunk_bytes)) {
+    return {StatusCode::kCorrupt, "the note '" + std::string(kStoreNoteName) + "' has a malformed value"};
+  }
+  return note;
+}
+
+Status CheckStoreNote(const StoreNote& found, const StoreNote& wanted) {
+  const auto differs = [](const char* what, const std::string& was, const std::string& is) {
+    return Status(StatusCode::kInvalid, std::string("was made for ") + what + " " + was + ", not " + is +
+                                            "; use another directory, or delete this one");
+  };
+  if (found.store_version != wanted.store_version) {
+    return differs("store version", std::to_string(found.store_version), std::to_string(wanted.store_version));
+  }
+  if (found.identity.format_version != wanted.identity.format_version) {
+    return differs("format version", std::to_string(found.identity.format_version),
+                   std::to_string(wanted.identity.format_version));
+  }
+  if (found.identity.dtype != OneLine(wanted.identity.dtype)) {
+    return differs("dtype", found.identity.dtype, wanted.identity.dtype);
+  }
+  if (found.identity.layout != OneLine(wanted.identity.layout)) {
+    return differs("layout", found.identity.layout, wanted.identity.layout);
+  }
+  if (found.identity.model != wanted.identity.model) {
+    const auto name = [](const StoreIdentity& identity) {
+      return "'" + identity.model_name + "' (" + Hex(identity.model).substr(0, 16) + ")";
+    };
+    return differs("model", name(found.identity), name(wanted.identity));
+  }
+  if (found.chunk_bytes != wanted.chunk_bytes) {
+    return differs("chunk_bytes", std::to_string(found.chunk_bytes), std::to_string(wanted.chunk_bytes));
+  }
+  return {};
+}
+
+Status PrepareStoreDirectory(const std::string& path, const StoreNote& wanted, bool create_if_missing, bool read_only) {
+  struct stat info {};
+  if (::stat(path.c_str(), &info) != 0) {
+    if (errno != ENOENT) return Io(path, "cannot look at it", errno);
+    if (!create_if_missing || read_only) {
+      return {StatusCode::kNotFound, "store " + path + ": no such directory"};
+    }
+    PREHOC_RETURN_IF_ERROR(MakeDirectories(path));
+  } else if (!S_ISDIR(info.st_mode)) {
+    return {StatusCode::kInvalid, "store " + path + ": is not a directory"};
+  }
+  std::ifstream file(path + "/" + kStoreNoteName, std::ios::binary);
+  if (file) {
+    std::stringstream text;
+    text << file.rdbuf();
+    auto found = ParseStoreNote(text.str());
+    if (!found.ok()) return found.status().WithContext("store " + path);
+    PREHOC_RETURN_IF_ERROR(CheckStoreNote(*found, wanted).WithContext("store " + path));
+    if (!read_only && ::access(path.c_str(), W_OK) != 0) {
+      return {StatusCode::kIoError,
+              "store " + path + ": is not writable (" + std::strerror(errno) + "); open it with read_only"};
+    }
+    return {};
+  }
+  std::error_code error;
+  for (const fs::directory_entry& entry : fs::directory_iterator(path, error)) {
+    const std::string name = entry.path().filename().string();
+    if (name == std::string(kStoreNoteName) + ".tmp") continue;  // a crash while the note was written
+    return {StatusCode::kInvalid, "store " + path + ": holds other files (such as '" + name + "') and no '" +
+                                      kStoreNoteName + "'; give an empty directory, or one that does not exist"};
+  }
+  if (error) return Io(path, "cannot list it", error.value());
+  if (read_only || !create_if_missing) {
+    return {StatusCode::kNotFound, "store " + path + ": is empty, there is nothing to open"};
+  }
+  if (::chmod(path.c_str(), 0700) != 0) return Io(path, "cannot take it for ourselves", errno);
+  return WriteNote(path, FormatStoreNote(wanted));
+}
+
+void RestrictFiles(const std::string& path) {
+  std::error_code error;
+  for (const fs::directory_entry& entry : fs::directory_iterator(path, error)) {
+    if (entry.is_regular_file(error)) ::chmod(entry.path().c_str(), 0600);
+  }
+}
+
+}  // namespace prehoc

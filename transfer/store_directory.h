@@ -1,0 +1,32 @@
+// The directory of a disk store: who may read it, and the note in it that says what it was made for.
+#pragma once
+#include <string>
+#include <string_view>
+
+#include "base/result.h"
+#include "transfer/chunk_store.h"
+
+namespace prehoc {
+
+inline constexpr char kStoreNoteName[] = "prehoc-store";
+inline constexpr int kStoreVersion = 1;  // key schema and file properties; see docs/formats.md
+
+struct StoreNote {
+  int store_version = kStoreVersion;
+  StoreIdentity identity;
+  size_t chunk_bytes = 0;
+};
+std::string FormatStoreNote(const StoreNote& note);
+// kCorrupt for anything that FormatStoreNote() would not write.
+Result<StoreNote> ParseStoreNote(std::string_view text);
+// OK if `found` may be opened as `wanted`; otherwise kInvalid with both values.
+Status CheckStoreNote(const StoreNote& found, const StoreNote& wanted);
+
+// Makes `path` ready: creates it (0700) and its note (0600), or checks the note that is there. Writes nothing if
+// `read_only`. Codes as RocksDbStore::Open().
+Status PrepareStoreDirectory(const std::string& path, const StoreNote& wanted, bool create_if_missing, bool read_only);
+
+// Takes access from group and others, for the directory's files. Best effort: 0700 on the directory holds anyway.
+void RestrictFiles(const std::string& path);
+
+}  // namespace prehoc
