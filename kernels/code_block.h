@@ -1,0 +1,55 @@
+// How a code block lies in memory (METHODS 1.12): low-bit codes of K, per channel over a group of tokens. The same for
+// every CPU backend, so that blocks written by one can be read by another.
+//
+//   lo   [head_dim] fp16    k[t, c] ~ lo[c] + code[t, c] * step[c]
+//   step [head_dim] fp16    >= 0; both rounded so that every k of the group is within step / 2 of its decoded value
+//   norm [group_tokens] fp16, only with error_norms: |k[t] - decoded[t]|, rounded up
+//   pages [group_tokens / 16], each [head_dim * 16 * bits / 8] bytes
+//
+// A page is made of planes of 64 bytes: byte 4 * t + j belongs to token t (0..15) of the page and to channel 4 * quad + j
+// (j = 0..3) of several quads, one bit field each, lowest first. So a 32-bit lane holds four neighbouring channels of one
+// token: multiply-add instructions that sum four bytes need no shuffle, and sixteen tokens fill a vector.
+//
+//   bits 8: a plane holds 1 quad;   bits 4: 2 quads (low nibble first);   bits 2: 4 quads (low pair first)
+//   bits 3: the low two bits of all channels as for bits 2, then the high bit of all channels in planes of 8 quads
+//           (head_dim is rounded up to 32 there; unused bits are zero)
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/function_table.h"
+
+namespace prehoc {
+
+inline constexpr int32_t kCodePageTokens = 16;
+
+constexpr bool IsCodeFormat(const CodeFormat& format, int32_t head_dim) {
+  const bool bits = format.bits == 2 || format.bits == 3 || format.bits == 4 || format.bits == 8;
+  const bool group = format.group_tokens == 16 || format.group_tokens == 64;
+  return bits && group && head_dim >= 16 && head_dim <= 256 && head_dim % 16 == 0;
+}
+
+// Offsets within a block [bytes]. Requires IsCodeFormat().
+struct CodeBlockLayout {
+  size_t step = 0, norm = 0, pages = 0;  // lo is at 0; norm == pages without error_norms
+  size_t page_bytes = 0;
+  size_t bytes = 0;  // of the block
+};
+constexpr CodeBlockLayout LayoutOf(const CodeFormat& format, int32_t head_dim) {
+  const auto d = static_cast<size_t>(head_dim);
+  CodeBlockLayout layout;
+  layout.step = 2 * d;
+  layout.norm = 4 * d;
+  layout.pages = layout.norm + (format.error_norms ? size_t{2} * static_cast<size_t>(format.group_tokens) : 0);
+  const size_t two_bits = d * 4;  // 16 tokens * head_dim * 2 / 8
+  switch (format.bits) {
+    case 2: layout.page_bytes = two_bits; break;
+    case 3: layout.page_bytes = two_bits + (d + 31) / 32 * 64; break;
+    case 4: layout.page_bytes = d * 8; break;
+    default: layout.page_bytes = d * 16; break;
+  }
+  layout.bytes = layout.pages + layout.page_bytes * static_cast<size_t>(format.group_tokens / kCodePageTokens);
+  return layout;
+}
+
+}  // namespace prehoc
