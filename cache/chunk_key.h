@@ -1,0 +1,48 @@
+// Keys of persisted chunks: a chain of SHA-256 over everything that decides the bytes. See docs/formats.md.
+//
+//   root     = SHA-256("prehoc chunk key 1", salt, model, dtype, layout, method)     each part preceded by its length
+//   chain[0] = SHA-256(root, tokens of chunk 0),   chain[i] = SHA-256(chain[i - 1], tokens of chunk i)
+#pragma once
+#include <array>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/geometry.h"
+#include "base/ids.h"
+#include "transfer/chunk_store.h"
+
+namespace prehoc {
+
+using ChainHash = std::array<uint8_t, 32>;
+
+struct ChunkKeyRoot {
+  std::string_view tenant_salt;
+  std::array<uint8_t, 32> model{};
+  std::string_view dtype;
+  std::string_view layout;
+  std::string_view method;  // Selector::MethodTag(): how prefill changed K and V; empty when dense
+};
+
+// Grows chunk by chunk with a sequence.
+class ChunkKeyChain {
+ public:
+  explicit ChunkKeyChain(const ChunkKeyRoot& root);
+
+  // Adds one whole chunk. `branch` is for chunks whose bytes depend on more than the tokens (rows written under sparse
+  // attention): it takes part in this hash and so in all that follow. Empty for others.
+  void Append(std::span<const int32_t> tokens, std::string_view branch = {});
+  int64_t size() const { return static_cast<int64_t>(chain_.size()); }
+  ChunkKey Key(ChunkIndex chunk, LayerId layer) const;  // requires chunk < size()
+
+ private:
+  ChainHash root_;
+  std::vector<ChainHash> chain_;
+};
+
+// The hashes of all whole chunks of `tokens`.
+ChunkKeyChain ChainOf(const ChunkKeyRoot& root, std::span<const int32_t> tokens, int32_t chunk_tokens);
+
+}  // namespace prehoc

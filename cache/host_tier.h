@@ -1,0 +1,115 @@
+// The blocks of all sequences: in the host arena, in the store, or in both; shared by key. Knows nothing of attention.
+//
+//   NewTail() --> tail (private, written to) --Seal(key)--> host <--> host and store <--> store only
+//                                                             |            (written behind; evicted; loaded by Pin)
+//                                                             +--> lost: no tier has it any more; Seal() of the same key heals it
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+
+#include "base/clock.h"
+#include "base/counters.h"
+#include "base/executor.h"
+#include "base/ids.h"
+#include "base/result.h"
+#include "transfer/chunk_store.h"
+#include "transfer/host_arena.h"
+
+namespace prehoc {
+
+// One chunk of one layer. Whoever holds a BlockRef keeps the block known; a block that nobody holds stays for prefix
+// reuse until its memory is wanted.
+class Block;
+using BlockRef = std::shared_ptr<Block>;
+
+enum class BlockState : uint8_t { kTail, kHost, kStoreOnly, kLost };
+
+// What a use says about the next one: a streamed block will not be wanted before all others of its kind (one layer
+// after the other, over and over), so it is the first to go; a kept one goes when it has not been used for longest.
+enum class BlockUse : uint8_t { kStream, kKeep };
+
+// The block's bytes stay in host memory, where they are, while this lives. Moves, does not copy. Dies before the tier.
+class [[nodiscard]] BlockPin {
+ public:
+  BlockPin() = default;
+  BlockPin(BlockPin&& other) noexcept;
+  BlockPin& operator=(BlockPin&& other) noexcept;
+  ~BlockPin();
+
+  explicit operator bool() const { return block_ != nullptr; }
+  std::span<std::byte> bytes() const { return bytes_; }  // [block_bytes]; written to only while the block is a tail
+  bool loaded() const { return loaded_; }                // this pin brought the bytes from the store
+
+ private:
+  friend class HostTier;
+  class HostTier* tier_ = nullptr;
+  BlockRef block_;
+  std::span<std::byte> bytes_;
+  BlockUse use_ = BlockUse::kKeep;
+  bool loaded_ = false;
+};
+
+// Safe from any thread. Outlives its pins and refs.
+class HostTier {
+ public:
+  struct Options {
+    size_t block_bytes = 0;         // required
+    uint64_t budget = 0;            // [bytes] of host memory, hard
+    bool huge_pages = true;
+    int32_t max_queued_writes = 64;  // write-behind jobs under way; beyond it a block waits for its eviction or for Flush()
+    Status Validate() const;
+  };
+  // `executor` touches memory; `background` runs the write-behind (and may be the same); `store` may be null. All
+  // outlive the tier.
+  static Result<std::unique_ptr<HostTier>> Create(const Options& options, Executor* executor, Executor* background,
+                                                  ChunkStore* store);
+  ~HostTier();  // waits for write-behind under way
+
+  // A zeroed private block. It stays in host memory until it is sealed or let go.
+  // kOutOfSpace: everything else is pinned, or cannot be evicted because no store takes it; says which.
+  Result<BlockRef> NewTail();
+
+  // The tail is whole: from now on it is immutable, found by `key`, evictable and written behind. Returns the block to
+  // use from here on: `tail` itself, or the one that already has this key (then the tail's memory is given back).
+  // A lost block of this key becomes whole again, for all who hold it. Requires that nobody pins the tail.
+  BlockRef Seal(BlockRef tail, const ChunkKey& key);
+
+  // Brings the bytes into host memory if they are not there, evicting others, and keeps them there.
+  // kOutOfSpace (everything else is pinned or cannot be evicted), kIoError, kDeadline (the block stays as it is), kCorrupt or
+  // kNotFound (no tier has it: the block is lost from now on). Waits for the store. Two threads that want the same
+  // block read it once.
+  Result<BlockPin> Pin(const BlockRef& block, BlockUse use = BlockUse::kKeep);
+  // Only if it is in host memory now; never waits.
+  std::optional<BlockPin> TryPin(const BlockRef& block, BlockUse use = BlockUse::kKeep);
+
+  // The block of `key`, if host memory or the store has it (the store's word is not verified before Pin()). Reads nothing.
+  std::optional<BlockRef> Find(const ChunkKey& key);
+
+  // Loads in the background what is not in host memory, as far as blocks can be evicted for it. Errors show at Pin().
+  void Prefetch(std::span<const BlockRef> blocks);
+
+  BlockState state(const BlockRef& block) const;
+
+  // Writes everything sealed that the store does not have yet, waits for it, then flushes the store. kBusy from the
+  // store is tried again after the store's flush. Returns the first error.
+  Status Flush();
+
+  size_t block_bytes() const;
+  int64_t capacity_blocks() const;
+  int64_t used_blocks() const;
+  // host.{...of the arena, hits, loads, load_bytes, load_nanos, evicted, blocks}, write_behind.{queued,written,bytes,dropped,
+  // failed,shed}: dropped = the store would have stalled, shed = the queue was full.
+  void VisitCounters(const CounterVisitor& visit) const;
+  Status CheckInvariants() const;
+
+ private:
+  friend class BlockPin;
+  struct Impl;
+  explicit HostTier(std::unique_ptr<Impl> impl);
+  void Unpin(BlockPin* pin);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace prehoc
