@@ -1,0 +1,45 @@
+// What --help says beside the list of flags: examples first.
+#pragma once
+
+namespace prehoc::cli {
+
+inline constexpr char kProgramHelp[] = R"(Answers questions about long documents from a KV cache in tiers (device, host, disk), reading of it
+only what each step needs. Reports what that cost, and how much attention was left out.)";
+
+inline constexpr char kProgramFooter[] = R"(
+Examples
+  prehoc answer
+      ask the default model "Who killed Abel?" with 6,000 tokens of the King James text
+  prehoc answer --document notes.txt --question "When is the review?"
+      your own document, your own question
+  prehoc answer --help
+      every flag, with more examples
+  prehoc doctor
+      what this machine offers, and what of it will be used)";
+
+inline constexpr char kAnswerFooter[] = R"(
+Examples
+  prehoc answer --document notes.txt --question "When is the review?"
+      reads the whole document, up to 6,000 tokens of it, and answers
+  prehoc answer --model smollm2-128k --context 30000 --store /var/tmp/kv
+      keeps the KV cache on disk; the second run restores it instead of computing it
+  prehoc answer --budget 1/32 --max-dropped-mass 0.05
+      1/32 of the positions a step, more for a head whose dropped attention mass may exceed 5 %
+  prehoc answer --selector cis --set cis.tau=0.7 --compare dense
+      another method, and what it changes against dense attention
+  prehoc answer --device-budget 40MiB --host-budget 64MiB --store /var/tmp/kv --json run.json
+      tight budgets: KV moves down a tier and is fetched back; all figures in run.json
+  prehoc answer --selector cpe --show-knobs
+      every knob of a method with its value; change them with --set
+
+Sizes are 64MiB, 1.5GB or plain bytes. Exit code: 0 done, 1 something failed, 2 the command line is
+wrong, 130 stopped with Ctrl-C (what is whole has been stored). docs/cli.md has the rest.)";
+
+inline constexpr char kDoctorFooter[] = R"(
+Examples
+  prehoc doctor
+      writes and reads 256 MiB beside the cache directory to measure the disk
+  prehoc doctor --store /mnt/nvme/kv --test-size 1GiB
+      measures the disk that a store would use)";
+
+}  // namespace prehoc::cli

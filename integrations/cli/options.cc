@@ -1,0 +1,330 @@
+#include "integrations/cli/options.h"
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <charconv>
+#include <optional>
+#include <utility>
+
+#include "base/units.h"
+#include "integrations/cli/exit_code.h"
+#include "integrations/cli/help_text.h"
+#include "integrations/cli/nearest.h"
+#include "integrations/cli/version.h"
+
+namespace prehoc::cli {
+namespace {
+
+// Values as typed. CLI11 only cuts the line into flags; reading values here gives every error the same shape.
+struct RawAnswer {
+  std::string model, lora, document, context, question, max_new_tokens;
+  std::string selector, budget, max_dropped_mass, codes, audit_every;
+  std::vector<std::string> set;
+  std::string device_budget, host_budget, store, store_budget, tenant;
+  std::string threads, kernels, compare, json;
+  bool show_knobs = false;
+};
+struct RawDoctor {
+  std::string store, test_size;
+};
+
+struct Flags {
+  const CLI::App* app;
+  bool Given(const char* flag) const { return app->get_option(flag)->count() > 0; }
+};
+
+CLI::Option* AddText(CLI::App& app, const char* flag, std::string& value, const char* type, std::string help,
+                     const char* group) {
+  return app.add_option(flag, value, std::move(help))->type_name(type)->group(group);
+}
+
+void AddAnswerFlags(CLI::App& app, RawAnswer& raw) {
+  const char* what = "What to answer";
+  AddText(app, "--model", raw.model, "NAME|FILE|DIR",
+          "smollm2-135m (default), smollm2-128k, a .gguf file or a Hugging Face directory", what);
+  AddText(app, "--lora", raw.lora, "DIR", "PEFT adapter, merged when the model is loaded", what);
+  AddText(app, "--document", raw.document, "FILE", "UTF-8 text; default: the King James text", what);
+  AddText(app, "--context", raw.context, "N", "tokens of the document, from its start; default 6000 or all of it", what);
+  AddText(app, "--question", raw.question, "TEXT", "default: \"Who killed Abel?\"", what);
+  AddText(app, "--max-new-tokens", raw.max_new_tokens, "N", "at most so many tokens of answer; default 128", what);
+
+  const char* method = "How positions are chosen";
+  AddText(app, "--selector", raw.selector, "NAME",
+          "tc (two clocks, default), cis, psaw, etf, cpe, sc, oracle, window, dense", method);
+  AddText(app, "--budget", raw.budget, "B",
+          "positions per KV head and step: 1/16 (default), 512, mass(0.95), mass(0.95,cap=1/8)", method);
+  AddText(app, "--max-dropped-mass", raw.max_dropped_mass, "X",
+          "widen each head's set until at most this share of its attention is provably left out", method);
+  app.add_option("--set", raw.set, "any knob of the selector, such as tc.tau=0.7; may be repeated")
+      ->type_name("KNOB=VALUE")->group(method)->allow_extra_args(false);
+  app.add_flag("--show-knobs", raw.show_knobs, "print the selector's knobs with their values, and stop")->group(method);
+  AddText(app, "--codes", raw.codes, "BITS/TOKENS", "index codes: 2, 3, 4 or 8 bits over 16 or 64 tokens, "
+          "+norms for tighter bounds; default 4/64", method);
+  AddText(app, "--audit-every", raw.audit_every, "N",
+          "steps between audits of the dropped mass with exact scores; default 64, 0 = never", method);
+
+  const char* tiers = "Where the KV cache lies";
+  AddText(app, "--device-budget", raw.device_budget, "SIZE", "default 256MiB", tiers);
+  AddText(app, "--host-budget", raw.host_budget, "SIZE", "default 1GiB", tiers);
+  AddText(app, "--store", raw.store, "DIR", "disk tier, kept between runs; default: none", tiers);
+  AddText(app, "--store-budget", raw.store_budget, "SIZE", "default 8GiB", tiers);
+  AddText(app, "--tenant", raw.tenant, "TEXT", "what was stored under one tenant is never used for another", tiers);
+
+  const char* run = "How it runs";
+  AddText(app, "--threads", raw.threads, "N", "default: one per CPU", run);
+  AddText(app, "--kernels", raw.kernels, "NAME", "reference, avx2 or avx512; default: the fastest that runs here", run);
+  AddText(app, "--compare", raw.compare, "dense", "run dense attention too, and compare", run);
+  AddText(app, "--json", raw.json, "FILE", "write all figures there", run);
+}
+
+void AddDoctorFlags(CLI::App& app, RawDoctor& raw) {
+  AddText(app, "--store", raw.store, "DIR", "directory whose disk is measured; default: the cache directory", "Flags");
+  AddText(app, "--test-size", raw.test_size, "SIZE", "bytes written and read to measure it; default 256MiB", "Flags");
+}
+
+// --- values -----------------------------------------------------------------------------------------------------
+
+Status Bad(std::string_view flag, std::string_view value, std::string_view accepted) {
+  constexpr size_t kShown = 60;
+  std::string shown(value.substr(0, kShown));
+  if (value.size() > kShown) shown += "...";
+  return UsageError(std::string(flag) + " \"" + shown + "\": give " + std::string(accepted));
+}
+
+// Leaves `out` alone if the flag was not given.
+template <class T>
+Status ReadWhole(const Flags& flags, const char* flag, const std::string& text, T least, T most, T* out) {
+  if (!flags.Given(flag)) return {};
+  T value{};
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size() || value < least || value > most) {
+    return Bad(flag, text, "a whole number from " + std::to_string(least) + " to " + std::to_string(most));
+  }
+  *out = value;
+  return {};
+}
+
+Status ReadBytes(const Flags& flags, const char* flag, const std::string& text, uint64_t least, uint64_t* out) {
+  if (!flags.Given(flag)) return {};
+  const Result<uint64_t> value = ParseBytes(text);
+  if (!value.ok()) return Bad(flag, text, "a size such as 64MiB, 1.5GB or 1048576");
+  if (*value < least) return Bad(flag, text, "at least " + FormatBytes(static_cast<double>(least)));
+  *out = *value;
+  return {};
+}
+
+Status ReadText(const Flags& flags, const char* flag, const std::string& text, std::string* out) {
+  if (!flags.Given(flag)) return {};
+  if (text.empty()) return UsageError(std::string(flag) + " is empty: give a value, or leave the flag out");
+  *out = text;
+  return {};
+}
+
+// True if the selector's kind looks at `knob`.
+bool UsesKnob(const SelectorOptions& options, std::string_view knob) {
+  const std::vector<std::string> used = options.Describe();
+  return std::any_of(used.begin(), used.end(), [&](const std::string& line) {
+    return line.size() > knob.size() && line.starts_with(knob) && line[knob.size()] == '=';
+  });
+}
+
+Status SetKnob(const std::string& flag, std::string_view knob, std::string_view value, SelectorOptions* options) {
+  const Status status = options->Set(knob, value);
+  if (!status.ok()) return UsageError(flag + ": " + status.message());
+  if (UsesKnob(*options, knob)) return {};
+  return UsageError(flag + ": the selector " + std::string(SelectorKindName(options->kind)) + " does not use " +
+                    std::string(knob) + "; leave it out, or choose another with --selector");
+}
+
+Status ReadSelector(const Flags& flags, const RawAnswer& raw, SelectorOptions* options) {
+  if (flags.Given("--selector")) {
+    const Result<SelectorKind> kind = ParseSelectorKind(raw.selector);
+    if (!kind.ok()) return UsageError("--selector: " + kind.status().message());
+    options->kind = *kind;
+  }
+  if (flags.Given("--budget")) PREHOC_RETURN_IF_ERROR(SetKnob("--budget", "budget", raw.budget, options));
+  if (flags.Given("--max-dropped-mass")) {
+    PREHOC_RETURN_IF_ERROR(SetKnob("--max-dropped-mass", "max_dropped_mass", raw.max_dropped_mass, options));
+  }
+  for (const std::string& assignment : raw.set) {
+    const size_t equals = assignment.find('=');
+    if (equals == std::string::npos) return Bad("--set", assignment, "KNOB=VALUE, such as tc.tau=0.7");
+    const std::string knob = assignment.substr(0, equals);
+    if (knob == "selector") return UsageError("--set selector: choose it with --selector");
+    PREHOC_RETURN_IF_ERROR(SetKnob("--set", knob, std::string_view(assignment).substr(equals + 1), options));
+  }
+  const Status valid = options->Validate();
+  return valid.ok() ? valid : UsageError("--selector " + std::string(SelectorKindName(options->kind)) + ": " + valid.message());
+}
+
+Status ReadKernels(const Flags& flags, const RawAnswer& raw, AnswerOptions* options) {
+  if (!flags.Given("--kernels")) return {};
+  constexpr std::string_view kNames[] = {"reference", "avx2", "avx512"};
+  if (std::find(std::begin(kNames), std::end(kNames), raw.kernels) == std::end(kNames)) {
+    return Bad("--kernels", raw.kernels, "reference, avx2 or avx512");
+  }
+  options->kernels = raw.kernels;
+  return {};
+}
+
+Result<AnswerOptions> ReadAnswer(const Flags& flags, const RawAnswer& raw) {
+  AnswerOptions options;
+  PREHOC_RETURN_IF_ERROR(ReadText(flags, "--model", raw.model, &options.model));
+  PREHOC_RETURN_IF_ERROR(ReadText(flags, "--lora", raw.lora, &options.lora));
+  PREHOC_RETURN_IF_ERROR(ReadText(flags, "--document", raw.document, &options.document));
+  PREHOC_RETURN_IF_ERROR(ReadText(flags, "--question", raw.question, &options.question));
+  PREHOC_RETURN_IF_ERROR(ReadText(flags, "--store", raw.store, &options.store));
+  PREHOC_RETURN_IF_ERROR(ReadText(flags, "--tenant", raw.tenant, &options.tenant));
+  PREHOC_RETURN_IF_ERROR(ReadText(flags, "--json", raw.json, &options.json));
+  constexpr int64_t kMostTokens = int64_t{1} << 30;
+  PREHOC_RETURN_IF_ERROR(ReadWhole<int64_t>(flags, "--context", raw.context, 1, kMostTokens, &options.context));
+  PREHOC_RETURN_IF_ERROR(
+      ReadWhole<int64_t>(flags, "--max-new-tokens", raw.max_new_tokens, 1, kMostTokens, &options.max_new_tokens));
+  PREHOC_RETURN_IF_ERROR(ReadWhole<int64_t>(flags, "--audit-every", raw.audit_every, 0, kMostTokens, &options.audit_every));
+  PREHOC_RETURN_IF_ERROR(ReadWhole<int>(flags, "--threads", raw.threads, 1, 1024, &options.threads));
+  PREHOC_RETURN_IF_ERROR(ReadBytes(flags, "--device-budget", raw.device_budget, kMiB, &options.device_budget));
+  PREHOC_RETURN_IF_ERROR(ReadBytes(flags, "--host-budget", raw.host_budget, kMiB, &options.host_budget));
+  PREHOC_RETURN_IF_ERROR(ReadBytes(flags, "--store-budget", raw.store_budget, 16 * kMiB, &options.store_budget));
+  PREHOC_RETURN_IF_ERROR(ReadSelector(flags, raw, &options.selector));
+  PREHOC_RETURN_IF_ERROR(ReadKernels(flags, raw, &options));
+  if (flags.Given("--codes")) {
+    const Result<CodeFormat> codes = ParseCodes(raw.codes);
+    if (!codes.ok()) return codes.status();
+    options.codes = *codes;
+  }
+  if (flags.Given("--compare")) {
+    if (raw.compare != "dense") return Bad("--compare", raw.compare, "dense");
+    options.compare_dense = true;
+  }
+  if (options.store.empty() && (flags.Given("--store-budget"))) {
+    return UsageError("--store-budget: there is no disk tier; name its directory with --store DIR");
+  }
+  return options;
+}
+
+Result<DoctorOptions> ReadDoctor(const Flags& flags, const RawDoctor& raw) {
+  DoctorOptions options;
+  PREHOC_RETURN_IF_ERROR(ReadText(flags, "--store", raw.store, &options.store));
+  PREHOC_RETURN_IF_ERROR(ReadBytes(flags, "--test-size", raw.test_size, kMiB, &options.test_bytes));
+  return options;
+}
+
+std::string KnobsText(const SelectorOptions& options) {
+  std::string text;
+  for (const std::string& line : options.Describe()) text += line + "\n";
+  return text;
+}
+
+// --- errors of the line itself ---------------------------------------------------------------------------------
+
+std::vector<std::string> FlagNames(const CLI::App& app) {
+  std::vector<std::string> names;
+  for (const CLI::Option* option : app.get_options()) names.push_back(option->get_name());
+  return names;
+}
+
+Status UnknownArgument(const CLI::App& app, const std::string& argument) {
+  const std::string help = "; see " + (app.get_parent() ? "prehoc " + app.get_name() : std::string("prehoc")) + " --help";
+  if (!argument.starts_with("-")) {
+    const std::vector<std::string> commands = {"answer", "doctor"};
+    if (app.get_parent()) return UsageError("unexpected argument \"" + argument + "\": values follow their flag" + help);
+    return UsageError("unknown command \"" + argument + "\": did you mean " + std::string(Nearest(argument, commands)) + "?" + help);
+  }
+  const std::string flag = argument.substr(0, argument.find('='));
+  return UsageError("unknown flag " + flag + ": did you mean " + std::string(Nearest(flag, FlagNames(app))) + "?" + help);
+}
+
+std::string OneLine(std::string text) {
+  std::replace(text.begin(), text.end(), '\n', ' ');
+  while (!text.empty() && text.back() == ' ') text.pop_back();
+  return text;
+}
+
+}  // namespace
+
+Result<CodeFormat> ParseCodes(std::string_view text) {
+  constexpr std::string_view kNorms = "+norms";
+  CodeFormat format;
+  std::string_view rest = text;
+  if (rest.ends_with(kNorms)) {
+    format.error_norms = true;
+    rest.remove_suffix(kNorms.size());
+  }
+  for (const int bits : {2, 3, 4, 8}) {
+    for (const int tokens : {16, 64}) {
+      if (rest != std::to_string(bits) + "/" + std::to_string(tokens)) continue;
+      format.bits = bits;
+      format.group_tokens = tokens;
+      return format;
+    }
+  }
+  return Bad("--codes", text, "2, 3, 4 or 8 bits over 16 or 64 tokens, such as 4/64 or 8/16+norms");
+}
+
+std::string CodesToString(const CodeFormat& format) {
+  return std::to_string(format.bits) + "/" + std::to_string(format.group_tokens) + (format.error_norms ? "+norms" : "");
+}
+
+Status CheckAnswerOptions(const AnswerOptions& options, uint64_t memory_bytes) {
+  if (memory_bytes == 0) return {};
+  const std::string memory = FormatBytes(static_cast<double>(memory_bytes));
+  const auto check = [&](const char* flag, uint64_t budget) -> Status {
+    if (budget <= memory_bytes) return {};
+    return UsageError(std::string(flag) + " " + FormatBytes(static_cast<double>(budget)) +
+                      ": this machine has " + memory + " of memory; give less");
+  };
+  PREHOC_RETURN_IF_ERROR(check("--device-budget", options.device_budget));
+  PREHOC_RETURN_IF_ERROR(check("--host-budget", options.host_budget));
+  if (options.device_budget + options.host_budget <= memory_bytes) return {};
+  return UsageError("--device-budget and --host-budget together: this machine has " + memory +
+                    " of memory, and both lie in it on a CPU; give less to one of them");
+}
+
+Result<Command> ParseCommandLine(std::span<const std::string> args) {
+  CLI::App app(kProgramHelp, "prehoc");
+  app.footer(kProgramFooter);
+  app.set_version_flag("--version", std::string("prehoc ") + kVersion, "print the version and stop");
+  app.allow_extras();
+  app.require_subcommand(0, 1);
+  RawAnswer raw_answer;
+  CLI::App* answer = app.add_subcommand("answer", "Answer a question about a document");
+  answer->footer(kAnswerFooter);
+  answer->allow_extras();
+  AddAnswerFlags(*answer, raw_answer);
+  RawDoctor raw_doctor;
+  CLI::App* doctor = app.add_subcommand("doctor", "Show what this machine offers, and what will be used and why");
+  doctor->footer(kDoctorFooter);
+  doctor->allow_extras();
+  AddDoctorFlags(*doctor, raw_doctor);
+
+  Command command;
+  try {
+    app.parse(std::vector<std::string>(args.rbegin(), args.rend()));  // CLI11 takes them in reverse
+  } catch (const CLI::CallForVersion& version) {
+    command.text = std::string(version.what()) + "\n";
+    return command;
+  } catch (const CLI::CallForHelp&) {
+    command.text = answer->parsed() ? answer->help() : doctor->parsed() ? doctor->help() : app.help();
+    return command;
+  } catch (const CLI::ParseError& error) {
+    return UsageError(OneLine(error.what()) + "; see prehoc --help");
+  }
+  for (const CLI::App* part : std::initializer_list<const CLI::App*>{&app, answer, doctor}) {
+    const std::vector<std::string> extras = part->remaining();
+    if (!extras.empty()) return UnknownArgument(*part, extras.front());
+  }
+  if (answer->parsed()) {
+    PREHOC_ASSIGN_OR_RETURN(command.answer, ReadAnswer({answer}, raw_answer));
+    command.kind = raw_answer.show_knobs ? CommandKind::kPrintText : CommandKind::kAnswer;
+    if (raw_answer.show_knobs) command.text = KnobsText(command.answer.selector);
+    return command;
+  }
+  if (doctor->parsed()) {
+    PREHOC_ASSIGN_OR_RETURN(command.doctor, ReadDoctor({doctor}, raw_doctor));
+    command.kind = CommandKind::kDoctor;
+    return command;
+  }
+  return UsageError("no command: give answer or doctor; see prehoc --help");
+}
+
+}  // namespace prehoc::cli

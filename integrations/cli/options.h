@@ -1,0 +1,64 @@
+// The command line as data: read by ParseCommandLine(), checked as far as it can be without opening a file.
+#pragma once
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/result.h"
+#include "kernels/function_table.h"
+#include "selector/options.h"
+
+namespace prehoc::cli {
+
+inline constexpr int64_t kDefaultContext = 6000;
+inline constexpr std::string_view kDefaultModel = "smollm2-135m";
+inline constexpr std::string_view kDefaultQuestion = "Who killed Abel?";
+
+struct AnswerOptions {
+  std::string model = std::string(kDefaultModel);  // a name, a .gguf file or a directory
+  std::string lora;
+  std::string document;        // empty = the King James text that scripts/fetch_document.sh writes
+  int64_t context = 0;         // tokens of the document, from its start; 0 = kDefaultContext or what there is
+  std::string question = std::string(kDefaultQuestion);
+  int64_t max_new_tokens = 128;
+  SelectorOptions selector;
+  CodeFormat codes;
+  int64_t audit_every = 64;
+  uint64_t device_budget = uint64_t{256} << 20;
+  uint64_t host_budget = uint64_t{1} << 30;
+  std::string store;           // directory of the disk tier; empty = none
+  uint64_t store_budget = uint64_t{8} << 30;
+  std::string tenant;
+  int threads = 0;             // 0 = one per CPU
+  std::string kernels;         // empty = the fastest that this CPU runs
+  bool compare_dense = false;
+  std::string json;            // file; empty = none
+};
+
+struct DoctorOptions {
+  std::string store;  // directory whose disk is measured; empty = the cache directory
+  uint64_t test_bytes = uint64_t{256} << 20;
+};
+
+enum class CommandKind { kPrintText, kAnswer, kDoctor };
+
+struct Command {
+  CommandKind kind = CommandKind::kPrintText;
+  std::string text;  // kPrintText: help, version or the knobs; for stdout
+  AnswerOptions answer;
+  DoctorOptions doctor;
+};
+
+// `args` without the program's name. kInvalid: one line that names the flag, what was wrong and what to do.
+Result<Command> ParseCommandLine(std::span<const std::string> args);
+
+// Memory and combinations: what one flag alone cannot know. `memory_bytes` of the machine, 0 = unknown.
+Status CheckAnswerOptions(const AnswerOptions& options, uint64_t memory_bytes);
+
+// "4/64", "2/16+norms": bits, tokens of a group, error norms. kInvalid with what is accepted.
+Result<CodeFormat> ParseCodes(std::string_view text);
+std::string CodesToString(const CodeFormat& format);
+
+}  // namespace prehoc::cli
