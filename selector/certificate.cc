@@ -73,7 +73,7 @@ double DroppedLseBound(std::span<const double> lse_dropped, std::span<const KeyB
 }
 
 double DroppedMassBound(double lse_kept, double u_dropped) {
-  if (std::isnan(lse_kept) || std::isnan(u_dropped)) return 1;
+  if (std::isnan(u_dropped) || std::isnan(lse_kept) || lse_kept == kInfinity) return 1;
   if (u_dropped == -kInfinity) return 0;
   if (lse_kept == -kInfinity || u_dropped == kInfinity) return 1;
   return 1 / (1 + std::exp(lse_kept - u_dropped));

@@ -36,7 +36,7 @@ double DroppedLseBound(std::span<const double> lse_dropped, std::span<const KeyB
                        std::span<const float> anchor, std::span<const float> q);
 
 // Bound on the dropped mass, given the log-sum-exp over what the step attended: 1 / (1 + exp(lse_kept - u_dropped)).
-// 1 if an input is NaN or nothing was kept; 0 if nothing was dropped.
+// 1 if an input is NaN, a kept logit is infinite or nothing was kept; 0 if nothing was dropped.
 double DroppedMassBound(double lse_kept, double u_dropped);
 
 }  // namespace prehoc

@@ -30,6 +30,7 @@ StepRule CisRule(const SelectorOptions& options, const StepContext& context) {
   const int64_t phase = cis.stagger ? context.step + context.layer : context.step;
   rule.may_inherit = context.step > 0 && phase % cis.block != 0;
   rule.tau = cis.tau;
+  rule.gate_batch = cis.gate_batch;
   rule.pre_rope = cis.cos_stage == CisOptions::CosStage::kPreRope;
   rule.scope = cis.gate_scope;
   rule.fail = cis.fail;
@@ -37,6 +38,7 @@ StepRule CisRule(const SelectorOptions& options, const StepContext& context) {
   rule.delta_max = rule.certified ? cis.delta_max : 0;
   rule.dilate_m = cis.r > 0 ? DilatedRanks(cis.m, rule.k) : 0;
   rule.dilate_r = rule.dilate_m > 0 ? cis.r : 0;
+  rule.clip_visible = rule.dilate_m > 0 && !cis.clip_middle;
   rule.dilate_later = rule.dilate_m > 0 && !cis.anchor_dilated;
   rule.exact_budget = cis.exact_budget;
   rule.gqa_set = cis.gqa_set;

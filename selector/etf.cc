@@ -24,19 +24,30 @@ class Etf final : public Selector {
 
 void ApplyEtf(const SelectorOptions& options, int32_t layer, int32_t layers, int64_t prompt_tokens, int64_t chunk_end,
               PrefillRule* rule) {
-  const int64_t extent = options.etf.n == EtfOptions::Extent::kPrompt ? prompt_tokens : chunk_end;
-  const int64_t cut = CutByDepth(options.etf, true, layer, layers, extent);
+  const EtfOptions& etf = options.etf;
+  const DepthOptions depth = options.EtfDepth();
+  const int64_t extent = etf.n == EtfOptions::Extent::kPrompt ? prompt_tokens : chunk_end;
   // The last token is never frozen: its logits are needed.
-  rule->frozen = std::clamp<int64_t>(cut, 0, std::max<int64_t>(0, extent - 1));
-  rule->reuse_kv = options.etf.mode == EtfOptions::Mode::kReuseKv;
+  rule->frozen = std::clamp<int64_t>(CutByDepth(depth, true, layer, layers, extent), 0, std::max<int64_t>(0, extent - 1));
+  rule->reuse_kv = etf.mode == EtfOptions::Mode::kReuseKv;
+  if (!rule->reuse_kv) return;
+  // Layer l_s, the last one in which every token computes K and V (l counts from 1). There is always one: layer 1 has
+  // nothing below it to reuse, so it freezes nothing.
+  const int32_t start = std::max(0, static_cast<int32_t>(depth.l_s * layers) - 1);
+  if (layer <= start) rule->frozen = 0;
+  if (etf.reuse_from == EtfOptions::ReuseFrom::kStart) rule->reuse_layer = start;
 }
 
 std::string EtfTag(const SelectorOptions& options, int64_t prompt_tokens) {
   const EtfOptions& etf = options.etf;
   if (etf.c >= 1) return {};
-  return std::string("etf(mode=") + (etf.mode == EtfOptions::Mode::kReuseKv ? "reuse_kv" : "carry") +
-         ",c=" + PrintNumber(etf.c) + ",ls=" + PrintNumber(etf.l_s) +
-         (etf.n == EtfOptions::Extent::kPrompt ? ",T=" + std::to_string(prompt_tokens) : ",n=chunk") + ")";
+  const char* mode = "carry";
+  if (etf.mode == EtfOptions::Mode::kReuseKv) {
+    mode = etf.reuse_from == EtfOptions::ReuseFrom::kStart ? "reuse_kv_start" : "reuse_kv_last";
+  }
+  // T also with etf.n = chunk: the last piece of prefill ends there.
+  return std::string("etf(mode=") + mode + ",c=" + PrintNumber(etf.c) + ",ls=" + PrintNumber(options.EtfDepth().l_s) +
+         ",n=" + (etf.n == EtfOptions::Extent::kPrompt ? "prompt" : "chunk") + ",T=" + std::to_string(prompt_tokens) + ")";
 }
 
 std::unique_ptr<Selector> MakeEtf(const SelectorOptions& options) { return std::make_unique<Etf>(options); }

@@ -65,15 +65,16 @@ Knob Real(std::string name, Kinds kinds, std::string accepted, Field field, bool
           [=](const SelectorOptions& o) { return as_fraction ? PrintFraction(field(o)) : PrintNumber(field(o)); }};
 }
 
-// As `knob`, but the word "off" stands for the value `off`, and is printed for it.
-Knob WithOff(Knob knob, double off, double (*get)(const SelectorOptions&), void (*set)(SelectorOptions&, double)) {
-  knob.accepted += " or off";
-  knob.set = [off, set, inner = knob.set](SelectorOptions& o, std::string_view text) {
-    if (text != "off") return inner(o, text);
-    set(o, off);
+// As `knob`, but `word` stands for `value`, and is printed for it.
+Knob WithWord(std::string_view word, Knob knob, double value, double (*get)(const SelectorOptions&),
+              void (*set)(SelectorOptions&, double)) {
+  knob.accepted += " or " + std::string(word);
+  knob.set = [=, inner = knob.set](SelectorOptions& o, std::string_view text) {
+    if (text != word) return inner(o, text);
+    set(o, value);
     return true;
   };
-  knob.get = [off, get, inner = knob.get](const SelectorOptions& o) { return get(o) == off ? "off" : inner(o); };
+  knob.get = [=, inner = knob.get](const SelectorOptions& o) { return get(o) == value ? std::string(word) : inner(o); };
   return knob;
 }
 
@@ -143,24 +144,17 @@ std::vector<Knob> MakeKnobs() {
   const Words<Scorer> scorers = {{"exact", Scorer::kExact}, {"codes", Scorer::kCodes}};
   Words<Scorer> cis_scorers = scorers;
   cis_scorers.emplace_back("pages", Scorer::kPages);
-  const auto depth = [&](const std::string& name, Kinds kinds, auto field) {
-    return std::array{
-        Real(name + ".c", kinds, "a number in (0, 1]", [=](auto& o) -> auto& { return field(o).c; }, share),
-        Real(name + ".l_s", kinds, "a share of the layers in [0, 1), such as 1/2",
-             [=](auto& o) -> auto& { return field(o).l_s; }, below_one, true)};
-  };
-  const auto psaw = depth("psaw", kPsaw | kCpe, [](auto& o) -> auto& { return o.psaw; });
-  const auto etf = depth("etf", kEtf | kCpe, [](auto& o) -> auto& { return o.etf; });
+  const std::string layers = "a share of the layers in [0, 1), such as 1/2";
   return {
       Word("selector", kAll, [](auto& o) -> auto& { return o.kind; },
            Words<SelectorKind>(kKinds.begin(), kKinds.end())),
       BudgetKnob(),
       Whole("budget.sinks", kWindow | kChoosing | kPsaw, 0, [](auto& o) -> auto& { return o.budget.sinks; }, 1 << 30),
       Whole("budget.local", kWindow | kChoosing | kPsaw, 1, [](auto& o) -> auto& { return o.budget.local; }, 1 << 30),
-      WithOff(Real("max_dropped_mass", kChoosing, "a number in [0, 1]",
-                   [](auto& o) -> auto& { return o.max_dropped_mass; }, probability),
-              -1, [](const SelectorOptions& o) { return o.max_dropped_mass; },
-              [](SelectorOptions& o, double off) { o.max_dropped_mass = off; }),
+      WithWord("off", Real("max_dropped_mass", kChoosing, "a number in [0, 1]",
+                           [](auto& o) -> auto& { return o.max_dropped_mass; }, probability),
+               -1, [](const SelectorOptions& o) { return o.max_dropped_mass; },
+               [](SelectorOptions& o, double off) { o.max_dropped_mass = off; }),
       Whole("certify_every", kChoosing, 0, [](auto& o) -> auto& { return o.certify_every; }),
 
       Whole("cis.block", kCis, 1, [](auto& o) -> auto& { return o.cis.block; }),
@@ -172,6 +166,8 @@ std::vector<Knob> MakeKnobs() {
                                {"query_head", C::GateScope::kQueryHead},
                                {"group_mean", C::GateScope::kGroupMean},
                                {"layer", C::GateScope::kLayer}}),
+      Word("cis.gate_batch", kCis, [](auto& o) -> auto& { return o.cis.gate_batch; },
+           Words<bool>{{"sequence", false}, {"batch", true}}),
       Word("cis.fail", kCis, [](auto& o) -> auto& { return o.cis.fail; },
            Words<C::OnFail>{{"reselect", C::OnFail::kReselect},
                             {"reselect_once", C::OnFail::kReselectOnce},
@@ -188,6 +184,8 @@ std::vector<Knob> MakeKnobs() {
                                  {"k", C::DilateCount::kAll},
                                  {"0", C::DilateCount::kNone}}),
       Whole("cis.r", kCis, 0, [](auto& o) -> auto& { return o.cis.r; }, 64),
+      Word("cis.clip", kCis, [](auto& o) -> auto& { return o.cis.clip_middle; },
+           Words<bool>{{"middle", true}, {"visible", false}}),
       Word("cis.gqa_set", kCis, [](auto& o) -> auto& { return o.cis.gqa_set; },
            Words<C::GqaSet>{{"max_weight", C::GqaSet::kMaxWeight},
                             {"mean_weight", C::GqaSet::kMeanWeight},
@@ -209,25 +207,33 @@ std::vector<Knob> MakeKnobs() {
                            {"prefill", P::Phase::kPrefill},
                            {"decode", P::Phase::kDecode},
                            {"off", P::Phase::kOff}}),
-      psaw[0],
-      psaw[1],
+      Real("psaw.c", kPsaw | kCpe, "a number in (0, 1]", [](auto& o) -> auto& { return o.psaw.c; }, share),
+      // etf.l_s = psaw reads it too.
+      Real("psaw.l_s", kPsaw | kCpe | kEtf, layers, [](auto& o) -> auto& { return o.psaw.l_s; }, below_one, true),
       Word("psaw.keep_sink", kPsaw | kCpe, [](auto& o) -> auto& { return o.psaw.keep_sink; },
            Words<bool>{{"true", true}, {"false", false}}),
       Word("psaw.layer_base", kPsaw | kCpe, [](auto& o) -> auto& { return o.psaw.layer_base_one; },
            Words<bool>{{"1", true}, {"0", false}}),
+      Whole("psaw.round", kPsaw | kCpe, 1, [](auto& o) -> auto& { return o.psaw.round; }, 1 << 20),
+      Word("psaw.evict", kPsaw | kCpe, [](auto& o) -> auto& { return o.psaw.evict; },
+           Words<bool>{{"false", false}, {"true", true}}),
       Word("psaw.cis_filter", kCpe, [](auto& o) -> auto& { return o.psaw.filter_each_step; },
            Words<bool>{{"select", false}, {"step", true}}),
 
       Word("etf.mode", kEtf | kCpe, [](auto& o) -> auto& { return o.etf.mode; },
            Words<E::Mode>{{"carry", E::Mode::kCarry}, {"reuse_kv", E::Mode::kReuseKv}}),
-      etf[0],
-      etf[1],
+      Word("etf.reuse_from", kEtf | kCpe, [](auto& o) -> auto& { return o.etf.reuse_from; },
+           Words<E::ReuseFrom>{{"start", E::ReuseFrom::kStart}, {"last", E::ReuseFrom::kLast}}),
+      Real("etf.c", kEtf | kCpe, "a number in (0, 1]", [](auto& o) -> auto& { return o.etf.c; }, share),
+      WithWord("psaw", Real("etf.l_s", kEtf | kCpe, layers, [](auto& o) -> auto& { return o.etf.l_s; }, below_one, true),
+               E::kAsPsaw, [](const SelectorOptions& o) { return o.etf.l_s; },
+               [](SelectorOptions& o, double as_psaw) { o.etf.l_s = as_psaw; }),
       Word("etf.n", kEtf | kCpe, [](auto& o) -> auto& { return o.etf.n; },
            Words<E::Extent>{{"prompt", E::Extent::kPrompt}, {"chunk", E::Extent::kChunk}}),
 
-      WithOff(Real("tc.tau", kTc, tau, [](auto& o) -> auto& { return o.tc.tau; }, any), 1,
-              [](const SelectorOptions& o) { return o.tc.tau; },
-              [](SelectorOptions& o, double off) { o.tc.tau = off; }),
+      WithWord("off", Real("tc.tau", kTc, tau, [](auto& o) -> auto& { return o.tc.tau; }, any), 1,
+               [](const SelectorOptions& o) { return o.tc.tau; },
+               [](SelectorOptions& o, double off) { o.tc.tau = off; }),
       Whole("tc.max_age", kTc, 0, [](auto& o) -> auto& { return o.tc.max_age; }),
       Word("tc.scorer", kTc, [](auto& o) -> auto& { return o.tc.scorer; }, scorers),
       Real("tc.theta", kTc, "a number in [0, 1]", [](auto& o) -> auto& { return o.tc.theta; }, probability),
@@ -260,6 +266,9 @@ Status CheckBound(const SelectorOptions& o) {
   const bool cis = o.kind == SelectorKind::kCis || o.kind == SelectorKind::kCpe;
   const bool cuts = o.kind == SelectorKind::kPsaw || o.kind == SelectorKind::kCpe;
   if (o.kind == SelectorKind::kWindow) return Refused(knob + "a window is chosen by position and bounds nothing");
+  if (o.budget.mass > 0) {
+    return Refused(knob + "takes the place of budget=" + o.budget.ToString() + "; give the least to keep as 1/16 or 512");
+  }
   if (cis && o.cis.scorer == Scorer::kPages) return Refused(knob + "needs cis.scorer exact or codes, not pages");
   if (cis && o.cis.half_logits) return Refused(knob + "needs cis.precision=f32");
   if (cuts && o.psaw.c < 1 && (o.psaw.phase == PsawOptions::Phase::kBoth || o.psaw.phase == PsawOptions::Phase::kDecode)) {
@@ -280,7 +289,37 @@ Status CheckCertifiedGate(const SelectorOptions& o) {
   return {};
 }
 
+// Sinks and local window are kept whatever the budget says, so a smaller one would be exceeded at every step.
+Status CheckBudget(const SelectorOptions& o) {
+  const int64_t kept = int64_t{o.budget.sinks} + o.budget.local;
+  const int32_t tokens = o.budget.mass > 0 ? o.budget.cap_tokens : o.budget.tokens;
+  if (tokens == 0 || tokens >= kept) return {};
+  return Refused("budget=" + o.budget.ToString() + ": less than budget.sinks + budget.local = " + std::to_string(kept));
+}
+
+// A later refresh takes the place of one that is still under way: with a lag longer than that, none would ever land.
+Status CheckLag(const char* name, int32_t lag, int32_t refresh) {
+  if (lag <= refresh) return {};
+  return Refused(name + ("lag=" + std::to_string(lag)) + ": more than the " + std::to_string(refresh) +
+                 " steps between two refreshes");
+}
+
+Status CheckEvict(const SelectorOptions& o) {
+  if (!o.psaw.evict || (o.kind != SelectorKind::kPsaw && o.kind != SelectorKind::kCpe)) return {};
+  if (o.psaw.phase != PsawOptions::Phase::kBoth && o.psaw.phase != PsawOptions::Phase::kDecode) {
+    return Refused("psaw.evict=true: decode reads what only prefill cuts; set psaw.phase to both or decode");
+  }
+  if (o.kind == SelectorKind::kCpe && !o.psaw.filter_each_step) {
+    return Refused("psaw.evict=true: an inherited set may lie below the edge; set psaw.cis_filter=step");
+  }
+  return {};
+}
+
 }  // namespace
+
+DepthOptions SelectorOptions::EtfDepth() const {
+  return {.c = etf.c, .l_s = etf.l_s == EtfOptions::kAsPsaw ? psaw.l_s : etf.l_s};
+}
 
 Status SelectorOptions::Set(std::string_view name, std::string_view value) {
   for (const Knob& knob : Knobs()) {
@@ -303,6 +342,14 @@ Status SelectorOptions::Validate() const {
   if (kind == SelectorKind::kWindow && budget.mass > 0) {
     return Refused("budget=" + budget.ToString() + ": a window scores nothing and knows no mass");
   }
+  const bool sized = kind != SelectorKind::kDense && kind != SelectorKind::kPsaw && kind != SelectorKind::kEtf;
+  if (sized) PREHOC_RETURN_IF_ERROR(CheckBudget(*this));
+  if (kind == SelectorKind::kTwoClock) PREHOC_RETURN_IF_ERROR(CheckLag("tc.", tc.lag, tc.refresh));
+  if (kind == SelectorKind::kSharedCandidates) {
+    const int32_t refresh = certify_every > 0 ? std::min(sc.refresh, certify_every) : sc.refresh;
+    PREHOC_RETURN_IF_ERROR(CheckLag("sc.", sc.lag, refresh));
+  }
+  PREHOC_RETURN_IF_ERROR(CheckEvict(*this));
   PREHOC_RETURN_IF_ERROR(CheckBound(*this));
   return CheckCertifiedGate(*this);
 }

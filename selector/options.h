@@ -38,13 +38,17 @@ struct CisOptions {
   int32_t block = 16;          // cis.block s: an unconditional selection every s steps
   double tau = 0.8;            // cis.tau: share while cosine > tau; <= -1 always, >= 1 never
   enum class CosStage : uint8_t { kPostRope, kPreRope } cos_stage = CosStage::kPostRope;
+  // cis.gate_scope: whose cosines decide together. A set that a group shares is kept or replaced as a whole, so kQueryHead
+  // differs from kKvHead only with gqa_set = kPerQueryHead.
   enum class GateScope : uint8_t { kKvHead, kQueryHead, kGroupMean, kLayer } gate_scope = GateScope::kKvHead;
+  bool gate_batch = false;     // cis.gate_batch: sequence | batch (the least cosine of the sequences that step together)
   enum class OnFail : uint8_t { kReselect, kReselectOnce, kDense } fail = OnFail::kReselect;
   bool stagger = false;        // cis.phase: aligned | staggered ((u + l) mod s)
   bool first_anchor_prompt = true;  // cis.first_anchor: prompt | decode
   bool anchor_dilated = true;  // cis.anchor_attends: dilated | plain
   enum class DilateCount : uint8_t { kCeilThird, kFloorThird, kAll, kNone } m = DilateCount::kCeilThird;
   int32_t r = 1;               // cis.r
+  bool clip_middle = true;     // cis.clip: middle | visible (neighbours may lie in the local window, and outlive it)
   enum class GqaSet : uint8_t { kMaxWeight, kMeanWeight, kMaxLogit, kPerQueryHead } gqa_set = GqaSet::kMaxWeight;
   bool half_logits = false;    // cis.precision: f32 | f16
   bool local_edge_held = false;  // cis.local_edge: slides | held
@@ -54,18 +58,25 @@ struct CisOptions {
   double delta_max = 0.05;     // cis.delta_max, for the certified gate
 };
 
-struct DepthOptions {  // PSAW and ETF share this shape: c = kept fraction of the last layer
+struct DepthOptions {   // PSAW and ETF share this shape: c = kept fraction of the last layer
   double c = 0.9;       // psaw.c, etf.c in (0, 1]
-  double l_s = 0.5;     // psaw.l_s, etf.l_s: first layer that cuts, as a fraction of the layers
+  double l_s = 0.5;     // psaw.l_s, etf.l_s: the layer after which the cut grows, as a fraction of the layers
 };
 struct PsawOptions : DepthOptions {
   enum class Phase : uint8_t { kBoth, kPrefill, kDecode, kOff } phase = Phase::kBoth;
   bool keep_sink = true;        // psaw.keep_sink
   bool layer_base_one = true;   // psaw.layer_base: 1 (last layer reaches c) | 0
+  int32_t round = 1;            // psaw.round: the edge goes down to a multiple of this many tokens; 1 = exact
   bool filter_each_step = false;  // psaw.cis_filter: select | step
+  bool evict = false;           // psaw.evict: rows that decode can never see again may be freed
 };
 struct EtfOptions : DepthOptions {
+  static constexpr double kAsPsaw = -1;
+  EtfOptions() { l_s = kAsPsaw; }  // etf.l_s: psaw (the same as psaw.l_s) or a share of its own
   enum class Mode : uint8_t { kCarry, kReuseKv } mode = Mode::kCarry;
+  // etf.reuse_from, with mode = kReuseKv: whose K and V a frozen token keeps: those of layer l_s, or of the last layer that
+  // computed it.
+  enum class ReuseFrom : uint8_t { kStart, kLast } reuse_from = ReuseFrom::kStart;
   enum class Extent : uint8_t { kPrompt, kChunk } n = Extent::kPrompt;  // etf.n: prompt | chunk
 };
 
@@ -97,7 +108,8 @@ struct SelectorOptions {
   EtfOptions etf;
   TwoClockOptions tc;
   SharedCandidatesOptions sc;
-  double max_dropped_mass = -1;  // >= 0: widen each head's set until the proven bound is at most this, or attend densely
+  // >= 0: widen each head's set, from the budget on, until the proven bound is at most this, or attend densely.
+  double max_dropped_mass = -1;
   int32_t certify_every = 0;     // n > 0: a fresh scan at least every n steps
 
   // Sets one knob by name: Set("cis.tau", "0.7"), Set("budget", "1/32"). kInvalid: an unknown name gives the nearest valid
@@ -106,6 +118,8 @@ struct SelectorOptions {
   Status Validate() const;  // kInvalid, naming the knob and its value
   // Every knob that this kind uses as "name=value", in a fixed order: for reports and for telling runs apart.
   std::vector<std::string> Describe() const;
+
+  DepthOptions EtfDepth() const;  // etf.c, and etf.l_s with kAsPsaw resolved
 };
 
 // "dense", "window", "oracle", "cis", "psaw", "etf", "cpe", "sc", "tc". kInvalid with the nearest valid names.

@@ -45,8 +45,10 @@ int64_t CutByDepth(const DepthOptions& depth, bool base_one, int32_t layer, int3
 }
 
 int64_t PsawStart(const SelectorOptions& options, int32_t layer, int32_t layers, int64_t n) {
+  if (options.psaw.phase == Phase::kOff) return 0;
   const int64_t cut = CutByDepth(options.psaw, options.psaw.layer_base_one, layer, layers, n);
-  return std::max<int64_t>(0, std::min(cut, n - options.budget.local));
+  const int64_t start = std::max<int64_t>(0, std::min(cut, n - options.budget.local));
+  return start - start % options.psaw.round;  // after the guard: down keeps more
 }
 
 void ApplyPsaw(const SelectorOptions& options, const StepContext& context, StepRule* rule) {
@@ -55,6 +57,7 @@ void ApplyPsaw(const SelectorOptions& options, const StepContext& context, StepR
   rule->lo = static_cast<int32_t>(start);
   // An edge among the sinks cuts none of them: they go together, once it has passed the last one.
   rule->cut_sinks = !options.psaw.keep_sink && start >= options.budget.sinks && start > 0;
+  rule->evict_cut = options.psaw.evict;
   rule->filter_each_step = options.psaw.filter_each_step && !rule->attend_all;
 }
 
@@ -68,8 +71,9 @@ std::string PsawTag(const SelectorOptions& options) {
   if (!InPrefill(psaw) || psaw.c >= 1) return {};
   // Sinks and local decide which keys a row saw, as c and l_s do.
   return "psaw(c=" + PrintNumber(psaw.c) + ",ls=" + PrintNumber(psaw.l_s) +
-         ",sink=" + std::to_string(psaw.keep_sink ? options.budget.sinks : 0) +
-         ",local=" + std::to_string(options.budget.local) + ",base=" + (psaw.layer_base_one ? "1" : "0") + ")";
+         ",sink=" + std::to_string(options.budget.sinks) + (psaw.keep_sink ? "" : ",cut") +
+         ",local=" + std::to_string(options.budget.local) + ",base=" + (psaw.layer_base_one ? "1" : "0") +
+         ",round=" + std::to_string(psaw.round) + ")";
 }
 
 std::unique_ptr<Selector> MakePsaw(const SelectorOptions& options) { return std::make_unique<Psaw>(options); }

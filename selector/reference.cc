@@ -37,11 +37,10 @@ struct Sight {
   bool InMiddle(int64_t i) const { return i >= lo && i < hi; }
 };
 
-// What a selection found: in rank order where that matters.
+// What a choice found, sorted.
 struct Chosen {
-  Positions ranked;   // the plain choice, best first
   Positions plain, dilated;
-  bool met = true;    // false: the proven bound was not reached, attend densely
+  bool retrieval = true;  // everything in sight was scored for it
 };
 
 // Who decides together: the query heads of a KV head, or (cis.gqa_set = per_query_head) one of them.
@@ -79,6 +78,7 @@ struct ReferenceTrace::Impl {
   const ReferenceShape shape;
   const bool all_resident;
   std::vector<Unit> units;
+  int64_t last_step = -1, last_n = 0;
 
   bool is_cis() const { return options.kind == SelectorKind::kCis || options.kind == SelectorKind::kCpe; }
   bool is_sc() const { return options.kind == SelectorKind::kSharedCandidates; }
@@ -94,13 +94,14 @@ struct ReferenceTrace::Impl {
     if (l < l_s) return 0;
     const double x = (l - l_s) / (shape.layers - l_s);
     const double cut = std::floor((1 - std::pow(psaw.c, x)) * static_cast<double>(n) + 1e-9);
-    return static_cast<int32_t>(std::max(0.0, std::min(cut, static_cast<double>(n - options.budget.local))));
+    const auto edge = static_cast<int32_t>(std::max(0.0, std::min(cut, static_cast<double>(n - options.budget.local))));
+    return edge / psaw.round * psaw.round;
   }
 
   Sight Look(int64_t n64) const {
     const auto n = static_cast<int32_t>(n64);
     const Budget& budget = options.budget;
-    if (n <= budget.sinks + budget.local) return {n, n, n, n};
+    if (n < int64_t{budget.sinks} + budget.local) return {n, n, n, n};
     const int32_t edge = Edge(n);
     Sight sight{budget.sinks, std::max(budget.sinks, edge), n - budget.local, n};
     if (!options.psaw.keep_sink && edge > 0 && edge >= budget.sinks) sight.sinks = 0;
@@ -120,13 +121,15 @@ struct ReferenceTrace::Impl {
     return LogSumExp(values);
   }
 
-  // METHODS 1.1 SELECT 1-3, with the other group rules of cis.gqa_set. By position; only the middle is filled.
-  std::vector<double> Scores(const Unit& unit, const Sight& sight, const ReferenceInput& in) const {
+  // METHODS 1.1 SELECT 1-3, with the other group rules of cis.gqa_set. By position; only the middle is filled. Weights are
+  // shares of the mass of `scored`.
+  std::vector<double> Scores(const Unit& unit, const Sight& sight, const ReferenceInput& in,
+                             const Positions& scored) const {
     using Rule = CisOptions::GqaSet;
     const Rule rule = is_cis() ? options.cis.gqa_set : Rule::kMaxWeight;
     std::vector<double> scores(static_cast<size_t>(sight.hi), -kInfinity);
     std::vector<double> lse;
-    for (int32_t h = 0; h < unit.heads; ++h) lse.push_back(Lse(in, unit.first_head + h, sight.All()));
+    for (int32_t h = 0; h < unit.heads; ++h) lse.push_back(Lse(in, unit.first_head + h, scored));
     for (int32_t i = sight.lo; i < sight.hi; ++i) {
       std::vector<double> of_heads;
       for (int32_t h = 0; h < unit.heads; ++h) {
@@ -166,21 +169,30 @@ struct ReferenceTrace::Impl {
     return rest;
   }
 
-  // How many ranks it takes until every head's dropped mass is at most `target`, from `least` to `most`.
-  size_t UntilMass(const Unit& unit, const Sight& sight, const ReferenceInput& in, const Positions& ranked, double target,
-                   size_t least, size_t most, bool* met) const {
-    const Positions all = sight.All();
-    for (size_t count = std::min(least, ranked.size());; ++count) {
+  // How many of `ranked` it takes, from `least` to `most`, until every head's dropped mass of `scored` is at most `target`:
+  // by estimate (errors = 0), or at worst (errors = 1).
+  struct Goal {
+    double target = 0, errors = 0;
+    size_t least = 0, most = 0;
+  };
+  size_t UntilMass(const Unit& unit, const Sight& sight, const ReferenceInput& in, const Positions& ranked,
+                   const Positions& scored, const Goal& goal) const {
+    const size_t most = std::min(goal.most, ranked.size());
+    for (size_t count = std::min(goal.least, most);; ++count) {
       const Positions kept = With(sight, First(ranked, count), sight.hi);
-      const Positions rest = Without(all, kept);
-      *met = true;
+      const Positions rest = Without(scored, kept);
+      bool met = true;
       for (int32_t h = unit.first_head; h < unit.first_head + unit.heads; ++h) {
-        const double out = Lse(in, h, rest, 1), in_set = Lse(in, h, kept, -1);
+        const double out = Lse(in, h, rest, goal.errors), in_set = Lse(in, h, kept, -goal.errors);
         const double dropped = rest.empty() ? 0 : 1 / (1 + std::exp(in_set - out));
-        if (dropped > target) *met = false;
+        met = met && dropped <= goal.target;
       }
-      if (*met || count >= std::min(most, ranked.size())) return count;
+      if (met || count == most) return count;
     }
+  }
+
+  static size_t CountMiddle(const std::set<int32_t>& set, const Sight& sight) {
+    return static_cast<size_t>(std::count_if(set.begin(), set.end(), [&](int32_t i) { return sight.InMiddle(i); }));
   }
 
   // SELECT 5, and CIS* of 1.2.
@@ -197,14 +209,19 @@ struct ReferenceTrace::Impl {
     const Positions& walk = cis.exact_budget ? ranked : plain_ranked;
     for (size_t i = 0; i < walk.size(); ++i) {
       const auto add = [&](int32_t position) {
-        if (sight.InMiddle(position) && !(cis.exact_budget && set.size() >= k)) set.insert(position);
+        // Neighbours in the local window (cis.clip = visible) are no positions of the middle: they cost no budget now.
+        const bool allowed = cis.clip_middle || cis.m == CisOptions::DilateCount::kNone
+                                 ? sight.InMiddle(position)
+                                 : position >= sight.lo && position < sight.n;
+        const bool full = cis.exact_budget && CountMiddle(set, sight) >= k;
+        if (allowed && !(full && sight.InMiddle(position))) set.insert(position);
       };
       add(walk[i]);
       for (int32_t j = 1; i < m && j <= cis.r; ++j) {
         add(walk[i] - j);
         add(walk[i] + j);
       }
-      if (cis.exact_budget && set.size() >= k) break;
+      if (cis.exact_budget && CountMiddle(set, sight) >= k) break;
     }
     return {set.begin(), set.end()};
   }
@@ -221,8 +238,8 @@ struct ReferenceTrace::Impl {
     return result;
   }
 
-  // The slow clock of METHODS 1.11.2.
-  void Refresh(Unit* unit, const Sight& sight, const ReferenceInput& in) const {
+  // The slow clock of METHODS 1.11.2. True if it turned: everything in sight was scored.
+  bool Refresh(Unit* unit, const Sight& sight, const ReferenceInput& in) const {
     const SharedCandidatesOptions& sc = options.sc;
     if (in.step >= unit->next_at && unit->next_at >= 0) {
       unit->candidates = unit->next_candidates;
@@ -232,8 +249,8 @@ struct ReferenceTrace::Impl {
     int64_t refresh = sc.refresh;
     if (options.certify_every > 0) refresh = std::min<int64_t>(refresh, options.certify_every);
     const bool first = unit->scans.empty();
-    if (!first && in.step % refresh != 0) return;
-    unit->scans.push_back(Scores(*unit, sight, in));
+    if (!first && in.step % refresh != 0) return false;
+    unit->scans.push_back(Scores(*unit, sight, in, sight.All()));
     if (unit->scans.size() > static_cast<size_t>(sc.pool)) unit->scans.pop_front();
     std::vector<double> pooled(static_cast<size_t>(sight.hi), -kInfinity);
     for (const auto& scan : unit->scans) {
@@ -251,30 +268,37 @@ struct ReferenceTrace::Impl {
       unit->next_edge = sight.hi;
       unit->next_at = in.step + sc.lag;
     }
+    return true;
   }
   int32_t MostRows(int64_t n) const {
     return options.budget.mass > 0 ? options.budget.MiddleCap(n) : options.budget.MiddleK(n);
   }
 
   Chosen Select(Unit* unit, const Sight& sight, const ReferenceInput& in) const {
-    if (is_sc()) Refresh(unit, sight, in);
-    const Positions ranked = Rank(Scores(*unit, sight, in), Candidates(*unit, sight));
-    const auto k = static_cast<size_t>(options.budget.MiddleK(in.n));
     Chosen chosen;
-    if (options.max_dropped_mass >= 0) {
-      chosen.ranked = First(ranked, UntilMass(*unit, sight, in, ranked, options.max_dropped_mass, k, ranked.size(),
-                                              &chosen.met));
-    } else if (options.budget.mass > 0) {
-      bool met = false;
-      const auto cap = static_cast<size_t>(options.budget.MiddleCap(in.n));
-      chosen.ranked = First(ranked, UntilMass(*unit, sight, in, ranked, 1 - options.budget.mass, 0, cap, &met));
-    } else {
-      chosen.ranked = First(ranked, k);
-    }
+    chosen.retrieval = !is_sc() || options.max_dropped_mass >= 0;
+    if (is_sc()) chosen.retrieval = Refresh(unit, sight, in) || chosen.retrieval;
+    const Positions candidates = Candidates(*unit, sight);
+    const Positions scored = With(sight, candidates, sight.hi);
+    const Positions ranked = Rank(Scores(*unit, sight, in, scored), candidates);
+    const auto k = static_cast<size_t>(options.budget.MiddleK(in.n));
+    const Positions plain_ranked = First(ranked, HowMany(*unit, sight, in, ranked, scored, k));
     const bool fixed_k = options.max_dropped_mass < 0 && options.budget.mass == 0;
-    chosen.plain = Sorted(chosen.ranked);
-    chosen.dilated = is_cis() && fixed_k ? Dilate(sight, chosen.ranked, ranked, k) : chosen.plain;
+    chosen.plain = Sorted(plain_ranked);
+    chosen.dilated = is_cis() && fixed_k ? Dilate(sight, plain_ranked, ranked, k) : chosen.plain;
     return chosen;
+  }
+
+  size_t HowMany(const Unit& unit, const Sight& sight, const ReferenceInput& in, const Positions& ranked,
+                 const Positions& scored, size_t k) const {
+    if (options.max_dropped_mass >= 0) {
+      return UntilMass(unit, sight, in, ranked, scored, {options.max_dropped_mass, 1, k, ranked.size()});
+    }
+    if (options.budget.mass > 0) {
+      const auto cap = static_cast<size_t>(options.budget.MiddleCap(in.n));
+      return UntilMass(unit, sight, in, ranked, scored, {1 - options.budget.mass, 0, 0, cap});
+    }
+    return k;
   }
 
   // SELECT 6. W of METHODS 1.7: the oldest local positions, which may leave the window within the block.
@@ -290,11 +314,12 @@ struct ReferenceTrace::Impl {
     unit->middle = chosen.dilated;
     unit->anchor = slice(in.q);
     if (!in.q_pre.empty()) unit->anchor_pre = slice(in.q_pre);
+    unit->lse_dropped.clear();
+    if (!is_cis() || options.cis.gate != CisOptions::Gate::kCertified) return;
     Positions outside = Without(sight.All(), With(sight, chosen.dilated, sight.hi));
     if (!options.cis.local_edge_held) {
-      for (int32_t i = sight.hi; i < std::min(sight.hi + options.cis.block - 1, sight.n); ++i) outside.push_back(i);
+      for (int32_t i = sight.hi; i < sight.n && i - sight.hi < options.cis.block - 1; ++i) outside.push_back(i);
     }
-    unit->lse_dropped.clear();
     for (int32_t h = 0; h < unit->heads; ++h) unit->lse_dropped.push_back(Lse(in, unit->first_head + h, outside, 1));
   }
 
@@ -335,7 +360,10 @@ struct ReferenceTrace::Impl {
         ++count;
       }
     }
-    return scope == Scope::kGroupMean && least > -2 ? sum / count : least;
+    const double own = scope == Scope::kGroupMean && least > -2 ? sum / count : least;
+    if (!is_cis() || !options.cis.gate_batch || in.batch.empty()) return own;
+    const auto others = in.batch.subspan(static_cast<size_t>(asking.first_head), static_cast<size_t>(asking.heads));
+    return std::min(own, *std::min_element(others.begin(), others.end()));
   }
 
   std::vector<double> Bounds(const Unit& unit, const ReferenceInput& in, const Positions& attended) const {
@@ -386,11 +414,10 @@ struct ReferenceTrace::Impl {
     const bool must = MustSelect(*unit, in);
     if (!must && shares) return Inherited(*unit, sight);
     if (!must && is_cis() && options.cis.fail == Fail::kDense) return sight.All();
-    *selected = true;
     const Chosen chosen = Select(unit, sight, in);
+    *selected = chosen.retrieval;
     const bool once = !must && is_cis() && options.cis.fail == Fail::kReselectOnce;
     if (!once) Keep(unit, sight, in, chosen);
-    if (!chosen.met) return sight.All();
     const bool plain = is_cis() && !options.cis.anchor_dilated;
     return With(sight, plain ? chosen.plain : chosen.dilated, sight.hi);
   }
@@ -400,6 +427,9 @@ struct ReferenceTrace::Impl {
 
 ReferenceDecision ReferenceTrace::Impl::Step(const ReferenceInput& in) {
   const auto heads = static_cast<size_t>(shape.heads());
+  PREHOC_CHECK(in.step > last_step && in.n >= last_n);
+  last_step = in.step;
+  last_n = in.n;
   PREHOC_CHECK(in.z.size() == heads * static_cast<size_t>(in.n));
   ReferenceDecision decision;
   decision.attended.resize(heads);

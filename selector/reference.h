@@ -29,13 +29,28 @@ struct ReferenceInput {
   std::span<const float> q;     // [heads, head_dim], after RoPE
   std::span<const float> q_pre; // before RoPE; may be empty unless cis.cos_stage = pre_rope
   std::span<const KeyBall> balls;  // [kv_heads]; may be empty unless cis.gate = certified
+  // [heads], for cis.gate_batch = batch: the gate's figure (-2 = unusable) of the same head in the other sequences of the
+  // batch, the least of them. Empty = a batch of one.
+  std::span<const double> batch;
 };
 
 struct ReferenceDecision {
-  std::vector<std::vector<int32_t>> attended;  // [heads], sorted; empty at step 0, whose attention belongs to prefill
-  std::vector<bool> selected;                  // [heads]: a selection ran (a retrieval)
-  std::vector<double> dropped;                 // [heads]: mass outside `attended` by z, of the positions in sight
-  std::vector<double> bound;                   // [heads]: METHODS 1.7 on a reuse step with the certified gate, else -1
+  // [heads], sorted, each position once. Empty at step 0, whose attention belongs to prefill.
+  std::vector<std::vector<int32_t>> attended;
+  // [heads]: a retrieval ran, that is, all positions in sight were scored in order to choose.
+  //   oracle, CIS, CPE     a selection: no set yet, a block start, or the gate failed (with reselect_once too)
+  //   two clocks           a scan: no choice yet, too old, or the gate failed. What is fetched after it does not matter
+  //   shared candidates    a refresh of the slow clock. Choosing k among the residents, as every step does, is none, also
+  //                        when everything is resident; with max_dropped_mass every step scores all, and is one
+  //   not                  an inherited choice; a step that attends to all in sight, be it because n is small or by
+  //                        cis.fail = dense; dense, window, PSAW and ETF
+  // Heads that choose together share the flag: count one head per group, or each with cis.gqa_set = per_query_head. Step 0
+  // can select; rho leaves it out.
+  std::vector<bool> selected;
+  // [heads]: mass outside the set by z, of the positions in sight (PSAW's window). At step 0: of the set it would attend to.
+  std::vector<double> dropped;
+  // [heads]: the certificate on a step that kept its choice by the certified gate, else -1. Over the positions in sight.
+  std::vector<double> bound;
 };
 
 // z[h, i] = q_h . k_i / sqrt(head_dim) in fp64, for one KV head: q [group, head_dim], keys [n, head_dim].
@@ -43,12 +58,13 @@ std::vector<double> ReferenceLogits(std::span<const float> q, std::span<const fl
 
 class ReferenceTrace {
  public:
-  // `all_resident` = false simulates the slow clock of shared candidates; for every other method what is resident does not
-  // change what is attended here. Requires valid options.
+  // `all_resident` = false: shared candidates choose among what their slow clock has made resident. A refresh comes before
+  // the choice of its step, and with lag L its rows serve from L steps later on (the first ones at once). No other method
+  // is changed by it here: two clocks attend to what they chose, as with tc.theta = 0. Requires valid options.
   ReferenceTrace(const SelectorOptions& options, const ReferenceShape& shape, bool all_resident = true);
   ~ReferenceTrace();
 
-  // Steps come in order, each once.
+  // Steps come in order, each at most once; n never shrinks.
   ReferenceDecision Step(const ReferenceInput& input);
 
  private:

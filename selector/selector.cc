@@ -40,6 +40,7 @@ StepRule WithoutChoice(const StepRule& rule) {
   plain.local = rule.local;
   plain.lo = rule.lo;
   plain.cut_sinks = rule.cut_sinks;
+  plain.evict_cut = rule.evict_cut;
   return plain;
 }
 
@@ -50,6 +51,7 @@ void AimAt(double dropped, bool is_bound, int32_t cap, StepRule* rule) {
   rule->cap = cap;
   rule->dilate_m = rule->dilate_r = 0;
   rule->dilate_later = false;
+  rule->clip_visible = false;
   rule->exact_budget = false;
 }
 
@@ -57,6 +59,10 @@ void SelectNow(StepRule* rule) {
   rule->may_inherit = false;
   rule->certified = false;
   rule->delta_max = 0;
+}
+
+bool IsCis(const SelectorOptions& options) {
+  return options.kind == SelectorKind::kCis || options.kind == SelectorKind::kCpe;
 }
 
 Scorer ScorerOf(const SelectorOptions& options) {
@@ -124,13 +130,20 @@ bool Selector::NeedsCodes() const { return ScorerOf(options_) == Scorer::kCodes;
 
 bool Selector::NeedsPages() const { return ScorerOf(options_) == Scorer::kPages; }
 
+bool Selector::NeedsErrorBounds() const {
+  return options_.max_dropped_mass >= 0 || (IsCis(options_) && options_.cis.gate == CisOptions::Gate::kCertified && NeedsCodes());
+}
+
 bool Selector::NeedsPreRope() const {
-  const bool gates_by_cis = options_.kind == SelectorKind::kCis || options_.kind == SelectorKind::kCpe;
-  return gates_by_cis && options_.cis.cos_stage == CisOptions::CosStage::kPreRope;
+  return IsCis(options_) && options_.cis.cos_stage == CisOptions::CosStage::kPreRope;
+}
+
+bool MustSelect(const StepRule& rule, int64_t age) {
+  return !rule.may_inherit || age < 0 || (rule.max_age > 0 && age > rule.max_age);
 }
 
 bool Inherits(const StepRule& rule, float cosine, int64_t age) {
-  if (!rule.may_inherit || (rule.max_age > 0 && age > rule.max_age)) return false;
+  if (MustSelect(rule, age)) return false;
   if (rule.certified) return true;
   // The ends hold by rule: rounding can carry a cosine past them.
   if (rule.tau <= -1) return true;

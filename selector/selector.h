@@ -27,12 +27,14 @@ struct StepRule {
   int32_t local = 0;         // the last positions are always kept
   int32_t lo = 0;            // first position of the middle: sinks, or the PSAW edge
   bool cut_sinks = false;    // PSAW without keep_sink: [0, lo) is out of sight, sinks included
+  bool evict_cut = false;    // what is out of sight now never returns in this layer: its rows may be freed
 
   // Gate: an earlier choice is kept while this holds (age in steps since it was made).
   bool may_inherit = false;  // false: select now (block start, no gate)
   double tau = 2;            // <= -1 always, >= 1 never
   int32_t max_age = 0;       // inclusive; 0 = no limit
   bool pre_rope = false;
+  bool gate_batch = false;   // the cosine that counts is the least of all sequences that step together
   CisOptions::GateScope scope = CisOptions::GateScope::kKvHead;
   CisOptions::OnFail fail = CisOptions::OnFail::kReselect;
   bool certified = false;    // gate on the bound of METHODS 1.7 instead of the cosine
@@ -43,7 +45,8 @@ struct StepRule {
   int32_t cap = 0;           // most middle positions when a mass or bound is aimed at
   double target_drop = -1;   // >= 0: keep until the dropped mass is at most this
   bool target_is_bound = false;  // by proven bound (max_dropped_mass) rather than estimate (mass budget)
-  int32_t dilate_m = 0, dilate_r = 0;
+  int32_t dilate_m = 0, dilate_r = 0;  // the first m ranks bring p - 1, p + 1, p - 2, .. p + r: in this order, for exact_budget
+  bool clip_visible = false;     // neighbours may also lie in the local window; the set then overlaps it until it moves on
   bool dilate_later = false;     // anchor step attends the plain set, later steps the dilated one
   bool exact_budget = false;
   CisOptions::GqaSet gqa_set = CisOptions::GqaSet::kMaxWeight;
@@ -52,26 +55,29 @@ struct StepRule {
   bool filter_each_step = false;  // drop inherited positions below lo
 
   // Residency.
-  bool residents_only = false;  // choose among device-resident positions (shared candidates)
+  // Choose among device-resident positions, weighed against one another alone (shared candidates). That is no retrieval: the
+  // scan of all positions that a refresh of the slow clock makes is.
+  bool residents_only = false;
   double theta = 0;          // with a device that does not hold everything: fetch missing positions heavier than this;
                              // 0 = fetch whatever is chosen
 };
 
 // The slow clock of one (layer, KV head).
 struct ResidencyRule {
-  double factor = 0;   // wanted = factor * k rows (with a mass budget: factor * cap); 0 = no slow clock: whatever was fetched last stays
-  int32_t refresh = 16;
-  int32_t pool = 16;
-  int32_t lag = 0;
-  bool stagger = true;
+  double factor = 0;     // wanted = factor * k rows (mass budget: factor * cap); 0 = no slow clock: what was fetched last stays
+  int32_t refresh = 16;  // [steps]
+  int32_t pool = 16;     // scans whose scores are pooled by maximum
+  int32_t lag = 0;       // [steps] what a refresh at step t decides serves from step t + lag on; at most `refresh`
+  bool stagger = true;   // (layer, KV head) pairs refresh at different steps
 };
 
 // What prefill leaves out (METHODS 1.3, 1.4).
 struct PrefillRule {
   int64_t frozen = 0;      // ETF: positions [0, frozen) pass this layer unchanged
-  bool reuse_kv = false;
-  bool windowed = false;   // PSAW: use WindowStart() per query
-  bool keep_sink = true;
+  bool reuse_kv = false;   // their K and V are not computed either, but those of ...
+  int32_t reuse_layer = -1;  // ... this layer (0-based); -1: of the last layer that computed them, for each token its own
+  bool windowed = false;   // PSAW: a query that sees n positions attends from WindowStart(n) on, and to the sinks
+  bool keep_sink = true;   // false: the sinks go, all together, once WindowStart(n) has passed them
 };
 
 class Selector {
@@ -88,13 +94,15 @@ class Selector {
   PrefillRule Prefill(int32_t layer, int32_t layers, int64_t prompt_tokens, int64_t chunk_end) const {
     return DoPrefill(layer, layers, prompt_tokens, chunk_end);
   }
-  // P_l(n): positions [0, result) are out of the window of a query that sees n positions. METHODS 1.3.
+  // P_l(n): positions [0, result) are out of the window of a query that sees n positions. Never decreases with n, and
+  // leaves at least the local window. 0 without PSAW.
   virtual int64_t WindowStart(int32_t layer, int32_t layers, int64_t n) const;
   bool NeedsCodes() const;      // the index must hold codes
   bool NeedsPages() const;      // ... page bounds
-  bool NeedsErrorBounds() const { return options_.max_dropped_mass >= 0; }
+  bool NeedsErrorBounds() const;  // a proven bound has to include the error of the scores
   bool NeedsPreRope() const;    // the gate compares queries before RoPE
-  // Part of every persisted key: how prefill changes K and V (METHODS 12.5). Empty when prefill is dense.
+  // Part of every persisted key: how prefill changes K and V. Empty when prefill is dense. With etf.n = chunk they also depend
+  // on where the pieces of prefill end: the caller adds that.
   std::string MethodTag(int64_t prompt_tokens) const { return DoMethodTag(prompt_tokens); }
 
  protected:
@@ -108,6 +116,10 @@ class Selector {
 
   const SelectorOptions options_;
 };
+
+// True if the gate is not asked: no choice yet (age < 0), a block start, or the choice is too old. A head for which this is
+// false, and Inherits() too, has failed the gate: rule.fail says what then.
+bool MustSelect(const StepRule& rule, int64_t age);
 
 // True if a head keeps its choice: `cosine` as the gate reports it (-2 = unusable), `age` steps since it was made.
 // With `certified` the cosine is not looked at: true means that the choice may stay if its bound (certificate.h) also
