@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "integrations/reference/tokenizer/byte_alphabet.h"
 #include "integrations/reference/tokenizer/huggingface.h"
 #include "integrations/reference/tokenizer/tokenizer.h"
 #include "integrations/reference/tokenizer/unicode.h"
@@ -71,6 +72,25 @@ class GoldenTest : public testing::TestWithParam<std::string> {
 
   bool is_sentence_piece() const { return tokenizer_->spec().kind == TokenizerKind::kSentencePieceBpe; }
 
+  bool HasByte(char byte) const {
+    char spelled[8];
+    std::snprintf(spelled, sizeof spelled, "<0x%02X>", static_cast<unsigned>(static_cast<uint8_t>(byte)));
+    return tokenizer_->FindToken(is_sentence_piece() ? spelled : PrintableOfBytes({&byte, 1})).has_value();
+  }
+
+  // Another text has the same ids, so that this one cannot come back.
+  bool IsAmbiguous(const std::string& text) const {
+    const auto has = [](const std::string& where, std::string_view what) { return where.find(what) != std::string::npos; };
+    if (is_sentence_piece()) {
+      // A mark in the text reads as a space; a prefix that only words get makes "a" and " a" the same.
+      const bool prefix_is_hidden = tokenizer_->spec().space_prefix != SpacePrefix::kEverySegment && text.starts_with(' ');
+      return has(text, "\u2581") || prefix_is_hidden;
+    }
+    // Qwen2's golden vocabulary has user-defined tokens, which match whatever the options say: two take the
+    // whitespace beside them along, and one is matched in normalised text but written as it was defined.
+    return GetParam() == "qwen2" && (has(text, "<left>") || has(text, "<right>") || has(ToNfc(text), "<caf\u00e9>"));
+  }
+
   std::unique_ptr<Tokenizer> tokenizer_;
   std::vector<std::string> strings_;
   nlohmann::json golden_;
@@ -99,26 +119,27 @@ TEST_P(GoldenTest, DecodesAsHuggingFaceDoes) {
   }
 }
 
-// What normalisation, marking or the vocabulary itself loses is not expected back.
+// Normalisation aside, all that a text may lose are bytes that a byte-level vocabulary has no token for: SmolLM2's
+// real one lacks 21, among them the lead bytes of planes 4 to 11.
 TEST_P(GoldenTest, DecodesBackToTheSameBytes) {
+  const TokenizerSpec& spec = tokenizer_->spec();
   int compared = 0;
   for (const std::string& text : strings_) {
-    Tokenizer::EncodeOptions options;
-    options.add_special = false;
-    options.parse_special = false;
-    const auto ids = tokenizer_->Encode(text, options);
+    if (IsAmbiguous(text)) continue;
+    const auto ids = tokenizer_->Encode(text, {.add_special = false, .parse_special = false});
     ASSERT_TRUE(ids.ok()) << ids.status();
-    const bool marks_are_text = is_sentence_piece() && text.find("\xE2\x96\x81") != std::string::npos;
-    const bool bytes_are_missing = GetParam() == "smollm2" && text.find_first_of(std::string("\0\x7f\x10\x12\x13\x14\x15\x16\x17\x18\x19\x1a\x1b\x1c\x1d\x1e\x1f\x01\x02\x03\x04\x05\x06\x07\x08\x0b\x0c\x0e\x0f\x11", 30)) != std::string::npos;
-    // A prefix that only words get makes "a" and " a" the same ids.
-    const bool ambiguous = is_sentence_piece() && tokenizer_->spec().space_prefix != SpacePrefix::kEverySegment && text.starts_with(' ');
-    // User-defined tokens match whatever the options say, with the whitespace beside them.
-    const bool strips = GetParam() == "qwen2" && (text.find("<left>") != std::string::npos || text.find("<right>") != std::string::npos);
-    if (marks_are_text || bytes_are_missing || ambiguous || strips) continue;
+    std::string expected = spec.nfc ? ToNfc(text) : text;
+    if (!is_sentence_piece()) std::erase_if(expected, [&](char c) { return !HasByte(c); });
+    EXPECT_EQ(tokenizer_->Decode(*ids, false), expected);
     ++compared;
-    EXPECT_EQ(tokenizer_->Decode(*ids, false), tokenizer_->spec().nfc ? ToNfc(text) : text);
   }
   EXPECT_GT(compared, 1700);
+}
+
+TEST_P(GoldenTest, OnlySmolLm2LacksBytes) {
+  int missing = 0;
+  for (int byte = 0; byte < 256; ++byte) missing += !HasByte(static_cast<char>(byte));
+  EXPECT_EQ(missing, GetParam() == "smollm2" ? 21 : 0);
 }
 
 TEST_P(GoldenTest, StreamedTokensAreTheText) {
