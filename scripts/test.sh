@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Builds and runs every test: as users build, with AddressSanitizer and UBSan, with ThreadSanitizer, and once through
+# clang's check of locks. Installs what is missing and fetches the default model first.
+#   scripts/test.sh                  everything
+#   scripts/test.sh cpu asan         only these presets (cpu, asan, tsan, clang-tsa)
+#   scripts/test.sh --no-install     leaves the system's packages alone
+#   scripts/test.sh --no-fetch       without the default model: tests that need it are skipped, and say so
+# Exit code 0 only if all of it passed.
+set -euo pipefail
+. "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
+
+install=yes fetch=yes presets=()
+for argument in "$@"; do
+  case $argument in
+    cpu | asan | tsan | clang-tsa) presets+=("$argument") ;;
+    --no-install) install=no ;;
+    --no-fetch) fetch=no ;;
+    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    *) die "unknown argument $argument; see scripts/test.sh --help" ;;
+  esac
+done
+[ ${#presets[@]} -gt 0 ] || presets=(cpu asan tsan clang-tsa)
+
+cd "$ROOT"
+[ "$install" = no ] || scripts/install_deps.sh --test
+if [ "$fetch" = yes ]; then
+  scripts/fetch_model.sh
+  scripts/fetch_document.sh
+  export PREHOC_TEST_MODEL=$MODEL_FILE PREHOC_TEST_DOCUMENT=$DOCUMENT_FILE
+fi
+
+jobs=$(build_jobs)
+failed=()
+for preset in "${presets[@]}"; do
+  say "preset $preset: building with $jobs jobs"
+  started=$SECONDS
+  # Configured and built quietly: a failure prints, what goes well need not.
+  if ! cmake --preset "$preset" --log-level=WARNING >/dev/null || ! cmake --build --preset "$preset" -j "$jobs"; then
+    failed+=("$preset (build)")
+    continue
+  fi
+  say "preset $preset: built in $((SECONDS - started)) s"
+  [ "$preset" != clang-tsa ] || continue  # what it checks, it checks while compiling
+  ctest --preset "$preset" -j "$(nproc)" || failed+=("$preset")
+  say "preset $preset: done after $((SECONDS - started)) s"
+done
+
+[ ${#failed[@]} -eq 0 ] || die "failed: ${failed[*]}"
+say "passed: ${presets[*]}"
