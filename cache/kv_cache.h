@@ -26,6 +26,7 @@
 #include "kernels/function_table.h"
 #include "selector/selector.h"
 #include "transfer/chunk_store.h"
+#include "transfer/transfer_engine.h"
 
 namespace prehoc {
 
@@ -49,6 +50,7 @@ struct CacheResources {
   DeviceMemory* device = nullptr;      // its budget is the device budget; required
   ChunkStore* store = nullptr;         // disk tier, or null
   const KernelTable* kernels = nullptr;  // null = BestCpuKernels()
+  TransferEngine* transfer = nullptr;  // copies that run behind the steps; null = on `background`
   const Clock* clock = nullptr;        // null = SteadyClock
 };
 
@@ -75,8 +77,8 @@ class Sequence {
   int64_t restored() const;      // of them, taken from a tier at Open
   int64_t max_tokens() const;
 
-  // Announces tokens [length(), length() + tokens.size()). prompt_tokens: length of the whole prompt (prefill) or 0
-  // (decode; exactly one token). Prefill pieces end at a multiple of chunk_tokens or at the prompt's end.
+  // Announces tokens [length(), length() + tokens.size()). prompt_tokens: length of the whole prompt, this sequence's
+  // earlier tokens included (prefill), or 0 (decode; exactly one token).
   // kInvalid (a call is open, too many tokens), kOutOfSpace (beyond max_tokens).
   Status Begin(std::span<const int32_t> tokens, int64_t prompt_tokens);
   PrefillRule FreezeRule(LayerId layer) const;

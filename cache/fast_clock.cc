@@ -1,0 +1,204 @@
+// The fast clock: one token in one layer. What a step attends to may jump anywhere, within this step.
+#include <algorithm>
+
+#include "cache/internal/fast_step.h"
+#include "cache/internal/sequence_impl.h"
+
+namespace prehoc {
+namespace {
+// Prepares `step` for a layer; its lists keep their memory.
+void Reset(FastStep& s, int32_t layer, const std::vector<Unit>& units, size_t kv_heads) {
+  s.layer = layer;
+  s.blocks.reset();
+  s.units.resize(units.size());
+  s.direct.resize(kv_heads);
+  for (auto& list : s.direct) list.clear();
+  for (size_t i = 0; i < units.size(); ++i) {
+    UnitStep& unit = s.units[i];
+    const auto heads = static_cast<size_t>(units[i].heads);
+    unit.way = Way::kSelect;
+    unit.gated = unit.attended = false;
+    unit.met = true;
+    unit.missed = 0;
+    unit.chosen_count = 0;
+    unit.lse.assign(heads, 0);
+    unit.lse_all.assign(heads, 0);
+    unit.lse_out.assign(heads, 0);
+    unit.lse_out_bound.assign(heads, 0);
+  }
+}
+}  // namespace
+
+Status Sequence::Impl::Attend(int32_t layer_index, const LayerInput& in) {
+  LayerState& layer = layers[static_cast<size_t>(layer_index)];
+  const Clock& clock = *cache->resources.clock;
+  FastStep& s = *scratch;
+  Reset(s, layer_index, layer.units, layer.heads.size());
+  s.u = step;
+  s.n = static_cast<int32_t>(visible());
+  s.in = in;
+  s.rule = selector().Rule({.layer = layer_index, .layers = geometry().layers, .step = step, .n = visible()});
+  {
+    ScopedTimer timer(clock, &step_report.times.append);
+    PREHOC_RETURN_IF_ERROR(EnsureTails(layer, visible()));
+    PREHOC_RETURN_IF_ERROR(AppendRows(layer_index, in, first, 1));
+    s.blocks.emplace(cache->host.get(), geometry(), layer.blocks, BlockUse::kKeep);
+    PREHOC_RETURN_IF_ERROR(IndexRows(layer_index, *s.blocks, visible()));
+    PREHOC_RETURN_IF_ERROR(AddKeysToBalls(layer_index, *s.blocks, first, visible()));
+  }
+
+  Gate(s);                                          // who keeps its last choice
+  PREHOC_RETURN_IF_ERROR(CheckCertificates(s));     // ... and can prove it (only where the gate is a bound)
+  PREHOC_RETURN_IF_ERROR(Select(s));                // the others look at everything, and choose
+  PREHOC_RETURN_IF_ERROR(Fetch(s));                 // what is attended to and is not on the device
+  PREHOC_RETURN_IF_ERROR(AttendUnits(s));
+  Account(s);
+  if (AuditDue()) PREHOC_RETURN_IF_ERROR(Audit(s));
+  s.blocks.reset();
+  ++next_layer;
+  return {};
+}
+
+// The last prompt token's attention is prefill's; here it only chooses, so that the next steps can inherit.
+Status Sequence::Impl::FirstSelection(int32_t layer_index, const float* q, const float* q_pre) {
+  LayerState& layer = layers[static_cast<size_t>(layer_index)];
+  FastStep& s = *scratch;
+  Reset(s, layer_index, layer.units, layer.heads.size());
+  s.u = 0;
+  s.n = static_cast<int32_t>(visible());
+  s.in = {};
+  s.in.q = q;
+  s.in.q_pre_rope = q_pre;
+  s.rule = selector().Rule({.layer = layer_index, .layers = geometry().layers, .step = 0, .n = visible()});
+  for (Unit& unit : layer.units) {
+    unit.has_choice = false;
+    unit.chosen.clear();
+    unit.pool_restart = true;
+  }
+  if (s.rule.attend_all || s.rule.scorer == Scorer::kNone) return {};
+  s.blocks.emplace(cache->host.get(), geometry(), layer.blocks, BlockUse::kKeep);
+  PREHOC_RETURN_IF_ERROR(Select(s));
+  s.blocks.reset();
+  step_report.first_selections += static_cast<int64_t>(layer.units.size());
+  // What choosing cost at u = 0 belongs to prefill.
+  step_report.bytes_codes = step_report.bytes_exact_keys = 0;
+  step_report.bytes_from_host = step_report.bytes_from_disk = 0;
+  step_report.times.score = step_report.times.choose = step_report.times.fetch = 0;
+  return {};
+}
+
+// --- gate -----------------------------------------------------------------------------------------------------------
+
+void Sequence::Impl::Gate(FastStep& s) {
+  std::vector<Unit>& units = layers[static_cast<size_t>(s.layer)].units;
+  ScopedTimer timer(*cache->resources.clock, &step_report.times.gate);
+  for (size_t i = 0; i < units.size(); ++i) {
+    units[i].cosine = -2;
+    if (s.rule.attend_all) s.units[i].way = Way::kEverything;
+    if (!s.rule.attend_all && s.rule.scorer == Scorer::kNone) s.units[i].way = Way::kInherit;
+  }
+  if (s.rule.attend_all || s.rule.scorer == Scorer::kNone || !s.rule.may_inherit) return;
+
+  // One task per query head where their cosines are averaged, else one per unit.
+  const bool mean = s.rule.scope == CisOptions::GateScope::kGroupMean;
+  const int64_t dim = geometry().head_dim;
+  const float* q = s.rule.pre_rope && s.in.q_pre_rope ? s.in.q_pre_rope : s.in.q;
+  s.gate.clear();
+  s.cosines.assign(static_cast<size_t>(geometry().heads), -2);
+  const int32_t group = mean ? 1 : units.front().heads;
+  for (const Unit& unit : units) {
+    const bool needed = unit.has_choice && !s.rule.certified && s.rule.tau > -1 && s.rule.tau < 1 &&
+                        (s.rule.max_age <= 0 || s.u - unit.chosen_at <= s.rule.max_age);
+    if (!needed) continue;
+    const std::vector<float>& anchor = s.rule.pre_rope ? unit.anchor_pre : unit.anchor;
+    for (int32_t h = 0; h < unit.heads; h += group) {
+      s.gate.push_back({.q = q + (unit.first_head + h) * dim,
+                        .anchor = anchor.data() + h * dim,
+                        .cosine = &s.cosines[static_cast<size_t>(unit.first_head + h)]});
+    }
+    step_report.bytes_gate += unit.heads * dim * static_cast<int64_t>(2 * sizeof(float));
+  }
+  if (!s.gate.empty()) {
+    const Status status = kernels().gate({.tasks = s.gate, .group = group, .head_dim = geometry().head_dim}, cache->launch());
+    PREHOC_CHECK(status.ok());  // shapes are ours
+  }
+
+  const auto cosine_of = [&](const Unit& unit) {
+    float least = 2, sum = 0;
+    for (int32_t h = 0; h < unit.heads; h += group) {
+      const float cosine = s.cosines[static_cast<size_t>(unit.first_head + h)];
+      least = std::min(least, cosine);
+      sum += cosine;
+    }
+    return mean && least > -2 ? sum / static_cast<float>(unit.heads) : least;
+  };
+  float layer_cosine = 2;
+  for (const Unit& unit : units) {
+    if (unit.has_choice) layer_cosine = std::min(layer_cosine, cosine_of(unit));
+  }
+  for (size_t i = 0; i < units.size(); ++i) {
+    Unit& unit = units[i];
+    if (!unit.has_choice) continue;
+    const bool whole_layer = s.rule.scope == CisOptions::GateScope::kLayer;
+    const bool whole_group = s.rule.scope == CisOptions::GateScope::kKvHead || mean;
+    float cosine = whole_layer ? layer_cosine : cosine_of(unit);
+    if (whole_group && unit.heads < geometry().group()) cosine = GroupCosine(units, unit.kv_head, mean, cosine_of);
+    unit.cosine = cosine;
+    s.units[i].gated = true;
+    const int64_t age = s.u - unit.chosen_at;
+    if (Inherits(s.rule, cosine, age)) {
+      s.units[i].way = Way::kInherit;
+    } else {
+      const bool too_old = s.rule.max_age > 0 && age > s.rule.max_age;
+      if (s.rule.fail == CisOptions::OnFail::kDense && !too_old) s.units[i].way = Way::kEverything;
+      if (s.rule.fail == CisOptions::OnFail::kReselectOnce && !too_old) s.units[i].way = Way::kSelectOnce;
+    }
+  }
+}
+
+float Sequence::Impl::GroupCosine(const std::vector<Unit>& units, int32_t kv_head, bool mean,
+                                  const std::function<float(const Unit&)>& cosine_of) const {
+  float least = 2, sum = 0;
+  int32_t num = 0;
+  for (const Unit& unit : units) {
+    if (unit.kv_head != kv_head || !unit.has_choice) continue;
+    const float cosine = cosine_of(unit);
+    least = std::min(least, cosine);
+    sum += cosine;
+    ++num;
+  }
+  return mean && least > -2 && num > 0 ? sum / static_cast<float>(num) : least;
+}
+
+// With the certified gate a choice is kept if what it can have lost is at most delta_max (METHODS 1.7). The bound needs the
+// log-sum-exp of the kept rows under the new query: they are attended to first, and again with others if that was too much.
+Status Sequence::Impl::CheckCertificates(FastStep& s) {
+  if (!s.rule.certified || !s.rule.may_inherit) return {};
+  LayerState& layer = layers[static_cast<size_t>(s.layer)];
+  PREHOC_RETURN_IF_ERROR(Fetch(s));
+  PREHOC_RETURN_IF_ERROR(AttendUnits(s));
+  const auto dim = static_cast<size_t>(geometry().head_dim);
+  for (size_t i = 0; i < layer.units.size(); ++i) {
+    Unit& unit = layer.units[i];
+    UnitStep& now = s.units[i];
+    if (now.way != Way::kInherit || !now.attended) continue;
+    double worst = 0;
+    for (int32_t h = 0; h < unit.heads; ++h) {
+      const auto at = static_cast<size_t>(h);
+      const double u_dropped = DroppedLseBound(
+          unit.lse_dropped[at], layer.heads[static_cast<size_t>(unit.kv_head)].ball, std::span(unit.anchor).subspan(at * dim, dim),
+          {s.in.q + static_cast<size_t>(unit.first_head + h) * dim, dim});
+      unit.dropped_bound[at] = static_cast<float>(DroppedMassBound(now.lse[at], u_dropped));
+      worst = std::max(worst, static_cast<double>(unit.dropped_bound[at]));
+    }
+    step_report.bytes_gate += unit.heads * static_cast<int64_t>(dim * 2 * sizeof(float));
+    if (worst <= s.rule.delta_max) continue;
+    now.attended = false;
+    now.way = s.rule.fail == CisOptions::OnFail::kDense           ? Way::kEverything
+              : s.rule.fail == CisOptions::OnFail::kReselectOnce ? Way::kSelectOnce
+                                                                 : Way::kSelect;
+  }
+  return {};
+}
+
+}  // namespace prehoc

@@ -1,0 +1,28 @@
+// What all sequences of a cache share.
+#pragma once
+#include <memory>
+
+#include "cache/chunk_key.h"
+#include "cache/host_tier.h"
+#include "cache/kv_cache.h"
+#include "transfer/transfer_engine.h"
+
+namespace prehoc {
+
+struct CacheShared {
+  CacheOptions options;
+  CacheResources resources;  // every pointer set, but `store`
+  std::unique_ptr<Selector> selector;
+  std::unique_ptr<TransferEngine> own_transfer;  // where the caller gave none
+  std::unique_ptr<HostTier> host;
+  std::string layout_name;  // KvGeometry::LayoutName()
+
+  const KvGeometry& geometry() const { return options.geometry; }
+  Launch launch() const { return {.executor = resources.executor}; }
+  // How keys of `prompt_tokens` long prompts begin.
+  ChunkKeyRoot KeyRoot(const std::string& method) const;
+};
+
+struct KvCache::Impl : CacheShared {};
+
+}  // namespace prehoc

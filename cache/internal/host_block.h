@@ -1,0 +1,86 @@
+// What the host tier knows of one block, and the lists that say which goes next. Internal to host_tier.cc.
+#pragma once
+#include <cstdint>
+#include <memory>
+
+#include "base/check.h"
+#include "base/ids.h"
+#include "base/status.h"
+#include "cache/host_tier.h"
+#include "transfer/chunk_store.h"
+
+namespace prehoc {
+
+class BlockList;
+
+// A read of the store that is under way, shared by all who want the block.
+struct BlockLoad {
+  int32_t waiters = 0;      // Pin()s that will find the block pinned for them when it is done
+  bool done = false;
+  bool abandoned = false;   // a prefetch found no memory: whoever waits tries again on its own
+  bool from_store = false;  // else Seal() brought the bytes meanwhile
+  Status status;
+};
+
+// Guarded by the tier's mutex, all of it: HostTier::Impl::In() is the way here.
+struct BlockData {
+  ChunkKey key;              // set by Seal() or Find(), then constant
+  bool known = false;        // in the map, under `key`; else a tail, or a tail that turned out to be a duplicate
+  BlockId memory;            // invalid: not in host memory
+  int32_t pins = 0;
+  int32_t handles = 0;       // BlockRefs with a common count: 0 = nobody outside holds the block
+  int32_t jobs = 0;          // writes and prefetches, queued or under way, that will look at the block
+  bool stored = false;       // the store took it, or said that it has it
+  bool writing = false;      // its bytes are being read by a Put(): they stay where they are
+  bool write_queued = false;
+  bool prefetch_queued = false;
+  bool awaited = false;      // prefetched and not pinned since
+  BlockUse use = BlockUse::kKeep;
+  Status lost;               // not OK: no tier has the bytes, and why
+  uint64_t sealed_at = 0;    // ordinal of its Seal()
+  uint64_t refused_in = 0;   // the latest turn of eviction in which the store refused it
+  std::shared_ptr<BlockLoad> load;
+  std::weak_ptr<Block> self;
+  BlockList* list = nullptr;  // the list it is in: exactly while it is known, in memory and not pinned
+  Block* before = nullptr;
+  Block* after = nullptr;
+};
+
+class Block {
+ public:
+  BlockData data;
+};
+
+// Blocks in the order of their last use, most recent at the back. Links lie in the blocks: no call allocates.
+class BlockList {
+ public:
+  Block* front() const { return front_; }
+  Block* back() const { return back_; }
+  int64_t size() const { return size_; }
+
+  void PushBack(Block* block) {
+    PREHOC_DCHECK(block->data.list == nullptr);
+    block->data.list = this;
+    block->data.before = back_;
+    block->data.after = nullptr;
+    (back_ != nullptr ? back_->data.after : front_) = block;
+    back_ = block;
+    ++size_;
+  }
+  void Remove(Block* block) {
+    PREHOC_DCHECK(block->data.list == this);
+    BlockData& data = block->data;
+    (data.before != nullptr ? data.before->data.after : front_) = data.after;
+    (data.after != nullptr ? data.after->data.before : back_) = data.before;
+    data.list = nullptr;
+    data.before = data.after = nullptr;
+    --size_;
+  }
+
+ private:
+  Block* front_ = nullptr;
+  Block* back_ = nullptr;
+  int64_t size_ = 0;
+};
+
+}  // namespace prehoc

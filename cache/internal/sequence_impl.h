@@ -1,0 +1,237 @@
+// One sequence from the inside. Each source file is one stage of the data's way:
+//   sequence.cc    open, begin, end, roll back          prefill.cc     many tokens: append, index, attend, first choice
+//   fast_clock.cc  one token: gate, scan, choose,       slow_clock.cc  what is resident: wanted rows in, others out
+//                  fetch, attend                        restore.cc     a stored prefix back; repair of lost chunks
+//   audit.cc       the exact truth on sampled steps
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/units.h"
+#include "cache/internal/cache_impl.h"
+#include "cache/internal/device_layout.h"
+#include "cache/internal/layer_blocks.h"
+#include "cache/internal/residency.h"
+#include "selector/certificate.h"
+#include "transfer/transfer_engine.h"
+
+namespace prehoc {
+
+// What is attended to at one step, as positions: [0, sinks), middle, [left, n).
+struct AttendedSet {
+  bool everything = false;  // of what is in sight: [0, sinks) and [lo, n)
+  int32_t sinks = 0, lo = 0, left = 0, n = 0;
+  std::vector<int32_t> middle;
+  int64_t size() const;
+  std::vector<int32_t> Positions() const;
+};
+
+// The heads that choose together: the query heads of a KV head, or one of them (cis.gqa_set = per_query_head).
+struct Unit {
+  int32_t first_head = 0, heads = 0, kv_head = 0;
+  // The choice in force.
+  bool has_choice = false;
+  int64_t chosen_at = 0;              // step
+  int32_t local_left = 0;             // first local position at that step
+  std::vector<float> anchor, anchor_pre;  // [heads, head_dim]: the queries that chose
+  std::vector<int32_t> chosen;        // middle positions, sorted
+  std::vector<float> dropped, dropped_bound;  // [heads] at that step, as shares; bound < 0 = none
+  std::vector<double> lse_dropped;    // [heads] for the certified gate (METHODS 1.7)
+  // Pooled scores of the middle, for the slow clock [stride].
+  float* pooled = nullptr;
+  int32_t pooled_scans = 0;           // since the pool was started
+  bool pool_restart = true;           // the next scan starts it afresh
+  // Of the last step, for LastStep() and audits.
+  AttendedSet attended;
+  bool selected = false;
+  float cosine = -2;
+};
+
+// Rows on their way to slots, to be used from `due` on (lag).
+struct PendingFetch {
+  int32_t kv_head = 0;
+  int64_t due = 0;  // step
+  std::vector<int32_t> positions, slots;
+  std::vector<BlockPin> sources;
+  TransferRequest request;
+};
+
+struct HeadState {
+  Half *sinks = nullptr, *ring = nullptr, *slots = nullptr;
+  std::byte* codes = nullptr;
+  Half *page_lo = nullptr, *page_hi = nullptr;
+  HeadResidency residency;
+  KeyBall ball;  // only for the certified gate
+};
+
+struct LayerState {
+  std::vector<BlockRef> blocks;     // by chunk
+  std::vector<BlockPin> tail_pins;  // of blocks that are still written to: the last ones
+  std::vector<HeadState> heads;     // [kv_heads]
+  std::vector<Unit> units;
+  std::vector<PendingFetch> pending;
+  int64_t coded = 0;                // positions that have codes
+};
+
+struct FastStep;
+class ScopedTimer;
+
+struct Sequence::Impl {
+  Impl(CacheShared* shared, const DeviceLayout& device_layout, DeviceBuffer buffer,
+       const SequenceOptions& sequence_options, ChunkKeyChain root);
+  ~Impl();
+
+  // sequence.cc
+  static Result<std::unique_ptr<Impl>> Open(CacheShared* shared, const SequenceOptions& options);
+  Status Begin(std::span<const int32_t> new_tokens, int64_t prompt_length);
+  Status End();
+  void Rollback();
+  Status EnsureTails(LayerState& layer, int64_t end);
+  void SealChunks(int32_t layer, int64_t first_chunk, int64_t end_chunk);
+  Status AppendRows(int32_t layer, const LayerInput& in, int64_t begin, int64_t added);
+  std::byte* TailBytes(LayerState& layer, int64_t chunk);
+  bool ChunkIsShared(int64_t chunk) const;  // its rows depend on tokens and prefill alone
+  bool ExactNow() const;                    // the announced tokens' rows are such, too
+  void Carve(const DeviceRequest& request);
+  Status CheckCall(LayerId layer, bool decode) const;
+  Status CheckInvariants() const;
+
+  // prefill.cc
+  Status Prefill(int32_t layer, const LayerInput& in);
+  Status IndexRows(int32_t layer, LayerBlocks& rows, int64_t end);  // codes and bounds of whole groups up to `end`
+  Status FillRing(int32_t layer, LayerBlocks& rows, int64_t first, int64_t end);
+  Status AttendPrefill(int32_t layer, LayerBlocks& rows, const LayerInput& in, int64_t first, int64_t count);
+  Status AddKeysToBalls(int32_t layer, LayerBlocks& rows, int64_t first, int64_t end);
+  PrefillRule RuleOfPrefill(int32_t layer) const;
+
+  // fast_clock.cc
+  Status Attend(int32_t layer, const LayerInput& in);
+  Status FirstSelection(int32_t layer, const float* q, const float* q_pre);
+  void Gate(FastStep& s);
+  float GroupCosine(const std::vector<Unit>& units, int32_t kv_head, bool mean,
+                    const std::function<float(const Unit&)>& cosine_of) const;
+  Status CheckCertificates(FastStep& s);
+
+  // select.cc
+  Status Select(FastStep& s);
+  Status Score(FastStep& s);
+  Status ScoreResidents(FastStep& s, size_t index);
+  void SpreadPageScores(FastStep& s, int64_t coded);
+  void RoundLogits(FastStep& s);
+  Status Choose(FastStep& s, bool plain);
+  ChooseTask ChooseTaskFor(FastStep& s, size_t index);
+  void Keep(FastStep& s, size_t index);
+  double LseOutside(const FastStep& s, size_t index, int32_t h, int32_t end) const;
+  bool PoolIsDue(const FastStep& s) const;
+  Status RefreshCandidates(FastStep& s);
+  void PushRing(const HeadState& head, int64_t begin, int64_t end, std::vector<RowRun>* runs) const;
+  int64_t ResidentCount(const HeadState& head) const;
+
+  // fetch_attend.cc
+  Status Fetch(FastStep& s);
+  Status AttendUnits(FastStep& s);
+  Status CollectRuns(FastStep& s, size_t index);
+  Status CollectEverything(FastStep& s, size_t index);
+  // Runs of all that is in sight: from the ring as far as it goes back, else from the host.
+  struct FarRows {
+    int64_t host = 0, store = 0;  // rows that were not in the ring; of them, read from the store
+  };
+  Result<FarRows> SightRuns(const FastStep& s, int32_t kv_head, LayerBlocks& blocks, std::vector<RowRun>* runs) const;
+  void NoteAttended(FastStep& s, size_t index);
+  void Account(FastStep& s);
+  void AccountMass(FastStep& s, size_t index);
+
+  // slow_clock.cc
+  Status SlowClock();
+  bool RefreshDue(int32_t layer, int32_t kv_head) const;
+  Status FillAtStart(int32_t layer, int32_t kv_head);
+  Status Refresh(int32_t layer, int32_t kv_head, int64_t lag);
+  Status BringMissing(int32_t layer, int32_t kv_head, std::vector<int32_t>& wanted, int64_t lag);
+  Status PostBehind(int32_t layer, int32_t kv_head, LayerBlocks& rows, std::span<const int32_t> positions, int64_t lag);
+  Status LandPending(int32_t layer);
+  // Frees slots until `wanted` are free, least pooled score first, sparing what a unit has chosen and `spare` (sorted).
+  void MakeRoom(int32_t layer, int32_t kv_head, int32_t wanted, std::span<const int32_t> spare);
+  // Copies rows of `positions` (sorted, not on the device) to free slots now, as many as there are. Returns how many.
+  Result<int64_t> BringIn(int32_t layer, int32_t kv_head, LayerBlocks& rows, std::span<const int32_t> positions);
+
+  // audit.cc
+  bool AuditDue() const;
+  Status Audit(FastStep& s);
+
+  // restore.cc
+  Status RestorePrefix(std::span<const int32_t> prompt);
+  Result<int64_t> LoadPrefix(std::span<const int32_t> prompt);  // chunks
+  Status EncodeBlock(int32_t layer, int64_t chunk, std::span<const std::byte> bytes);
+  std::vector<ChunkIndex> LostChunks() const;
+  Status BeginRepair(ChunkIndex chunk);
+  Status EndRepair();
+
+  // The row of a position on the device, or null.
+  const Half* RowOnDevice(const HeadState& head, int64_t position) const {
+    const auto size = static_cast<int64_t>(geometry().head_dim) * 2;
+    if (position >= ring_begin) return head.ring + position % layout.ring * size;
+    if (position < sinks) return head.sinks + position * size;
+    const int32_t slot = head.residency.SlotOf(static_cast<int32_t>(position));
+    return slot < 0 ? nullptr : head.slots + slot * size;
+  }
+  const KvGeometry& geometry() const { return cache->options.geometry; }
+  const Selector& selector() const { return *cache->selector; }
+  const KernelTable& kernels() const { return *cache->resources.kernels; }
+  bool complete() const { return layout.complete(max_tokens); }
+  size_t row_halfs() const { return static_cast<size_t>(geometry().head_dim) * 2; }
+  float* z(int32_t head) const { return z_ + static_cast<int64_t>(head) * layout.stride; }
+  float* err(int32_t head) const { return err_ ? err_ + static_cast<int64_t>(head) * layout.stride : nullptr; }
+  int64_t visible() const { return first + count; }
+  bool decoding() const { return prompt == 0; }
+
+  CacheShared* const cache;
+  const DeviceLayout layout;
+  const int64_t max_tokens;
+  const int32_t sinks;  // rows kept apart; Budget::sinks
+  DeviceBuffer memory;
+  float *z_ = nullptr, *err_ = nullptr;
+  std::vector<LayerState> layers;
+  std::vector<std::byte> code_scratch;  // where bounds are wanted but codes are not kept
+
+  int64_t length = 0;        // finished tokens
+  int64_t restored_tokens = 0;
+  int64_t exact_tokens = 0;  // leading tokens whose rows no sparse step has touched
+  int64_t ring_begin = 0;    // the ring holds [ring_begin, visible); never goes back
+  std::vector<int32_t> tokens;
+  // The open call, if any.
+  bool open = false;
+  int64_t first = 0, count = 0;
+  int64_t prompt = 0;        // whole prompt's length; 0 = decode
+  int32_t next_layer = 0;
+  int64_t step = 0;          // u of the open or last call
+  std::optional<ChunkIndex> repairing;
+  std::vector<BlockRef> repair_blocks;  // [layers]
+  std::vector<BlockPin> repair_pins;
+  int64_t last_prompt = 0;   // length of the last prompt, for what repairs its chunks
+  std::string method;        // Selector::MethodTag() of the first prompt: in all keys
+  std::string branch;        // of chunks with rows written under sparse attention: never shared
+  ChunkKeyChain chain, next_chain;  // of finished tokens; of those announced too
+
+  SequenceReport report, step_report;
+  std::unique_ptr<FastStep> scratch;  // one step's working memory, reused
+};
+
+// Adds the seconds of its life to a figure.
+class ScopedTimer {
+ public:
+  ScopedTimer(const Clock& clock, double* seconds) : clock_(clock), seconds_(seconds), start_(clock.NowNanos()) {}
+  ~ScopedTimer() { *seconds_ += clock_.SecondsSince(start_); }
+  ScopedTimer(const ScopedTimer&) = delete;
+  ScopedTimer& operator=(const ScopedTimer&) = delete;
+
+ private:
+  const Clock& clock_;
+  double* const seconds_;
+  const int64_t start_;
+};
+
+}  // namespace prehoc

@@ -1,0 +1,174 @@
+#include "cache/kv_cache.h"
+
+#include <algorithm>
+
+#include "cache/internal/cache_impl.h"
+#include "cache/internal/fast_step.h"
+#include "cache/internal/sequence_impl.h"
+#include "transfer/memory_transfer_engine.h"
+
+namespace prehoc {
+
+Status CacheOptions::Validate() const {
+  PREHOC_RETURN_IF_ERROR(geometry.Validate());
+  PREHOC_RETURN_IF_ERROR(selector.Validate());
+  if (audit_every < 0) return {StatusCode::kInvalid, "audit_every = " + std::to_string(audit_every) + " is negative"};
+  if (geometry.chunk_tokens % codes.group_tokens != 0) {
+    return {StatusCode::kInvalid, "chunk_tokens = " + std::to_string(geometry.chunk_tokens) +
+                                      " is not a multiple of the codes' group of " + std::to_string(codes.group_tokens)};
+  }
+  return {};
+}
+
+ChunkKeyRoot CacheShared::KeyRoot(const std::string& method) const {
+  return {.tenant_salt = options.tenant_salt, .model = options.model, .dtype = KvDtypeName(options.geometry.dtype),
+          .layout = layout_name, .method = method};
+}
+
+KvCache::KvCache(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+KvCache::~KvCache() = default;
+
+Result<std::unique_ptr<KvCache>> KvCache::Create(const CacheOptions& options, const CacheResources& resources) {
+  PREHOC_RETURN_IF_ERROR(options.Validate());
+  if (resources.executor == nullptr || resources.device == nullptr) {
+    return {StatusCode::kInvalid, "a cache needs an executor and device memory"};
+  }
+  auto impl = std::make_unique<Impl>();
+  impl->options = options;
+  impl->layout_name = options.geometry.LayoutName();
+  impl->resources = resources;
+  CacheResources& own = impl->resources;
+  if (own.background == nullptr) own.background = own.executor;
+  if (own.kernels == nullptr) own.kernels = &BestCpuKernels();
+  if (own.clock == nullptr) own.clock = &SteadyClock::Get();
+  if (own.transfer == nullptr) {
+    impl->own_transfer = std::make_unique<MemoryTransferEngine>(own.background);
+    own.transfer = impl->own_transfer.get();
+  }
+  if (own.kernels->code_block_bytes(options.codes, options.geometry.head_dim) == 0) {
+    return {StatusCode::kInvalid, "codes of " + std::to_string(options.codes.bits) + " bits over " +
+                                      std::to_string(options.codes.group_tokens) +
+                                      " tokens are not offered: bits 2, 3, 4 or 8, over 16 or 64"};
+  }
+  if (own.store && own.store->chunk_bytes() != options.geometry.block_bytes()) {
+    return {StatusCode::kInvalid, "the store keeps records of " + std::to_string(own.store->chunk_bytes()) +
+                                      " bytes, this geometry has blocks of " + std::to_string(options.geometry.block_bytes())};
+  }
+  PREHOC_ASSIGN_OR_RETURN(impl->selector, Selector::Create(options.selector));
+  HostTier::Options host;
+  host.block_bytes = options.geometry.block_bytes();
+  host.budget = options.host_budget;
+  host.huge_pages = options.huge_pages;
+  PREHOC_ASSIGN_OR_RETURN(impl->host, HostTier::Create(host, own.executor, own.background, own.store));
+  return std::unique_ptr<KvCache>(new KvCache(std::move(impl)));
+}
+
+Result<std::unique_ptr<Sequence>> KvCache::Open(const SequenceOptions& options) {
+  PREHOC_ASSIGN_OR_RETURN(auto impl, Sequence::Impl::Open(impl_.get(), options));
+  return std::unique_ptr<Sequence>(new Sequence(std::move(impl)));
+}
+
+Result<std::unique_ptr<Sequence>> KvCache::OpenWithPrefix(const SequenceOptions& options, std::span<const int32_t> tokens) {
+  if (static_cast<int64_t>(tokens.size()) > options.max_tokens) {
+    return {StatusCode::kInvalid, "a prompt of " + std::to_string(tokens.size()) + " tokens with max_tokens = " +
+                                      std::to_string(options.max_tokens)};
+  }
+  PREHOC_ASSIGN_OR_RETURN(auto impl, Sequence::Impl::Open(impl_.get(), options));
+  const Status restored = impl->RestorePrefix(tokens);
+  if (!restored.ok()) {
+    // A block that was there a moment ago is gone: begin without a prefix, as if nothing had been stored.
+    const int64_t corrupt = impl->report.corrupt_chunks + (restored.code() == StatusCode::kCorrupt);
+    const int64_t missing = impl->report.missing_chunks + (restored.code() != StatusCode::kCorrupt);
+    impl.reset();
+    PREHOC_ASSIGN_OR_RETURN(impl, Sequence::Impl::Open(impl_.get(), options));
+    impl->report.corrupt_chunks = corrupt;
+    impl->report.missing_chunks = missing;
+  }
+  return std::unique_ptr<Sequence>(new Sequence(std::move(impl)));
+}
+
+Status KvCache::Flush() { return impl_->host->Flush(); }
+const CacheOptions& KvCache::options() const { return impl_->options; }
+const Selector& KvCache::selector() const { return *impl_->selector; }
+const KernelTable& KvCache::kernels() const { return *impl_->resources.kernels; }
+
+void KvCache::VisitCounters(const CounterVisitor& visit) const {
+  const DeviceMemory& device = *impl_->resources.device;
+  visit("device.budget_bytes", static_cast<double>(device.budget()));
+  visit("device.used_bytes", static_cast<double>(device.used()));
+  visit("device.peak_bytes", static_cast<double>(device.peak()));
+  impl_->host->VisitCounters(visit);
+  impl_->resources.transfer->VisitCounters(visit);
+  if (impl_->resources.store) impl_->resources.store->VisitCounters(visit);
+}
+
+// --- Sequence: the facade of Sequence::Impl ----------------------------------------------------------------------------
+
+Sequence::Sequence(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Sequence::~Sequence() = default;
+int64_t Sequence::length() const { return impl_->length; }
+int64_t Sequence::restored() const { return impl_->restored_tokens; }
+int64_t Sequence::max_tokens() const { return impl_->max_tokens; }
+std::span<const int32_t> Sequence::tokens() const {
+  return std::span(impl_->tokens).first(static_cast<size_t>(impl_->length));
+}
+
+Status Sequence::Begin(std::span<const int32_t> tokens, int64_t prompt_tokens) { return impl_->Begin(tokens, prompt_tokens); }
+PrefillRule Sequence::FreezeRule(LayerId layer) const {
+  return impl_->decoding() ? PrefillRule{} : impl_->RuleOfPrefill(layer.value());
+}
+Status Sequence::Prefill(LayerId layer, const LayerInput& input) {
+  PREHOC_RETURN_IF_ERROR(impl_->CheckCall(layer, false));
+  return impl_->Prefill(layer.value(), input);
+}
+Status Sequence::Attend(LayerId layer, const LayerInput& input) {
+  PREHOC_RETURN_IF_ERROR(impl_->CheckCall(layer, true));
+  return impl_->Attend(layer.value(), input);
+}
+Status Sequence::End() { return impl_->End(); }
+void Sequence::Rollback() { impl_->Rollback(); }
+std::vector<ChunkIndex> Sequence::LostChunks() const { return impl_->LostChunks(); }
+Status Sequence::BeginRepair(ChunkIndex chunk) { return impl_->BeginRepair(chunk); }
+Status Sequence::EndRepair() { return impl_->EndRepair(); }
+const SequenceReport& Sequence::Report() const { return impl_->report; }
+Status Sequence::CheckInvariants() const { return impl_->CheckInvariants(); }
+
+Sequence::Residency Sequence::CountResidency() const {
+  Residency count;
+  for (const LayerState& layer : impl_->layers) {
+    for (const HeadState& head : layer.heads) {
+      count.device_rows += impl_->length - std::min(impl_->length, impl_->ring_begin) + head.residency.held() +
+                           std::min<int64_t>(impl_->sinks, std::min(impl_->ring_begin, impl_->length));
+      count.device_slots += impl_->layout.slots;
+    }
+    for (const BlockRef& block : layer.blocks) {
+      const BlockState state = impl_->cache->host->state(block);
+      count.host_blocks += state == BlockState::kTail || state == BlockState::kHost;
+      count.disk_only_blocks += state == BlockState::kStoreOnly;
+      count.lost_blocks += state == BlockState::kLost;
+    }
+  }
+  return count;
+}
+
+Result<Sequence::HeadView> Sequence::LastStep(LayerId layer, KvHeadId head) const {
+  const KvGeometry& geometry = impl_->geometry();
+  if (layer.value() < 0 || layer.value() >= geometry.layers || head.value() < 0 || head.value() >= geometry.kv_heads) {
+    return {StatusCode::kInvalid, "layer " + std::to_string(layer.value()) + ", KV head " + std::to_string(head.value()) +
+                                      " of " + std::to_string(geometry.layers) + " and " + std::to_string(geometry.kv_heads)};
+  }
+  HeadView view;
+  view.cosine = 2;
+  for (const Unit& unit : impl_->layers[static_cast<size_t>(layer.value())].units) {
+    if (unit.kv_head != head.value()) continue;
+    const std::vector<int32_t> positions = unit.attended.Positions();
+    view.attended.insert(view.attended.end(), positions.begin(), positions.end());
+    view.selected |= unit.selected;
+    view.cosine = std::min(view.cosine, unit.cosine);
+  }
+  std::sort(view.attended.begin(), view.attended.end());
+  view.attended.erase(std::unique(view.attended.begin(), view.attended.end()), view.attended.end());
+  return view;
+}
+
+}  // namespace prehoc

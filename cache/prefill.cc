@@ -1,0 +1,172 @@
+// Many tokens of a prompt through one layer: rows to the host, index and ring as they fill, causal attention, and after the
+// last token the first choice of every head.
+#include <algorithm>
+
+#include "base/half.h"
+#include "cache/internal/fast_step.h"
+#include "cache/internal/sequence_impl.h"
+
+namespace prehoc {
+
+PrefillRule Sequence::Impl::RuleOfPrefill(int32_t layer) const {
+  return selector().Prefill(layer, geometry().layers, prompt, visible());
+}
+
+Status Sequence::Impl::Prefill(int32_t layer_index, const LayerInput& in) {
+  ScopedTimer timer(*cache->resources.clock, &step_report.times.prefill);
+  LayerState& layer = layers[static_cast<size_t>(layer_index)];
+  const int64_t size = geometry().chunk_tokens;
+  if (in.q_skip < 0 || in.q_skip > count) {
+    return {StatusCode::kInvalid, "q_skip = " + std::to_string(in.q_skip) + " of " + std::to_string(count) + " tokens"};
+  }
+  if (!repairing) PREHOC_RETURN_IF_ERROR(EnsureTails(layer, visible()));
+  PREHOC_RETURN_IF_ERROR(AppendRows(layer_index, in, first, count));
+  {
+    std::vector<BlockRef> seen(layer.blocks.begin(), layer.blocks.begin() + static_cast<std::ptrdiff_t>(CeilDiv(visible(), size)));
+    if (repairing) seen.back() = repair_blocks[static_cast<size_t>(layer_index)];
+    LayerBlocks rows(cache->host.get(), geometry(), seen, BlockUse::kStream);
+    if (!repairing) {
+      PREHOC_RETURN_IF_ERROR(IndexRows(layer_index, rows, visible()));
+      PREHOC_RETURN_IF_ERROR(FillRing(layer_index, rows, first, visible()));
+      PREHOC_RETURN_IF_ERROR(AddKeysToBalls(layer_index, rows, first, visible()));
+    }
+    step_report.prefill_frozen_rows += in.q_skip;
+    if (in.q_skip < count) {
+      PREHOC_RETURN_IF_ERROR(AttendPrefill(layer_index, rows, in, first + in.q_skip, count - in.q_skip));
+    }
+    step_report.prefill_bytes_from_disk += rows.loaded() * static_cast<int64_t>(geometry().block_bytes());
+  }
+  ++next_layer;
+  if (repairing) return {};
+  if (visible() == prompt && in.q_skip < count) {
+    const int64_t last = count - in.q_skip - 1;
+    const int64_t stride = static_cast<int64_t>(geometry().heads) * geometry().head_dim;
+    PREHOC_RETURN_IF_ERROR(FirstSelection(layer_index, in.q + last * stride,
+                                          in.q_pre_rope ? in.q_pre_rope + last * stride : nullptr));
+  }
+  // Chunks that began in this call are whole for good: from here on they may leave the host tier.
+  if (first % size == 0) {
+    const auto first_tail = static_cast<int64_t>(layer.blocks.size() - layer.tail_pins.size());
+    SealChunks(layer_index, first_tail, visible() / size);
+  }
+  return {};
+}
+
+Status Sequence::Impl::IndexRows(int32_t layer_index, LayerBlocks& rows, int64_t end) {
+  LayerState& layer = layers[static_cast<size_t>(layer_index)];
+  if (!selector().NeedsCodes() && !selector().NeedsPages()) return {};
+  const CodeFormat& format = cache->options.codes;
+  const int64_t group = format.group_tokens;
+  const size_t block_bytes = kernels().code_block_bytes(format, geometry().head_dim);
+  const size_t bounds_of_group = static_cast<size_t>(group / 16) * static_cast<size_t>(geometry().head_dim);
+  std::vector<EncodeTask>& tasks = scratch->encode;
+  tasks.clear();
+  const auto num_tasks = static_cast<size_t>((end / group - layer.coded / group) * geometry().kv_heads);
+  if (!selector().NeedsCodes()) code_scratch.resize(num_tasks * block_bytes);
+  for (int64_t g = layer.coded / group; g < end / group; ++g) {
+    for (int32_t h = 0; h < geometry().kv_heads; ++h) {
+      HeadState& head = layer.heads[static_cast<size_t>(h)];
+      PREHOC_ASSIGN_OR_RETURN(const Half* source, rows.Row(g * group, h));
+      EncodeTask task;
+      task.rows = source;
+      task.block = head.codes ? head.codes + static_cast<size_t>(g) * block_bytes : code_scratch.data() + tasks.size() * block_bytes;
+      if (head.page_lo) {
+        task.page_lo = head.page_lo + static_cast<size_t>(g) * bounds_of_group;
+        task.page_hi = head.page_hi + static_cast<size_t>(g) * bounds_of_group;
+      }
+      tasks.push_back(task);
+    }
+  }
+  if (!tasks.empty()) {
+    PREHOC_RETURN_IF_ERROR(
+        kernels().encode({.tasks = tasks, .format = format, .head_dim = geometry().head_dim}, cache->launch()));
+  }
+  layer.coded = end / group * group;
+  return {};
+}
+
+Status Sequence::Impl::FillRing(int32_t layer_index, LayerBlocks& rows, int64_t begin, int64_t end) {
+  LayerState& layer = layers[static_cast<size_t>(layer_index)];
+  const int64_t size = geometry().chunk_tokens;
+  const auto row = static_cast<int64_t>(row_halfs());
+  const auto copy = [&](int64_t from, int64_t to, auto&& target) -> Status {
+    for (int64_t at = from; at < to;) {
+      // As far as both the block and the ring run on.
+      const int64_t run = std::min({(at / size + 1) * size - at, layout.ring - at % layout.ring, to - at});
+      for (int32_t h = 0; h < geometry().kv_heads; ++h) {
+        PREHOC_ASSIGN_OR_RETURN(const Half* source, rows.Row(at, h));
+        std::copy(source, source + run * row, target(layer.heads[static_cast<size_t>(h)], at));
+      }
+      at += run;
+    }
+    return {};
+  };
+  PREHOC_RETURN_IF_ERROR(copy(std::max(begin, ring_begin), end, [&](HeadState& head, int64_t at) {
+    return head.ring + at % layout.ring * row;
+  }));
+  return copy(begin, std::min<int64_t>(end, sinks), [&](HeadState& head, int64_t at) { return head.sinks + at * row; });
+}
+
+Status Sequence::Impl::AddKeysToBalls(int32_t layer_index, LayerBlocks& rows, int64_t begin, int64_t end) {
+  const SelectorOptions& options = cache->options.selector;
+  if (options.cis.gate != CisOptions::Gate::kCertified) return {};
+  const auto dim = static_cast<size_t>(geometry().head_dim);
+  for (int32_t h = 0; h < geometry().kv_heads; ++h) {
+    KeyBall& ball = layers[static_cast<size_t>(layer_index)].heads[static_cast<size_t>(h)].ball;
+    std::vector<float> keys(static_cast<size_t>(end - begin) * dim);
+    for (int64_t at = begin; at < end; ++at) {
+      PREHOC_ASSIGN_OR_RETURN(const Half* row, rows.Row(at, h));
+      std::transform(row, row + dim, keys.begin() + static_cast<std::ptrdiff_t>(static_cast<size_t>(at - begin) * dim), HalfToFloat);
+    }
+    if (begin == 0) {
+      ball = KeyBall(keys, geometry().head_dim);
+    } else {
+      for (size_t i = 0; i < keys.size(); i += dim) ball.Add(std::span(keys).subspan(i, dim));
+    }
+  }
+  return {};
+}
+
+Status Sequence::Impl::AttendPrefill(int32_t layer_index, LayerBlocks& rows, const LayerInput& in, int64_t begin,
+                                     int64_t queries) {
+  const PrefillRule rule = RuleOfPrefill(layer_index);
+  const int64_t size = geometry().chunk_tokens;
+  const int32_t dim = geometry().head_dim, group = geometry().group();
+  const int64_t stride = static_cast<int64_t>(geometry().heads) * dim;
+
+  std::vector<int32_t> starts;
+  if (rule.windowed) {
+    const int64_t kept_sinks = rule.keep_sink ? sinks : 0;
+    for (int64_t t = 0; t < queries; ++t) {
+      starts.push_back(static_cast<int32_t>(selector().WindowStart(layer_index, geometry().layers, begin + t + 1)));
+      step_report.prefill_cut_keys += std::max<int64_t>(0, starts.back() - kept_sinks) * geometry().kv_heads;
+    }
+  }
+  std::vector<std::vector<RowRun>> runs(static_cast<size_t>(geometry().kv_heads));
+  std::vector<PrefillTask> tasks;
+  for (int32_t h = 0; h < geometry().kv_heads; ++h) {
+    std::vector<RowRun>& of_head = runs[static_cast<size_t>(h)];
+    for (int64_t at = 0; at < visible(); at += size) {
+      PREHOC_ASSIGN_OR_RETURN(const Half* source, rows.Rows(static_cast<size_t>(at / size), h));
+      of_head.push_back({source, static_cast<int32_t>(std::min(size, visible() - at))});
+    }
+    PrefillTask task;
+    task.q = in.q + static_cast<int64_t>(h) * group * dim;
+    task.q_stride = stride;
+    task.out = in.out + static_cast<int64_t>(h) * group * dim;
+    task.out_stride = stride;
+    task.runs = of_head;
+    task.start = starts.empty() ? nullptr : starts.data();
+    tasks.push_back(task);
+  }
+  PrefillParams params;
+  params.tasks = tasks;
+  params.queries = static_cast<int32_t>(queries);
+  params.first = static_cast<int32_t>(begin);
+  params.sinks = rule.windowed && rule.keep_sink ? sinks : 0;
+  params.group = group;
+  params.head_dim = dim;
+  return kernels().prefill(params, cache->launch());
+}
+
+}  // namespace prehoc

@@ -1,0 +1,174 @@
+// A stored prefix comes back, and lost chunks are made anew.
+#include <algorithm>
+#include <atomic>
+
+#include "cache/internal/fast_step.h"
+#include "cache/internal/sequence_impl.h"
+
+namespace prehoc {
+
+// Codes and bounds of one block. Different blocks may run at once.
+Status Sequence::Impl::EncodeBlock(int32_t layer_index, int64_t chunk, std::span<const std::byte> bytes) {
+  if (!selector().NeedsCodes() && !selector().NeedsPages()) return {};
+  LayerState& layer = layers[static_cast<size_t>(layer_index)];
+  const CodeFormat& format = cache->options.codes;
+  const size_t block_bytes = kernels().code_block_bytes(format, geometry().head_dim);
+  const int64_t groups = geometry().chunk_tokens / format.group_tokens;
+  const size_t bounds_of_group = static_cast<size_t>(format.group_tokens / 16) * static_cast<size_t>(geometry().head_dim);
+  std::vector<EncodeTask> tasks;
+  std::vector<std::byte> unkept;
+  if (!selector().NeedsCodes()) unkept.resize(block_bytes);
+  for (int32_t h = 0; h < geometry().kv_heads; ++h) {
+    HeadState& head = layer.heads[static_cast<size_t>(h)];
+    const auto* rows = reinterpret_cast<const Half*>(bytes.data() + static_cast<size_t>(h) * geometry().head_block_bytes());
+    for (int64_t g = 0; g < groups; ++g) {
+      const auto at = static_cast<size_t>(chunk * groups + g);
+      EncodeTask task;
+      task.rows = rows + g * format.group_tokens * static_cast<int64_t>(row_halfs());
+      task.block = head.codes ? head.codes + at * block_bytes : unkept.data();
+      if (head.page_lo) {
+        task.page_lo = head.page_lo + at * bounds_of_group;
+        task.page_hi = head.page_hi + at * bounds_of_group;
+      }
+      tasks.push_back(task);
+    }
+  }
+  return kernels().encode({.tasks = tasks, .format = format, .head_dim = geometry().head_dim}, Launch{});
+}
+
+// Every block of the longest known prefix is read and verified once, and indexed while it is in the CPU's cache.
+Result<int64_t> Sequence::Impl::LoadPrefix(std::span<const int32_t> wanted) {
+  const int64_t size = geometry().chunk_tokens;
+  const int64_t num_layers = geometry().layers;
+  const int64_t whole = (static_cast<int64_t>(wanted.size()) - 1) / size;
+  ChunkKeyChain keys(cache->KeyRoot(method));
+  std::vector<BlockRef> found;  // [chunks, layers]
+  int64_t chunks = 0;
+  for (; chunks < whole; ++chunks) {
+    keys.Append(wanted.subspan(static_cast<size_t>(chunks * size), static_cast<size_t>(size)));
+    for (int32_t l = 0; l < num_layers; ++l) {
+      std::optional<BlockRef> block = cache->host->Find(keys.Key(ChunkIndex(static_cast<int32_t>(chunks)), LayerId(l)));
+      if (!block) break;
+      found.push_back(std::move(*block));
+    }
+    if (static_cast<int64_t>(found.size()) < (chunks + 1) * num_layers) break;
+  }
+
+  std::atomic<int64_t> good{chunks};
+  std::atomic<int64_t> loaded{0}, corrupt{0}, missing{0};
+  cache->resources.executor->ParallelFor(chunks * num_layers, [&](int64_t i) {
+    const int64_t chunk = i / num_layers;
+    if (chunk >= good.load(std::memory_order_relaxed)) return;
+    auto pin = cache->host->Pin(found[static_cast<size_t>(i)], BlockUse::kStream);
+    Status status = pin.status();
+    if (pin.ok()) {
+      loaded += pin->loaded();
+      status = EncodeBlock(static_cast<int32_t>(i % num_layers), chunk, pin->bytes());
+    }
+    if (status.ok()) return;
+    corrupt += status.code() == StatusCode::kCorrupt;
+    missing += status.code() == StatusCode::kNotFound;
+    for (int64_t seen = good.load(); chunk < seen && !good.compare_exchange_weak(seen, chunk);) {
+    }
+  });
+  chunks = good.load();
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    for (int64_t l = 0; l < num_layers; ++l) {
+      layers[static_cast<size_t>(l)].blocks.push_back(found[static_cast<size_t>(chunk * num_layers + l)]);
+    }
+  }
+  report.prefill_bytes_from_disk += loaded.load() * static_cast<int64_t>(geometry().block_bytes());
+  report.corrupt_chunks += corrupt.load();
+  report.missing_chunks += missing.load();
+  return chunks;
+}
+
+Status Sequence::Impl::RestorePrefix(std::span<const int32_t> wanted) {
+  if (wanted.empty()) return {};
+  method = selector().MethodTag(static_cast<int64_t>(wanted.size()));
+  PREHOC_ASSIGN_OR_RETURN(const int64_t chunks, LoadPrefix(wanted));
+  const int64_t size = geometry().chunk_tokens;
+  const int64_t end = chunks * size;
+  chain = ChainOf(cache->KeyRoot(method), wanted.first(static_cast<size_t>(end)), geometry().chunk_tokens);
+  next_chain = chain;
+  ring_begin = std::max<int64_t>(0, end - layout.ring);
+  for (int32_t l = 0; l < geometry().layers && end > 0; ++l) {
+    LayerState& layer = layers[static_cast<size_t>(l)];
+    LayerBlocks rows(cache->host.get(), geometry(), layer.blocks, BlockUse::kStream);
+    PREHOC_RETURN_IF_ERROR(FillRing(l, rows, 0, end));
+    PREHOC_RETURN_IF_ERROR(AddKeysToBalls(l, rows, 0, end));
+    layer.coded = end;
+    for (HeadState& head : layer.heads) {
+      for (int64_t i = ring_begin; i < end; ++i) head.residency.EnterRing(static_cast<int32_t>(i));
+    }
+  }
+  tokens.assign(wanted.begin(), wanted.begin() + end);
+  length = exact_tokens = restored_tokens = end;
+  report.prompt_tokens += end;
+  report.restored_tokens += end;
+  return {};
+}
+
+std::vector<ChunkIndex> Sequence::Impl::LostChunks() const {
+  std::vector<ChunkIndex> lost;
+  const int64_t chunks = length / geometry().chunk_tokens;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const bool any = std::any_of(layers.begin(), layers.end(), [&](const LayerState& layer) {
+      return cache->host->state(layer.blocks[static_cast<size_t>(chunk)]) == BlockState::kLost;
+    });
+    if (any) lost.push_back(ChunkIndex(static_cast<int32_t>(chunk)));
+  }
+  return lost;
+}
+
+Status Sequence::Impl::BeginRepair(ChunkIndex chunk) {
+  const int64_t size = geometry().chunk_tokens;
+  if (open) return {StatusCode::kInvalid, "BeginRepair() while a call is open: Rollback() it first"};
+  if (!chunk.valid() || (chunk.value() + 1) * size > length) {
+    return {StatusCode::kInvalid, "chunk " + std::to_string(chunk.value()) + " is not a whole chunk of this sequence"};
+  }
+  for (int32_t l = 0; l < geometry().layers; ++l) {
+    auto block = cache->host->NewTail();
+    if (!block.ok()) {
+      repair_pins.clear();
+      repair_blocks.clear();
+      return block.status();
+    }
+    auto pin = cache->host->Pin(*block);
+    if (!pin.ok()) return pin.status();
+    repair_blocks.push_back(std::move(block).value());
+    repair_pins.push_back(std::move(pin).value());
+  }
+  first = chunk.value() * size;
+  count = size;
+  prompt = std::max(last_prompt, first + count);
+  next_layer = 0;
+  step_report = SequenceReport{};
+  repairing = chunk;
+  open = true;
+  return {};
+}
+
+Status Sequence::Impl::EndRepair() {
+  if (!open || !repairing) return {StatusCode::kInvalid, "EndRepair() without BeginRepair()"};
+  if (next_layer != geometry().layers) {
+    return {StatusCode::kInvalid, "EndRepair() after " + std::to_string(next_layer) + " of " +
+                                      std::to_string(geometry().layers) + " layers"};
+  }
+  const auto at = static_cast<size_t>(repairing->value());
+  for (int32_t l = 0; l < geometry().layers; ++l) {
+    // The index must describe the rows that are there now, to the last bit.
+    PREHOC_RETURN_IF_ERROR(EncodeBlock(l, repairing->value(), repair_pins[static_cast<size_t>(l)].bytes()));
+    repair_pins[static_cast<size_t>(l)] = BlockPin();
+    BlockRef& block = layers[static_cast<size_t>(l)].blocks[at];
+    block = cache->host->Seal(std::move(repair_blocks[static_cast<size_t>(l)]), chain.Key(*repairing, LayerId(l)));
+  }
+  ++report.recomputed_chunks;
+  repairing.reset();
+  repair_pins.clear();
+  repair_blocks.clear();
+  open = false;
+  return {};
+}
+
+}  // namespace prehoc

@@ -1,0 +1,362 @@
+#include <algorithm>
+#include <numeric>
+#include <random>
+
+#include "cache/internal/fast_step.h"
+#include "cache/internal/sequence_impl.h"
+
+namespace prehoc {
+namespace {
+// Chunks with rows written under sparse attention depend on every choice before them: a key that nobody else can have.
+std::string NewBranch() {
+  std::random_device device;
+  std::string branch = "branch:";
+  for (int i = 0; i < 8; ++i) {
+    const uint32_t word = device();
+    branch.append(reinterpret_cast<const char*>(&word), sizeof word);
+  }
+  return branch;
+}
+
+std::vector<Unit> MakeUnits(const CacheShared& cache) {
+  const KvGeometry& geometry = cache.geometry();
+  const SelectorOptions& selector = cache.options.selector;
+  const bool cis = selector.kind == SelectorKind::kCis || selector.kind == SelectorKind::kCpe;
+  const bool alone = cis && selector.cis.gqa_set == CisOptions::GqaSet::kPerQueryHead;
+  const int32_t together = alone ? 1 : geometry.group();
+  std::vector<Unit> units;
+  for (int32_t head = 0; head < geometry.heads; head += together) {
+    Unit unit;
+    unit.first_head = head;
+    unit.heads = together;
+    unit.kv_head = head / geometry.group();
+    unit.dropped.assign(static_cast<size_t>(together), 0);
+    unit.dropped_bound.assign(static_cast<size_t>(together), -1);
+    units.push_back(std::move(unit));
+  }
+  return units;
+}
+
+// The largest choice and local window at any length of the sequence, by asking the selector itself.
+struct Extent {
+  int32_t local = 0, middle = 0;
+  bool chooses = false;
+};
+Extent ExtentOf(const Selector& selector, int32_t num_layers, int64_t max_tokens) {
+  Extent extent;
+  for (int64_t n = max_tokens; n > 0; n = n * 3 / 4) {
+    const StepRule rule = selector.Rule({.layer = 0, .layers = num_layers, .step = 1, .n = n});
+    extent.local = std::max(extent.local, rule.local);
+    if (rule.attend_all || rule.scorer == Scorer::kNone) continue;
+    extent.chooses = true;
+    const int32_t wanted = selector.options().budget.mass > 0 ? selector.options().budget.MiddleCap(n) : rule.k;
+    extent.middle = std::max(extent.middle, wanted + 2 * rule.dilate_m * rule.dilate_r);
+  }
+  return extent;
+}
+}  // namespace
+
+int64_t AttendedSet::size() const {
+  return everything ? int64_t{sinks} + n - lo : int64_t{sinks} + static_cast<int64_t>(middle.size()) + n - left;
+}
+
+std::vector<int32_t> AttendedSet::Positions() const {
+  std::vector<int32_t> all(static_cast<size_t>(sinks));
+  std::iota(all.begin(), all.end(), 0);
+  if (!everything) all.insert(all.end(), middle.begin(), middle.end());
+  for (int32_t i = everything ? lo : left; i < n; ++i) all.push_back(i);
+  return all;
+}
+
+Result<std::unique_ptr<Sequence::Impl>> Sequence::Impl::Open(CacheShared* shared, const SequenceOptions& options) {
+  const KvGeometry& geometry = shared->geometry();
+  const Selector& selector = *shared->selector;
+  if (options.max_tokens < 1 || options.max_tokens > INT32_MAX / 2) {
+    return {StatusCode::kInvalid, "max_tokens = " + std::to_string(options.max_tokens) + " is not between 1 and 2^30"};
+  }
+  const int64_t chunks = CeilDiv(options.max_tokens, geometry.chunk_tokens);
+  if (shared->host->capacity_blocks() < chunks + geometry.layers) {
+    return {StatusCode::kOutOfSpace,
+            "a host budget of " + FormatBytes(static_cast<double>(shared->options.host_budget)) +
+                " does not hold one layer of " + std::to_string(options.max_tokens) + " tokens and the last chunk of all: " +
+                FormatBytes(static_cast<double>((chunks + geometry.layers) * static_cast<int64_t>(geometry.block_bytes()))) +
+                " is needed"};
+  }
+
+  const Extent extent = ExtentOf(selector, geometry.layers, options.max_tokens);
+  const ResidencyRule residency = selector.Residency();
+  DeviceRequest request;
+  request.geometry = geometry;
+  request.max_tokens = options.max_tokens;
+  const DeviceMemory& device = *shared->resources.device;
+  const uint64_t left = device.budget() - std::min(device.budget(), device.used());
+  request.bytes = options.device_bytes > 0 ? std::min<uint64_t>(options.device_bytes, left) : left;
+  request.sinks = selector.options().budget.sinks;
+  // What leaves the local window stays until a refresh can have seen it.
+  request.ring_min = extent.local + shared->options.codes.group_tokens +
+                     (residency.factor > 0 ? residency.refresh + residency.lag + 1 : 0);
+  request.slots_min = extent.chooses ? std::max(extent.middle, 1) : 0;
+  request.units = static_cast<int32_t>(MakeUnits(*shared).size());
+  request.code_group = shared->options.codes.group_tokens;
+  if (selector.NeedsCodes()) {
+    request.code_block_bytes = shared->resources.kernels->code_block_bytes(shared->options.codes, geometry.head_dim);
+  }
+  request.pages = selector.NeedsPages();
+  request.pool = residency.factor > 0;
+  request.scores = extent.chooses;
+  request.errors = extent.chooses && selector.NeedsErrorBounds();
+  PREHOC_ASSIGN_OR_RETURN(const DeviceLayout layout, DeviceLayout::Fit(request));
+  PREHOC_ASSIGN_OR_RETURN(DeviceBuffer buffer, shared->resources.device->Allocate(layout.bytes, "sequence"));
+
+  auto impl = std::make_unique<Impl>(shared, layout, std::move(buffer), options, ChunkKeyChain(shared->KeyRoot("")));
+  impl->Carve(request);
+  return impl;
+}
+
+Sequence::Impl::Impl(CacheShared* shared, const DeviceLayout& device_layout, DeviceBuffer buffer,
+                     const SequenceOptions& sequence_options, ChunkKeyChain root)
+    : cache(shared), layout(device_layout), max_tokens(sequence_options.max_tokens),
+      sinks(shared->options.selector.budget.sinks), memory(std::move(buffer)), branch(NewBranch()), chain(root),
+      next_chain(std::move(root)), scratch(std::make_unique<FastStep>()) {}
+
+Sequence::Impl::~Impl() = default;
+
+void Sequence::Impl::Carve(const DeviceRequest& request) {
+  const auto num_layers = static_cast<size_t>(geometry().layers);
+  const auto num_heads = static_cast<size_t>(geometry().kv_heads);
+  std::byte* base = memory.data();
+  layers.resize(num_layers);
+  for (size_t l = 0; l < num_layers; ++l) {
+    LayerState& layer = layers[l];
+    layer.units = MakeUnits(*cache);
+    for (size_t u = 0; u < layer.units.size() && layout.pooled; ++u) {
+      layer.units[u].pooled = reinterpret_cast<float*>(base + layout.pool_at) +
+                              static_cast<int64_t>(l * layer.units.size() + u) * layout.stride;
+    }
+    for (size_t h = 0; h < num_heads; ++h) {
+      std::byte* at = base + (l * num_heads + h) * layout.head_bytes;
+      HeadState head;
+      head.sinks = reinterpret_cast<Half*>(at + layout.sinks_at);
+      head.ring = reinterpret_cast<Half*>(at + layout.ring_at);
+      head.slots = reinterpret_cast<Half*>(at + layout.slots_at);
+      if (request.code_block_bytes > 0) head.codes = at + layout.codes_at;
+      if (request.pages) {
+        head.page_lo = reinterpret_cast<Half*>(at + layout.lo_at);
+        head.page_hi = reinterpret_cast<Half*>(at + layout.hi_at);
+      }
+      head.residency = HeadResidency(reinterpret_cast<uint64_t*>(at + layout.slotted_at),
+                                 reinterpret_cast<uint64_t*>(at + layout.resident_at), max_tokens, layout.slots);
+      layer.heads.push_back(std::move(head));
+    }
+  }
+  if (request.scores) z_ = reinterpret_cast<float*>(base + layout.z_at);
+  if (request.errors) err_ = reinterpret_cast<float*>(base + layout.err_at);
+}
+
+Status Sequence::Impl::Begin(std::span<const int32_t> new_tokens, int64_t prompt_length) {
+  const auto added = static_cast<int64_t>(new_tokens.size());
+  if (open) return {StatusCode::kInvalid, "Begin() while a call is open: End() or Rollback() it first"};
+  if (added == 0) return {StatusCode::kInvalid, "Begin() without tokens"};
+  if (prompt_length == 0 && added != 1) {
+    return {StatusCode::kInvalid, "decode takes one token at a time, not " + std::to_string(added)};
+  }
+  if (prompt_length != 0 && length + added > prompt_length) {
+    return {StatusCode::kInvalid, "tokens up to " + std::to_string(length + added) + " in a prompt of " +
+                                      std::to_string(prompt_length)};
+  }
+  if (length + added > max_tokens) {
+    return {StatusCode::kOutOfSpace, "token " + std::to_string(length + added) + " is beyond max_tokens = " +
+                                         std::to_string(max_tokens)};
+  }
+  if (length == 0) {
+    method = selector().MethodTag(prompt_length);
+    chain = next_chain = ChunkKeyChain(cache->KeyRoot(method));
+  }
+  first = length;
+  count = added;
+  prompt = prompt_length;
+  next_layer = 0;
+  step_report = SequenceReport{};
+  tokens.resize(static_cast<size_t>(length));
+  tokens.insert(tokens.end(), new_tokens.begin(), new_tokens.end());
+
+  // Hashes of the chunks that these tokens complete.
+  const int64_t size = geometry().chunk_tokens;
+  if (visible() / size > length / size) {
+    next_chain = chain;
+    for (int64_t chunk = length / size; chunk < visible() / size; ++chunk) {
+      const auto chunk_tokens = std::span(tokens).subspan(static_cast<size_t>(chunk * size), static_cast<size_t>(size));
+      next_chain.Append(chunk_tokens, ChunkIsShared(chunk) ? std::string_view{} : std::string_view{branch});
+    }
+  }
+  // A position that leaves the ring is gone from the device, unless a slot holds it. Rollback does not bring it back.
+  const int64_t ring_end = std::max<int64_t>(ring_begin, visible() - layout.ring);
+  for (LayerState& layer : layers) {
+    for (HeadState& head : layer.heads) {
+      for (int64_t i = ring_begin; i < std::min(ring_end, length); ++i) head.residency.LeaveRing(static_cast<int32_t>(i));
+      for (int64_t i = std::max(ring_end, length); i < visible(); ++i) head.residency.EnterRing(static_cast<int32_t>(i));
+    }
+  }
+  ring_begin = ring_end;
+  if (decoding()) ++step;
+  open = true;
+  return {};
+}
+
+bool Sequence::Impl::ChunkIsShared(int64_t chunk) const {
+  return (chunk + 1) * geometry().chunk_tokens <= (ExactNow() ? visible() : exact_tokens);
+}
+
+bool Sequence::Impl::ExactNow() const {
+  if (exact_tokens != first) return false;
+  return decoding() ? cache->options.selector.kind == SelectorKind::kDense : selector().MethodTag(prompt) == method;
+}
+
+Status Sequence::Impl::CheckCall(LayerId layer, bool decode) const {
+  if (!open) return {StatusCode::kInvalid, "a layer was given without Begin()"};
+  if (layer.value() != next_layer) {
+    return {StatusCode::kInvalid, "layer " + std::to_string(layer.value()) + " was given, layer " +
+                                      std::to_string(next_layer) + " is next"};
+  }
+  if (decode != decoding()) {
+    return {StatusCode::kInvalid, decode ? "Attend() within a prompt: use Prefill()" : "Prefill() in decode: use Attend()"};
+  }
+  return {};
+}
+
+Status Sequence::Impl::EnsureTails(LayerState& layer, int64_t end) {
+  const int64_t size = geometry().chunk_tokens;
+  while (static_cast<int64_t>(layer.blocks.size()) * size < end) {
+    PREHOC_ASSIGN_OR_RETURN(BlockRef block, cache->host->NewTail());
+    PREHOC_ASSIGN_OR_RETURN(BlockPin pin, cache->host->Pin(block));
+    layer.blocks.push_back(std::move(block));
+    layer.tail_pins.push_back(std::move(pin));
+  }
+  return {};
+}
+
+void Sequence::Impl::SealChunks(int32_t layer_index, int64_t first_chunk, int64_t end_chunk) {
+  LayerState& layer = layers[static_cast<size_t>(layer_index)];
+  for (int64_t chunk = first_chunk; chunk < end_chunk; ++chunk) {
+    if (!cache->options.persist_decode && !ChunkIsShared(chunk)) return;  // stays a tail, and with it all after it
+    PREHOC_CHECK(!layer.tail_pins.empty());
+    layer.tail_pins.erase(layer.tail_pins.begin());
+    BlockRef& block = layer.blocks[static_cast<size_t>(chunk)];
+    block = cache->host->Seal(std::move(block), next_chain.Key(ChunkIndex(static_cast<int32_t>(chunk)), LayerId(layer_index)));
+  }
+}
+
+// Rows go to their host block; in decode also to the ring, where the step reads them.
+Status Sequence::Impl::AppendRows(int32_t layer_index, const LayerInput& in, int64_t begin, int64_t added) {
+  LayerState& layer = layers[static_cast<size_t>(layer_index)];
+  const int64_t size = geometry().chunk_tokens;
+  const int64_t dim = geometry().head_dim;
+  const int64_t stride = dim * geometry().kv_heads;
+  std::vector<AppendTask>& tasks = scratch->append;
+  tasks.clear();
+  for (int64_t at = begin; at < begin + added;) {
+    const int64_t chunk = at / size;
+    const int64_t run = std::min((chunk + 1) * size, begin + added) - at;
+    std::byte* block = TailBytes(layer, chunk);
+    for (int32_t h = 0; h < geometry().kv_heads; ++h) {
+      AppendTask task;
+      task.k = in.k + (at - begin) * stride + h * dim;
+      task.v = in.v + (at - begin) * stride + h * dim;
+      task.stride = stride;
+      task.rows = reinterpret_cast<Half*>(block + static_cast<size_t>(h) * geometry().head_block_bytes()) +
+                  at % size * 2 * dim;
+      task.count = static_cast<int32_t>(run);
+      tasks.push_back(task);
+      if (!decoding()) continue;
+      task.rows = layer.heads[static_cast<size_t>(h)].ring + at % layout.ring * 2 * dim;
+      tasks.push_back(task);
+      if (at < sinks) {
+        task.rows = layer.heads[static_cast<size_t>(h)].sinks + at * 2 * dim;
+        tasks.push_back(task);
+      }
+    }
+    at += run;
+  }
+  return kernels().append({.tasks = tasks, .head_dim = geometry().head_dim}, cache->launch());
+}
+
+std::byte* Sequence::Impl::TailBytes(LayerState& layer, int64_t chunk) {
+  if (repairing) return repair_pins[static_cast<size_t>(next_layer)].bytes().data();
+  const int64_t first_tail = static_cast<int64_t>(layer.blocks.size() - layer.tail_pins.size());
+  PREHOC_CHECK(chunk >= first_tail);
+  return layer.tail_pins[static_cast<size_t>(chunk - first_tail)].bytes().data();
+}
+
+Status Sequence::Impl::End() {
+  if (!open) return {StatusCode::kInvalid, "End() without Begin()"};
+  if (repairing) return {StatusCode::kInvalid, "End() of a repair: use EndRepair()"};
+  if (next_layer != geometry().layers) {
+    return {StatusCode::kInvalid, "End() after " + std::to_string(next_layer) + " of " + std::to_string(geometry().layers) +
+                                      " layers"};
+  }
+  const bool prompt_done = !decoding() && visible() == prompt;
+  if (decoding() || prompt_done) PREHOC_RETURN_IF_ERROR(SlowClock());
+
+  const int64_t size = geometry().chunk_tokens;
+  for (int32_t l = 0; l < geometry().layers; ++l) {
+    LayerState& layer = layers[static_cast<size_t>(l)];
+    SealChunks(l, static_cast<int64_t>(layer.blocks.size() - layer.tail_pins.size()), visible() / size);
+  }
+  if (ExactNow()) exact_tokens = visible();
+  if (decoding()) {
+    step_report.decode_steps = 1;
+  } else {
+    step_report.prompt_tokens = count;
+    last_prompt = prompt;
+    step = 0;
+  }
+  chain = next_chain;
+  length = visible();
+  report.Merge(step_report);
+  open = false;
+  return {};
+}
+
+void Sequence::Impl::Rollback() {
+  if (!open) return;
+  if (decoding() && !repairing) --step;
+  // Blocks that began with the announced tokens go; the one that was there keeps its earlier rows.
+  const auto kept = static_cast<size_t>(CeilDiv(length, geometry().chunk_tokens));
+  for (LayerState& layer : layers) {
+    while (layer.blocks.size() > kept) {
+      if (!layer.tail_pins.empty()) layer.tail_pins.pop_back();
+      layer.blocks.pop_back();
+    }
+    layer.coded = std::min(layer.coded, length / cache->options.codes.group_tokens * cache->options.codes.group_tokens);
+  }
+  for (LayerState& layer : layers) {
+    for (HeadState& head : layer.heads) {
+      for (int64_t i = length; i < visible(); ++i) head.residency.LeaveRing(static_cast<int32_t>(i));
+    }
+  }
+  tokens.resize(static_cast<size_t>(length));
+  next_chain = chain;
+  repairing.reset();
+  repair_pins.clear();
+  repair_blocks.clear();
+  open = false;
+}
+
+Status Sequence::Impl::CheckInvariants() const {
+  const int64_t n = open ? visible() : length;
+  for (const LayerState& layer : layers) {
+    if (!open && static_cast<int64_t>(layer.blocks.size()) < CeilDiv(length, geometry().chunk_tokens)) {
+      return {StatusCode::kCorrupt, "a layer has fewer blocks than its length needs"};
+    }
+    for (size_t h = 0; h < layer.heads.size(); ++h) {
+      int32_t pending = 0;
+      for (const PendingFetch& fetch : layer.pending) {
+        if (fetch.kv_head == static_cast<int32_t>(h)) pending += static_cast<int32_t>(fetch.slots.size());
+      }
+      PREHOC_RETURN_IF_ERROR(layer.heads[h].residency.CheckInvariants(ring_begin, n, pending));
+    }
+  }
+  return {};
+}
+
+}  // namespace prehoc
