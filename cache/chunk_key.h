@@ -1,7 +1,10 @@
 // Keys of persisted chunks: a chain of SHA-256 over everything that decides the bytes. See docs/formats.md.
 //
-//   root     = SHA-256("prehoc chunk key 1", salt, model, dtype, layout, method)     each part preceded by its length
-//   chain[0] = SHA-256(root, tokens of chunk 0),   chain[i] = SHA-256(chain[i - 1], tokens of chunk i)
+//   root     = SHA-256(part("prehoc chunk key 1"), part(salt), part(model), part(dtype), part(layout), part(method))
+//   chain[i] = SHA-256(chain[i - 1] or root, count, tokens of chunk i, part(branch))
+//
+// part(x) is the length of x [bytes], then x; lengths and counts are 64-bit, tokens 32-bit, all little-endian. Every
+// length is hashed before what it measures, so no two inputs run together into the same bytes.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -26,7 +29,7 @@ struct ChunkKeyRoot {
   std::string_view method;  // Selector::MethodTag(): how prefill changed K and V; empty when dense
 };
 
-// Grows chunk by chunk with a sequence.
+// Grows chunk by chunk with a sequence. A value: copies continue apart. Costs one SHA-256 of 4 bytes a token.
 class ChunkKeyChain {
  public:
   explicit ChunkKeyChain(const ChunkKeyRoot& root);
@@ -42,7 +45,7 @@ class ChunkKeyChain {
   std::vector<ChainHash> chain_;
 };
 
-// The hashes of all whole chunks of `tokens`.
+// The hashes of all whole chunks of `tokens`; a tail shorter than `chunk_tokens` (> 0) has no key.
 ChunkKeyChain ChainOf(const ChunkKeyRoot& root, std::span<const int32_t> tokens, int32_t chunk_tokens);
 
 }  // namespace prehoc

@@ -27,7 +27,8 @@ using BlockRef = std::shared_ptr<Block>;
 enum class BlockState : uint8_t { kTail, kHost, kStoreOnly, kLost };
 
 // What a use says about the next one: a streamed block will not be wanted before all others of its kind (one layer
-// after the other, over and over), so it is the first to go; a kept one goes when it has not been used for longest.
+// after the other, over and over), so the one used last is the first to go, before any kept one; a kept one goes when
+// it has not been used for longest. The pin that dies last decides; a tail that was never pinned is kept.
 enum class BlockUse : uint8_t { kStream, kKeep };
 
 // The block's bytes stay in host memory, where they are, while this lives. Moves, does not copy. Dies before the tier.
@@ -51,7 +52,11 @@ class [[nodiscard]] BlockPin {
   bool loaded_ = false;
 };
 
-// Safe from any thread. Outlives its pins and refs.
+// Safe from any thread. Outlives its pins and refs. What it evicts, and when, is told at Pin().
+//
+// Never more memory than the budget: a block leaves it before another takes its place. Pinned blocks and tails never
+// leave. A block that the store does not have is stored first, and stays if the store refuses it; only one that nobody
+// holds goes even then. The store's Contains() is believed, so it is Pin() that may find a block lost.
 class HostTier {
  public:
   struct Options {
@@ -59,13 +64,15 @@ class HostTier {
     uint64_t budget = 0;            // [bytes] of host memory, hard
     bool huge_pages = true;
     int32_t max_queued_writes = 64;  // write-behind jobs under way; beyond it a block waits for its eviction or for Flush()
-    Status Validate() const;
+    const Clock* clock = nullptr;    // of load_nanos; null = SteadyClock
+    Status Validate() const;         // kInvalid, naming the field and its value
   };
-  // `executor` touches memory; `background` runs the write-behind (and may be the same); `store` may be null. All
-  // outlive the tier.
+  // `executor` touches memory; `background` runs write-behind and prefetches (null = `executor`); `store` may be null.
+  // All outlive the tier. kInvalid (options; a store of other chunks), kOutOfSpace (the system has no memory).
   static Result<std::unique_ptr<HostTier>> Create(const Options& options, Executor* executor, Executor* background,
                                                   ChunkStore* store);
-  ~HostTier();  // waits for write-behind under way
+  // Waits for the write-behind that runs. What is still queued is not written: Flush() first.
+  ~HostTier();
 
   // A zeroed private block. It stays in host memory until it is sealed or let go.
   // kOutOfSpace: everything else is pinned, or cannot be evicted because no store takes it; says which.
@@ -73,43 +80,50 @@ class HostTier {
 
   // The tail is whole: from now on it is immutable, found by `key`, evictable and written behind. Returns the block to
   // use from here on: `tail` itself, or the one that already has this key (then the tail's memory is given back).
-  // A lost block of this key becomes whole again, for all who hold it. Requires that nobody pins the tail.
+  // A lost block of this key becomes whole again, for all who hold it; one that only the store has is in memory again.
+  // Requires that `tail` came from NewTail(), was not sealed before, and that nobody pins it. Never waits.
   BlockRef Seal(BlockRef tail, const ChunkKey& key);
 
   // Brings the bytes into host memory if they are not there, evicting others, and keeps them there.
   // kOutOfSpace (everything else is pinned or cannot be evicted), kIoError, kDeadline (the block stays as it is), kCorrupt or
   // kNotFound (no tier has it: the block is lost from now on). Waits for the store. Two threads that want the same
-  // block read it once.
+  // block read it once, and get the same error. A block in memory costs a lock and no allocation.
   Result<BlockPin> Pin(const BlockRef& block, BlockUse use = BlockUse::kKeep);
-  // Only if it is in host memory now; never waits.
+  // Only if it is in host memory now; waits for nothing but a lock.
   std::optional<BlockPin> TryPin(const BlockRef& block, BlockUse use = BlockUse::kKeep);
 
   // The block of `key`, if host memory or the store has it (the store's word is not verified before Pin()). Reads nothing.
   std::optional<BlockRef> Find(const ChunkKey& key);
 
-  // Loads in the background what is not in host memory, as far as blocks can be evicted for it. Errors show at Pin().
+  // Loads in the background what is not in host memory, as far as blocks can be evicted for it: never blocks that were
+  // prefetched and not used yet. What the executor refuses is left to Pin(). Errors show at Pin().
   void Prefetch(std::span<const BlockRef> blocks);
 
   BlockState state(const BlockRef& block) const;
 
-  // Writes everything sealed that the store does not have yet, waits for it, then flushes the store. kBusy from the
-  // store is tried again after the store's flush. Returns the first error.
+  // Writes everything sealed so far that the store did not take yet, oldest first, waits for it, then flushes the store.
+  // kBusy from the store is tried again after the store's flush, as long as that helps. Returns the first error; the
+  // other blocks are written all the same. Without a store there is nothing to do.
   Status Flush();
 
   size_t block_bytes() const;
   int64_t capacity_blocks() const;
   int64_t used_blocks() const;
-  // host.{...of the arena, hits, loads, load_bytes, load_nanos, evicted, blocks}, write_behind.{queued,written,bytes,dropped,
-  // failed,shed}: dropped = the store would have stalled, shed = the queue was full.
+  // host.{of the arena: see HostArena; blocks, pinned, tails, hits, loads, shared_loads, load_errors, load_bytes,
+  // load_nanos, evicted, forgotten, lost, healed, duplicates, prefetches, prefetches_refused} and
+  // write_behind.{queued, written, bytes, dropped, failed, shed}: forgotten = went unstored, as nobody held them;
+  // dropped = the store would have stalled, shed = a queue was full.
   void VisitCounters(const CounterVisitor& visit) const;
+  // Walks every block. kCorrupt with the first rule that does not hold. O(blocks).
   Status CheckInvariants() const;
 
  private:
   friend class BlockPin;
   struct Impl;
-  explicit HostTier(std::unique_ptr<Impl> impl);
+  explicit HostTier(std::shared_ptr<Impl> impl);
+  BlockPin MakePin(const BlockRef& block, std::span<std::byte> bytes, BlockUse use, bool loaded);
   void Unpin(BlockPin* pin);
-  std::unique_ptr<Impl> impl_;
+  std::shared_ptr<Impl> impl_;  // jobs know it weakly: one that comes late finds nothing and does nothing
 };
 
 }  // namespace prehoc

@@ -9,22 +9,27 @@
 
 namespace prehoc {
 
-// Distribution of values in [0, 1] with a relative error of at most 2 % per quantile; mean and extremes are exact.
+// Distribution of values in [0, 1] with a relative error of at most 2 % per quantile (of values above 1e-10; smaller
+// ones answer with the minimum); count, mean and extremes are exact.
 class UnitSketch {
  public:
+  // Values outside are moved to the nearer end. NaN counts as 1: where a share of mass is not known, it is the worst.
   void Add(double value);
   void Merge(const UnitSketch& other);
   int64_t count() const { return count_; }
   double mean() const { return count_ ? sum_ / static_cast<double>(count_) : 0; }
+  double min() const { return count_ ? min_ : 0; }
   double max() const { return max_; }
-  double Quantile(double q) const;  // 0 when empty
+  // The smallest value that at least the share q of all values does not exceed; q in [0, 1], else the nearer end.
+  // 0 when empty.
+  double Quantile(double q) const;
 
  private:
   static constexpr int kBins = 1200;  // 2 % apart, from 1 down to 1e-10; the last bin holds what is smaller
   static int Bin(double value);
   std::array<int64_t, kBins> bins_{};
   int64_t count_ = 0;
-  double sum_ = 0, max_ = 0;
+  double sum_ = 0, min_ = 1, max_ = 0;
 };
 
 // Seconds of a step by part, audits excluded.
@@ -60,7 +65,7 @@ struct SequenceReport {
   int64_t rows_in_step = 0;         // gathered within a step
   int64_t triples_in_step = 0;      // heads that gathered within a step
   int64_t rows_behind = 0;          // moved by the slow clock
-  int64_t rows_skipped = 0;         // chosen by score, missing and light: counted as dropped
+  int64_t failed_fetches = 0;       // copies behind the steps that brought nothing; their rows are fetched when chosen
   int64_t refreshes = 0;            // slow-clock turns of a (layer, KV head)
   // Dropped mass per (layer, query head, step).
   UnitSketch dropped_estimated;     // from the last scan and this step's log-sum-exp
@@ -68,7 +73,7 @@ struct SequenceReport {
   UnitSketch dropped_audited;       // exact, on audited steps
   UnitSketch estimate_error;        // |estimate - exact| on audited steps
   UnitSketch output_error;          // |o_S - o| / |o| on audited steps, capped at 1
-  double estimate_age_mean = 0;     // steps since the scan that an estimate rests on
+  double estimate_age_mean = 0;     // steps since the scan that an estimate rests on, over dropped_estimated
   int64_t bound_violations = 0;     // a bound below the audited truth: a bug
   int64_t audited_steps = 0;
   // Prefill.
@@ -79,7 +84,10 @@ struct SequenceReport {
   int64_t corrupt_chunks = 0, missing_chunks = 0, recomputed_chunks = 0;
   StepTimes times;
 
+  // As if both had been one sequence: counts add up, means weigh by what they are means of.
   void Merge(const SequenceReport& other);
+  // sequence.{every field above by its name; rho, mean_attended, bytes_scored}, sequence.<sketch>.{count,mean,p50,p99,
+  // min,max} and sequence.seconds.{every field of StepTimes, total}.
   void VisitCounters(const CounterVisitor& visit) const;
 };
 

@@ -15,6 +15,7 @@ class BlockList;
 
 // A read of the store that is under way, shared by all who want the block.
 struct BlockLoad {
+  ChunkKey key;
   int32_t waiters = 0;      // Pin()s that will find the block pinned for them when it is done
   bool done = false;
   bool abandoned = false;   // a prefetch found no memory: whoever waits tries again on its own
