@@ -1,63 +1,33 @@
 #include "tests/contract/chunk_store_contract.h"
 
-#include <algorithm>
-#include <cstring>
 #include <thread>
+
+#include "tests/support/chunk_data.h"
+#include "tests/support/status_matchers.h"
 
 namespace prehoc {
 
-ChunkKey TestKey(int n, int32_t layer) {
-  ChunkKey key;
-  key.layer = layer;
-  uint64_t x = static_cast<uint64_t>(n) + 1;
-  for (size_t i = 0; i < key.chain.size(); ++i) {
-    x = x * 6364136223846793005ull + 1442695040888963407ull;
-    key.chain[i] = static_cast<uint8_t>(x >> 56);
-  }
-  return key;
-}
-
-std::vector<std::byte> TestChunk(int n, size_t bytes) {
-  std::vector<std::byte> chunk(bytes);
-  uint64_t x = static_cast<uint64_t>(n) * 2 + 1;
-  for (std::byte& b : chunk) {
-    x = x * 6364136223846793005ull + 1442695040888963407ull;
-    b = static_cast<std::byte>((x >> 56) | 1);
-  }
-  return chunk;
-}
-
-double CounterOf(const ChunkStore& store, const std::string& name) {
-  double found = -1;
-  store.VisitCounters([&](std::string_view n, double value) {
-    if (n == name) found = value;
-  });
-  return found;
-}
+namespace {
+std::vector<std::byte> TestChunk(int n) { return prehoc::TestChunk(n, kContractChunkBytes); }
+}  // namespace
 
 double ChunkStoreContract::Counter(const std::string& name) { return CounterOf(store(), name); }
 
-#define ASSERT_STATUS_OK(expr)                            \
-  do {                                                    \
-    const ::prehoc::Status status_ = (expr);              \
-    ASSERT_TRUE(status_.ok()) << status_.ToString();      \
-  } while (false)
-
 TEST_P(ChunkStoreContract, GivesBackWhatWasPut) {
-  for (int i = 0; i < 20; ++i) ASSERT_STATUS_OK(store().Put(TestKey(i), TestChunk(i)));
+  for (int i = 0; i < 20; ++i) ASSERT_OK(store().Put(TestKey(i), TestChunk(i)));
   for (int i = 19; i >= 0; --i) {
     std::vector<std::byte> out(kContractChunkBytes);
-    ASSERT_STATUS_OK(store().Get(TestKey(i), out));
+    ASSERT_OK(store().Get(TestKey(i), out));
     EXPECT_EQ(out, TestChunk(i)) << i;
   }
 }
 
 TEST_P(ChunkStoreContract, GivesBackWhatWasFlushed) {
-  for (int i = 0; i < 20; ++i) ASSERT_STATUS_OK(store().Put(TestKey(i), TestChunk(i)));
-  ASSERT_STATUS_OK(store().Flush());
+  for (int i = 0; i < 20; ++i) ASSERT_OK(store().Put(TestKey(i), TestChunk(i)));
+  ASSERT_OK(store().Flush());
   for (int i = 0; i < 20; ++i) {
     std::vector<std::byte> out(kContractChunkBytes);
-    ASSERT_STATUS_OK(store().Get(TestKey(i), out));
+    ASSERT_OK(store().Get(TestKey(i), out));
     EXPECT_EQ(out, TestChunk(i)) << i;
   }
 }
@@ -70,7 +40,7 @@ TEST_P(ChunkStoreContract, MissesWhatWasNeverPut) {
 }
 
 TEST_P(ChunkStoreContract, LayersAndChainsAreDifferentKeys) {
-  ASSERT_STATUS_OK(store().Put(TestKey(1, 0), TestChunk(1)));
+  ASSERT_OK(store().Put(TestKey(1, 0), TestChunk(1)));
   std::vector<std::byte> out(kContractChunkBytes);
   EXPECT_EQ(store().Get(TestKey(1, 1), out).code(), StatusCode::kNotFound);
   EXPECT_EQ(store().Get(TestKey(2, 0), out).code(), StatusCode::kNotFound);
@@ -85,41 +55,41 @@ TEST_P(ChunkStoreContract, RefusesWrongSizes) {
   EXPECT_EQ(store().Put(TestKey(1), large).code(), StatusCode::kInvalid);
   EXPECT_EQ(store().Put(TestKey(1), {}).code(), StatusCode::kInvalid);
   EXPECT_FALSE(store().Contains(TestKey(1)));
-  ASSERT_STATUS_OK(store().Put(TestKey(1), TestChunk(1)));
+  ASSERT_OK(store().Put(TestKey(1), TestChunk(1)));
   EXPECT_EQ(store().Get(TestKey(1), small).code(), StatusCode::kInvalid);
   EXPECT_EQ(store().Get(TestKey(1), large).code(), StatusCode::kInvalid);
 }
 
 TEST_P(ChunkStoreContract, RecordsAreImmutable) {
-  ASSERT_STATUS_OK(store().Put(TestKey(1), TestChunk(1)));
-  ASSERT_STATUS_OK(store().Put(TestKey(1), TestChunk(2)));
+  ASSERT_OK(store().Put(TestKey(1), TestChunk(1)));
+  ASSERT_OK(store().Put(TestKey(1), TestChunk(2)));
   std::vector<std::byte> out(kContractChunkBytes);
-  ASSERT_STATUS_OK(store().Get(TestKey(1), out));
+  ASSERT_OK(store().Get(TestKey(1), out));
   EXPECT_EQ(out, TestChunk(1));
   EXPECT_EQ(Counter("store.puts"), 1);
 }
 
 TEST_P(ChunkStoreContract, ForgetsWhatWasDeleted) {
-  ASSERT_STATUS_OK(store().Put(TestKey(1), TestChunk(1)));
-  ASSERT_STATUS_OK(store().Put(TestKey(2), TestChunk(2)));
-  ASSERT_STATUS_OK(store().Delete(TestKey(1)));
-  ASSERT_STATUS_OK(store().Delete(TestKey(1)));
-  ASSERT_STATUS_OK(store().Delete(TestKey(3)));
+  ASSERT_OK(store().Put(TestKey(1), TestChunk(1)));
+  ASSERT_OK(store().Put(TestKey(2), TestChunk(2)));
+  ASSERT_OK(store().Delete(TestKey(1)));
+  ASSERT_OK(store().Delete(TestKey(1)));
+  ASSERT_OK(store().Delete(TestKey(3)));
   std::vector<std::byte> out(kContractChunkBytes);
   EXPECT_EQ(store().Get(TestKey(1), out).code(), StatusCode::kNotFound);
   EXPECT_FALSE(store().Contains(TestKey(1)));
   EXPECT_TRUE(store().Contains(TestKey(2)));
   // And takes it again.
-  ASSERT_STATUS_OK(store().Put(TestKey(1), TestChunk(5)));
-  ASSERT_STATUS_OK(store().Get(TestKey(1), out));
+  ASSERT_OK(store().Put(TestKey(1), TestChunk(5)));
+  ASSERT_OK(store().Get(TestKey(1), out));
   EXPECT_EQ(out, TestChunk(5));
 }
 
 TEST_P(ChunkStoreContract, CountsWhatHappens) {
   EXPECT_EQ(store().resident_bytes(), 0u);
-  for (int i = 0; i < 3; ++i) ASSERT_STATUS_OK(store().Put(TestKey(i), TestChunk(i)));
+  for (int i = 0; i < 3; ++i) ASSERT_OK(store().Put(TestKey(i), TestChunk(i)));
   std::vector<std::byte> out(kContractChunkBytes);
-  ASSERT_STATUS_OK(store().Get(TestKey(0), out));
+  ASSERT_OK(store().Get(TestKey(0), out));
   EXPECT_EQ(store().Get(TestKey(9), out).code(), StatusCode::kNotFound);
   EXPECT_EQ(Counter("store.puts"), 3);
   EXPECT_EQ(Counter("store.gets"), 2);
@@ -137,7 +107,7 @@ TEST_P(ChunkStoreContract, CountsWhatHappens) {
 }
 
 TEST_P(ChunkStoreContract, KeepsAllWhileTheBudgetLasts) {
-  for (int i = 0; i < kContractRecords; ++i) ASSERT_STATUS_OK(store().Put(TestKey(i), TestChunk(i)));
+  for (int i = 0; i < kContractRecords; ++i) ASSERT_OK(store().Put(TestKey(i), TestChunk(i)));
   for (int i = 0; i < kContractRecords; ++i) EXPECT_TRUE(store().Contains(TestKey(i))) << i;
   EXPECT_EQ(Counter("store.evicted"), 0);
 }

@@ -41,9 +41,4 @@ class ChunkStoreContract : public ::testing::TestWithParam<ChunkStoreWorld> {
   std::unique_ptr<ChunkStoreUnderTest> world_;
 };
 
-// The n-th key, and bytes that belong to it alone: never zero, so that memory that was not filled shows.
-ChunkKey TestKey(int n, int32_t layer = 0);
-std::vector<std::byte> TestChunk(int n, size_t bytes = kContractChunkBytes);
-double CounterOf(const ChunkStore& store, const std::string& name);  // -1 if it is not shown
-
 }  // namespace prehoc

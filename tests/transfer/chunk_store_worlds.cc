@@ -1,12 +1,16 @@
 // The contract of ChunkStore, over every implementation, plain and behind a fault decorator that injects nothing.
 #include "tests/contract/chunk_store_contract.h"
 #include "tests/fakes/faulty_chunk_store.h"
-#include "tests/transfer/transfer_test_util.h"
+#include "tests/support/chunk_data.h"
+#include "tests/support/status_matchers.h"
+#include "tests/support/temp_dir.h"
 #include "transfer/memory_chunk_store.h"
 #include "transfer/rocksdb_store.h"
 
 namespace prehoc {
 namespace {
+
+std::vector<std::byte> TestChunk(int n) { return prehoc::TestChunk(n, kContractChunkBytes); }
 
 class MemoryWorld final : public ChunkStoreUnderTest {
  public:
@@ -17,7 +21,7 @@ class MemoryWorld final : public ChunkStoreUnderTest {
     options.budget = kContractRecords * (kContractChunkBytes + 128);
     store_ = MemoryChunkStore::Create(options).value();
   }
-  ~MemoryWorld() override { EXPECT_STATUS_OK(store_->CheckInvariants()); }
+  ~MemoryWorld() override { EXPECT_OK(store_->CheckInvariants()); }
   ChunkStore& store() override { return *store_; }
 
  private:
@@ -34,7 +38,7 @@ class RocksDbWorld final : public ChunkStoreUnderTest {
     options.budget = 32 << 20;
     store_ = RocksDbStore::Open(options).value();
   }
-  ~RocksDbWorld() override { EXPECT_STATUS_OK(store_->CheckInvariants()); }
+  ~RocksDbWorld() override { EXPECT_OK(store_->CheckInvariants()); }
   ChunkStore& store() override { return *store_; }
 
  private:
@@ -69,28 +73,28 @@ TEST(FaultyChunkStoreTest, FailsTheCallItWasToldTo) {
   MemoryWorld world;
   FaultyChunkStore store(&world.store());
   store.FailPut(2, {StatusCode::kIoError, "told to"});
-  EXPECT_STATUS_OK(store.Put(TestKey(1), TestChunk(1)));
-  EXPECT_STATUS(store.Put(TestKey(2), TestChunk(2)), StatusCode::kIoError, "told to");
+  EXPECT_OK(store.Put(TestKey(1), TestChunk(1)));
+  EXPECT_STATUS(StatusCode::kIoError, "told to", store.Put(TestKey(2), TestChunk(2)));
   EXPECT_FALSE(store.Contains(TestKey(2)));
-  EXPECT_STATUS_OK(store.Put(TestKey(2), TestChunk(2)));
+  EXPECT_OK(store.Put(TestKey(2), TestChunk(2)));
   std::vector<std::byte> out(kContractChunkBytes);
   store.FailGet(1, {StatusCode::kDeadline, "late"});
-  EXPECT_STATUS(store.Get(TestKey(1), out), StatusCode::kDeadline, "late");
-  EXPECT_STATUS_OK(store.Get(TestKey(1), out));
+  EXPECT_STATUS(StatusCode::kDeadline, "late", store.Get(TestKey(1), out));
+  EXPECT_OK(store.Get(TestKey(1), out));
 }
 
 TEST(FaultyChunkStoreTest, DamagesBytes) {
   MemoryWorld world;
   FaultyChunkStore store(&world.store());
-  ASSERT_STATUS_OK(store.Put(TestKey(1), TestChunk(1)));
+  ASSERT_OK(store.Put(TestKey(1), TestChunk(1)));
   std::vector<std::byte> out(kContractChunkBytes), expected = TestChunk(1);
   store.FlipBitInGet(1, 8 * 100 + 3);
-  ASSERT_STATUS_OK(store.Get(TestKey(1), out));
+  ASSERT_OK(store.Get(TestKey(1), out));
   expected[100] ^= std::byte{8};
   EXPECT_EQ(out, expected);
   std::fill(out.begin(), out.end(), std::byte{0});
   store.TearGet(1, 10);
-  ASSERT_STATUS_OK(store.Get(TestKey(1), out));
+  ASSERT_OK(store.Get(TestKey(1), out));
   EXPECT_EQ(out[9], TestChunk(1)[9]);
   EXPECT_EQ(out[10], std::byte{0});
 }
@@ -98,14 +102,14 @@ TEST(FaultyChunkStoreTest, DamagesBytes) {
 TEST(FaultyChunkStoreTest, LosesWhatWasNotFlushed) {
   MemoryWorld world;
   FaultyChunkStore store(&world.store());
-  ASSERT_STATUS_OK(store.Put(TestKey(1), TestChunk(1)));
-  ASSERT_STATUS_OK(store.Flush());
-  ASSERT_STATUS_OK(store.Put(TestKey(2), TestChunk(2)));
+  ASSERT_OK(store.Put(TestKey(1), TestChunk(1)));
+  ASSERT_OK(store.Flush());
+  ASSERT_OK(store.Put(TestKey(2), TestChunk(2)));
   store.Crash();
   EXPECT_TRUE(store.Contains(TestKey(1)));
   EXPECT_FALSE(store.Contains(TestKey(2)));
   store.LosePut(1);
-  ASSERT_STATUS_OK(store.Put(TestKey(3), TestChunk(3)));
+  ASSERT_OK(store.Put(TestKey(3), TestChunk(3)));
   EXPECT_FALSE(store.Contains(TestKey(3)));
 }
 

@@ -3,8 +3,8 @@
 #include <list>
 #include <random>
 
-#include "tests/contract/chunk_store_contract.h"
-#include "tests/transfer/transfer_test_util.h"
+#include "tests/support/chunk_data.h"
+#include "tests/support/status_matchers.h"
 
 namespace prehoc {
 namespace {
@@ -23,19 +23,19 @@ std::unique_ptr<MemoryChunkStore> Make(uint64_t budget) {
 TEST(MemoryChunkStoreTest, RefusesOptionsThatMakeNoSense) {
   MemoryChunkStore::Options options;
   options.identity = TestIdentity();
-  EXPECT_STATUS(MemoryChunkStore::Create(options).status(), StatusCode::kInvalid, "chunk_bytes=0");
+  EXPECT_STATUS(StatusCode::kInvalid, "chunk_bytes=0", MemoryChunkStore::Create(options).status());
   options.chunk_bytes = SIZE_MAX;
-  EXPECT_STATUS(MemoryChunkStore::Create(options).status(), StatusCode::kInvalid, "over 1 TiB");
+  EXPECT_STATUS(StatusCode::kInvalid, "over 1 TiB", MemoryChunkStore::Create(options).status());
   options.chunk_bytes = kBytes;
   options.budget = kRecord - 1;
-  EXPECT_STATUS(MemoryChunkStore::Create(options).status(), StatusCode::kInvalid, "budget=191");
+  EXPECT_STATUS(StatusCode::kInvalid, "budget=191", MemoryChunkStore::Create(options).status());
   options.budget = kRecord;
-  EXPECT_STATUS_OK(MemoryChunkStore::Create(options).status());
+  EXPECT_OK(MemoryChunkStore::Create(options).status());
   options.identity.dtype = "f8";
-  EXPECT_STATUS(MemoryChunkStore::Create(options).status(), StatusCode::kInvalid, "'f8'");
+  EXPECT_STATUS(StatusCode::kInvalid, "'f8'", MemoryChunkStore::Create(options).status());
   options.identity = TestIdentity();
   options.identity.format_version = 7;
-  EXPECT_STATUS(MemoryChunkStore::Create(options).status(), StatusCode::kInvalid, "version 7");
+  EXPECT_STATUS(StatusCode::kInvalid, "version 7", MemoryChunkStore::Create(options).status());
 }
 
 TEST(MemoryChunkStoreTest, EvictsTheLeastRecentlyUsedLikeTheModel) {
@@ -55,11 +55,11 @@ TEST(MemoryChunkStoreTest, EvictsTheLeastRecentlyUsedLikeTheModel) {
         if (present) touch(n);
         break;
       case 1:
-        ASSERT_STATUS_OK(store->Delete(TestKey(n)));
+        ASSERT_OK(store->Delete(TestKey(n)));
         model.remove(n);
         break;
       default:
-        ASSERT_STATUS_OK(store->Put(TestKey(n), TestChunk(n, kBytes)));
+        ASSERT_OK(store->Put(TestKey(n), TestChunk(n, kBytes)));
         if (!present && model.size() == kCapacity) model.pop_back(), ++evicted;
         if (!present) model.push_front(n);
     }
@@ -67,7 +67,7 @@ TEST(MemoryChunkStoreTest, EvictsTheLeastRecentlyUsedLikeTheModel) {
       ASSERT_EQ(store->Contains(TestKey(key)), std::find(model.begin(), model.end(), key) != model.end()) << step;
     }
     ASSERT_EQ(store->resident_bytes(), model.size() * kRecord);
-    ASSERT_STATUS_OK(store->CheckInvariants());
+    ASSERT_OK(store->CheckInvariants());
   }
   EXPECT_EQ(CounterOf(*store, "store.evicted"), static_cast<double>(evicted));
   EXPECT_LE(CounterOf(*store, "store.peak_bytes"), CounterOf(*store, "store.budget_bytes"));
@@ -79,8 +79,8 @@ TEST(MemoryChunkStoreTest, FindsEveryFlippedBitAndDropsTheRecord) {
   std::vector<std::byte> out(kBytes);
   int corrupt = 0;
   for (size_t bit = 0; bit < 8 * kRecord; ++bit) {
-    ASSERT_STATUS_OK(store->Put(TestKey(1), TestChunk(1, kBytes)));
-    ASSERT_STATUS_OK(store->FlipBitForTest(TestKey(1), bit));
+    ASSERT_OK(store->Put(TestKey(1), TestChunk(1, kBytes)));
+    ASSERT_OK(store->FlipBitForTest(TestKey(1), bit));
     ASSERT_EQ(store->Get(TestKey(1), out).code(), StatusCode::kCorrupt) << "bit " << bit;
     ASSERT_FALSE(store->Contains(TestKey(1)));
     ++corrupt;

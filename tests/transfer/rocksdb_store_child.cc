@@ -5,9 +5,12 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "tests/contract/chunk_store_contract.h"
-#include "tests/transfer/transfer_test_util.h"
+#include "tests/support/chunk_data.h"
 #include "transfer/rocksdb_store.h"
+
+namespace {
+constexpr size_t kBytes = 4096;
+}
 
 int main(int argc, char** argv) {
   using namespace prehoc;
@@ -15,17 +18,17 @@ int main(int argc, char** argv) {
   RocksDbStore::Options options;
   options.path = argv[1];
   options.identity = TestIdentity();
-  options.chunk_bytes = kContractChunkBytes;
+  options.chunk_bytes = kBytes;
   options.budget = 32 << 20;
   auto store = RocksDbStore::Open(options);
   if (!store.ok()) return 3;
   const int flushed = std::atoi(argv[2]), more = std::atoi(argv[3]);
   for (int i = 0; i < flushed; ++i) {
-    if (!(*store)->Put(TestKey(i), TestChunk(i)).ok()) return 4;
+    if (!(*store)->Put(TestKey(i), TestChunk(i, kBytes)).ok()) return 4;
   }
   if (!(*store)->Flush().ok()) return 5;
   for (int i = flushed; i < flushed + more; ++i) {
-    if (!(*store)->Put(TestKey(i), TestChunk(i)).ok()) return 6;
+    if (!(*store)->Put(TestKey(i), TestChunk(i, kBytes)).ok()) return 6;
   }
   std::puts("ready");
   std::fflush(stdout);

@@ -11,13 +11,14 @@
 #include <condition_variable>
 #include <fstream>
 #include <mutex>
-#include <random>
 #include <set>
 #include <thread>
 
 #include "base/test_point.h"
-#include "tests/contract/chunk_store_contract.h"
-#include "tests/transfer/transfer_test_util.h"
+#include "tests/support/chunk_data.h"
+#include "tests/support/seeded_rng.h"
+#include "tests/support/status_matchers.h"
+#include "tests/support/temp_dir.h"
 #include "transfer/record_format.h"
 #include "transfer/store_directory.h"
 
@@ -27,7 +28,8 @@ namespace prehoc {
 namespace {
 
 namespace fs = std::filesystem;
-constexpr size_t kBytes = kContractChunkBytes;
+constexpr size_t kBytes = 4096;
+std::vector<std::byte> TestChunk(int n, size_t bytes = kBytes) { return prehoc::TestChunk(n, bytes); }
 
 class RocksDbStoreTest : public ::testing::Test {
  protected:
@@ -75,32 +77,32 @@ class RocksDbStoreTest : public ::testing::Test {
 
 TEST_F(RocksDbStoreTest, RefusesOptionsThatMakeNoSense) {
   options_.path.clear();
-  EXPECT_STATUS(TryOpen(), StatusCode::kInvalid, "path is empty");
+  EXPECT_STATUS(StatusCode::kInvalid, "path is empty", TryOpen());
   options_.path = dir_.path() + "/s";
   options_.budget = 1 << 20;
-  EXPECT_STATUS(TryOpen(), StatusCode::kInvalid, "budget=1048576");
+  EXPECT_STATUS(StatusCode::kInvalid, "budget=1048576", TryOpen());
   options_.budget = UINT64_MAX;
-  EXPECT_STATUS(TryOpen(), StatusCode::kInvalid, "over 64 TiB");
+  EXPECT_STATUS(StatusCode::kInvalid, "over 64 TiB", TryOpen());
   options_.budget = 32 << 20;
   options_.chunk_bytes = 0;
-  EXPECT_STATUS(TryOpen(), StatusCode::kInvalid, "chunk_bytes=0");
+  EXPECT_STATUS(StatusCode::kInvalid, "chunk_bytes=0", TryOpen());
   options_.chunk_bytes = 3 << 20;
-  EXPECT_STATUS(TryOpen(), StatusCode::kInvalid, "a sixteenth of the budget");
+  EXPECT_STATUS(StatusCode::kInvalid, "a sixteenth of the budget", TryOpen());
   options_.chunk_bytes = kBytes;
   options_.segment_bytes = 1;
-  EXPECT_STATUS(TryOpen(), StatusCode::kInvalid, "segment_bytes=1");
+  EXPECT_STATUS(StatusCode::kInvalid, "segment_bytes=1", TryOpen());
   EXPECT_FALSE(fs::exists(dir_.path() + "/s")) << "a refused store leaves nothing behind";
 }
 
 TEST_F(RocksDbStoreTest, KeepsRecordsAcrossReopening) {
   {
     auto store = Open();
-    for (int i = 0; i < 30; ++i) ASSERT_STATUS_OK(store->Put(TestKey(i), TestChunk(i)));
-    ASSERT_STATUS_OK(store->Flush());
-    ASSERT_STATUS_OK(store->Delete(TestKey(3)));   // tombstone in another file
-    ASSERT_STATUS_OK(store->Put(TestKey(30), TestChunk(30)));
-    ASSERT_STATUS_OK(store->Delete(TestKey(30)));  // record and tombstone in one memtable
-    ASSERT_STATUS_OK(store->Put(TestKey(31), TestChunk(31)));
+    for (int i = 0; i < 30; ++i) ASSERT_OK(store->Put(TestKey(i), TestChunk(i)));
+    ASSERT_OK(store->Flush());
+    ASSERT_OK(store->Delete(TestKey(3)));   // tombstone in another file
+    ASSERT_OK(store->Put(TestKey(30), TestChunk(30)));
+    ASSERT_OK(store->Delete(TestKey(30)));  // record and tombstone in one memtable
+    ASSERT_OK(store->Put(TestKey(31), TestChunk(31)));
   }  // closing flushes
   auto store = Open();
   for (int i = 0; i < 32; ++i) {
@@ -108,14 +110,14 @@ TEST_F(RocksDbStoreTest, KeepsRecordsAcrossReopening) {
     ASSERT_EQ(store->Contains(TestKey(i)), expected) << i;
     std::vector<std::byte> out(kBytes);
     if (expected) {
-      ASSERT_STATUS_OK(store->Get(TestKey(i), out));
+      ASSERT_OK(store->Get(TestKey(i), out));
       ASSERT_EQ(out, TestChunk(i));
     }
   }
   EXPECT_EQ(store->resident_bytes(), 30 * (kBytes + sizeof(RecordHeader)));
-  ASSERT_STATUS_OK(store->CheckInvariants());
+  ASSERT_OK(store->CheckInvariants());
   // Numbers go on after the ones on disk: a new record of a deleted key stays.
-  ASSERT_STATUS_OK(store->Put(TestKey(3), TestChunk(3)));
+  ASSERT_OK(store->Put(TestKey(3), TestChunk(3)));
   store.reset();
   EXPECT_TRUE(Open()->Contains(TestKey(3)));
 }
@@ -125,54 +127,54 @@ TEST_F(RocksDbStoreTest, RefusesAnotherIdentityWithBothValues) {
   const RocksDbStore::Options good = options_;
   options_.identity.model[0] ^= 1;
   options_.identity.model_name = "other-model";
-  EXPECT_STATUS(TryOpen(), StatusCode::kInvalid, "'test-model'");
-  EXPECT_STATUS(TryOpen(), StatusCode::kInvalid, "'other-model'");
+  EXPECT_STATUS(StatusCode::kInvalid, "'test-model'", TryOpen());
+  EXPECT_STATUS(StatusCode::kInvalid, "'other-model'", TryOpen());
   options_ = good;
   options_.identity.layout = "rows-kv/l3";
-  EXPECT_STATUS(TryOpen(), StatusCode::kInvalid, "rows-kv/l2/h2/d16/p16/c64, not rows-kv/l3");
+  EXPECT_STATUS(StatusCode::kInvalid, "rows-kv/l2/h2/d16/p16/c64, not rows-kv/l3", TryOpen());
   options_ = good;
   options_.chunk_bytes = 8192;
-  EXPECT_STATUS(TryOpen(), StatusCode::kInvalid, "4096, not 8192");
+  EXPECT_STATUS(StatusCode::kInvalid, "4096, not 8192", TryOpen());
   options_ = good;
   // A note of a later version, as a later build would leave it.
   StoreNote note{kStoreVersion, options_.identity, kBytes};
   note.identity.dtype = "bf16";
   std::ofstream(options_.path + "/" + kStoreNoteName) << FormatStoreNote(note);
-  EXPECT_STATUS(TryOpen(), StatusCode::kInvalid, "bf16, not f16");
+  EXPECT_STATUS(StatusCode::kInvalid, "bf16, not f16", TryOpen());
   note = {kStoreVersion + 1, options_.identity, kBytes};
   std::ofstream(options_.path + "/" + kStoreNoteName) << FormatStoreNote(note);
-  EXPECT_STATUS(TryOpen(), StatusCode::kInvalid, "store version 2, not 1");
+  EXPECT_STATUS(StatusCode::kInvalid, "store version 2, not 1", TryOpen());
   note = {kStoreVersion, options_.identity, kBytes};
   note.identity.format_version = 9;
   std::ofstream(options_.path + "/" + kStoreNoteName) << FormatStoreNote(note);
-  EXPECT_STATUS(TryOpen(), StatusCode::kInvalid, "format version 9, not 1");
+  EXPECT_STATUS(StatusCode::kInvalid, "format version 9, not 1", TryOpen());
   std::ofstream(options_.path + "/" + kStoreNoteName) << "nonsense";
-  EXPECT_STATUS(TryOpen(), StatusCode::kCorrupt, "prehoc-store");
+  EXPECT_STATUS(StatusCode::kCorrupt, "prehoc-store", TryOpen());
 }
 
 TEST_F(RocksDbStoreTest, TakesOnlyAnEmptyDirectory) {
   options_.path = dir_.path();
   std::ofstream(dir_.path() + "/thesis.txt") << "work of years";
-  EXPECT_STATUS(TryOpen(), StatusCode::kInvalid, "thesis.txt");
+  EXPECT_STATUS(StatusCode::kInvalid, "thesis.txt", TryOpen());
   EXPECT_EQ(std::distance(fs::directory_iterator(dir_.path()), {}), 1);
   options_.path = dir_.path() + "/thesis.txt";
-  EXPECT_STATUS(TryOpen(), StatusCode::kInvalid, "not a directory");
+  EXPECT_STATUS(StatusCode::kInvalid, "not a directory", TryOpen());
   options_.path = dir_.path() + "/none";
   options_.create_if_missing = false;
-  EXPECT_STATUS(TryOpen(), StatusCode::kNotFound, "no such directory");
+  EXPECT_STATUS(StatusCode::kNotFound, "no such directory", TryOpen());
   options_.create_if_missing = true;
   options_.path = dir_.path() + "/empty";
   fs::create_directory(options_.path);
   std::ofstream(options_.path + "/prehoc-store.tmp") << "a crash while the note was written";
-  EXPECT_STATUS_OK(TryOpen());
+  EXPECT_OK(TryOpen());
 }
 
 TEST_F(RocksDbStoreTest, NobodyElseMayRead) {
   const mode_t before = ::umask(0);
   {
     auto store = Open();
-    ASSERT_STATUS_OK(store->Put(TestKey(1), TestChunk(1)));
-    ASSERT_STATUS_OK(store->Flush());
+    ASSERT_OK(store->Put(TestKey(1), TestChunk(1)));
+    ASSERT_OK(store->Flush());
     struct stat info {};
     for (const auto& entry : fs::directory_iterator(options_.path)) {
       ASSERT_EQ(::stat(entry.path().c_str(), &info), 0);
@@ -188,32 +190,32 @@ TEST_F(RocksDbStoreTest, NobodyElseMayRead) {
 
 TEST_F(RocksDbStoreTest, ReadOnlyReadsAndDoesNotWrite) {
   options_.read_only = true;
-  EXPECT_STATUS(TryOpen(), StatusCode::kNotFound, "no such directory");
+  EXPECT_STATUS(StatusCode::kNotFound, "no such directory", TryOpen());
   options_.read_only = false;
   auto writer = Open();
-  ASSERT_STATUS_OK(writer->Put(TestKey(1), TestChunk(1)));
-  ASSERT_STATUS_OK(writer->Flush());
+  ASSERT_OK(writer->Put(TestKey(1), TestChunk(1)));
+  ASSERT_OK(writer->Flush());
   options_.read_only = true;
   auto reader = Open();  // beside the writer: no lock
   std::vector<std::byte> out(kBytes);
-  ASSERT_STATUS_OK(reader->Get(TestKey(1), out));
+  ASSERT_OK(reader->Get(TestKey(1), out));
   EXPECT_EQ(out, TestChunk(1));
-  EXPECT_STATUS(reader->Put(TestKey(2), TestChunk(2)), StatusCode::kUnsupported, "read-only");
-  EXPECT_STATUS(reader->Delete(TestKey(1)), StatusCode::kUnsupported, "read-only");
-  EXPECT_STATUS_OK(reader->Flush());
+  EXPECT_STATUS(StatusCode::kUnsupported, "read-only", reader->Put(TestKey(2), TestChunk(2)));
+  EXPECT_STATUS(StatusCode::kUnsupported, "read-only", reader->Delete(TestKey(1)));
+  EXPECT_OK(reader->Flush());
 }
 
 TEST_F(RocksDbStoreTest, RefusesADirectoryItMayNotWrite) {
   if (::geteuid() == 0) GTEST_SKIP() << "root may write anywhere";
   Open().reset();
   fs::permissions(options_.path, fs::perms::owner_read | fs::perms::owner_exec);
-  EXPECT_STATUS(TryOpen(), StatusCode::kIoError, "read_only");
+  EXPECT_STATUS(StatusCode::kIoError, "read_only", TryOpen());
   fs::permissions(options_.path, fs::perms::owner_all);
 }
 
 TEST_F(RocksDbStoreTest, ASecondStoreInThisProcessIsBusy) {
   auto store = Open();
-  EXPECT_STATUS(TryOpen(), StatusCode::kBusy, options_.path);
+  EXPECT_STATUS(StatusCode::kBusy, options_.path, TryOpen());
 }
 
 // A child that holds the store until Finish().
@@ -258,10 +260,10 @@ class Child {
 TEST_F(RocksDbStoreTest, SaysThatAnotherProcessHoldsIt) {
   Child child(options_.path, 1, 0);
   ASSERT_TRUE(child.ready());
-  EXPECT_STATUS(TryOpen(), StatusCode::kBusy, "another process");
-  EXPECT_STATUS(TryOpen(), StatusCode::kBusy, options_.path);
+  EXPECT_STATUS(StatusCode::kBusy, "another process", TryOpen());
+  EXPECT_STATUS(StatusCode::kBusy, options_.path, TryOpen());
   child.Finish();
-  EXPECT_STATUS_OK(TryOpen());
+  EXPECT_OK(TryOpen());
 }
 
 TEST_F(RocksDbStoreTest, ACrashLosesOnlyWhatWasNotFlushed) {
@@ -271,38 +273,38 @@ TEST_F(RocksDbStoreTest, ACrashLosesOnlyWhatWasNotFlushed) {
   auto store = Open();
   std::vector<std::byte> out(kBytes);
   for (int i = 0; i < 10; ++i) {
-    ASSERT_STATUS_OK(store->Get(TestKey(i), out));
+    ASSERT_OK(store->Get(TestKey(i), out));
     EXPECT_EQ(out, TestChunk(i));
   }
   for (int i = 10; i < 15; ++i) EXPECT_FALSE(store->Contains(TestKey(i))) << i;
   // A number that the crash freed may be used again; its bytes are another record's.
-  ASSERT_STATUS_OK(store->Put(TestKey(20), TestChunk(20)));
-  ASSERT_STATUS_OK(store->Get(TestKey(20), out));
+  ASSERT_OK(store->Put(TestKey(20), TestChunk(20)));
+  ASSERT_OK(store->Get(TestKey(20), out));
   EXPECT_EQ(out, TestChunk(20));
 }
 
 TEST_F(RocksDbStoreTest, FindsBytesThatRottedOnDisk) {
-  constexpr int kRecords = 40;
+  constexpr int kRecords = 40, kRounds = 40;
   {
     auto store = Open();
-    for (int i = 0; i < kRecords; ++i) ASSERT_STATUS_OK(store->Put(TestKey(i), TestChunk(i)));
+    for (int i = 0; i < kRecords; ++i) ASSERT_OK(store->Put(TestKey(i), TestChunk(i)));
   }
-  ASSERT_EQ(Tables().size(), 1u);
-  const std::string path = Tables()[0];
-  std::string good;
-  {
-    std::ifstream in(path, std::ios::binary);
-    good.assign(std::istreambuf_iterator<char>(in), {});
-  }
-  std::mt19937 rng(11);
-  int corrupt = 0;
-  for (int round = 0; round < 12; ++round) {
-    // Anywhere in the data blocks: payload, our header, and RocksDB's own keys and lengths.
-    std::string bad = good;
-    const size_t at = round < 4 ? static_cast<size_t>(round * 7 + 1) : rng() % (kRecords * kBytes);
-    bad[at] = static_cast<char>(bad[at] ^ (1 << (rng() % 8)));
-    std::ofstream(path, std::ios::binary | std::ios::trunc).write(bad.data(), static_cast<std::streamsize>(bad.size()));
+  const std::string pristine = options_.path;
+  SeededRng rng;
+  for (int round = 0; round < kRounds; ++round) {
+    options_.path = dir_.path() + "/damaged" + std::to_string(round);
     options_.direct_io = round % 2 == 0;
+    fs::copy(pristine, options_.path, fs::copy_options::recursive);
+    ASSERT_EQ(Tables().size(), 1u);
+    // Anywhere in the data blocks: payload, our header, and (first rounds) RocksDB's own keys and lengths.
+    const int64_t at = round < 20 ? round : rng.Int(0, kRecords * static_cast<int64_t>(kBytes) - 1);
+    std::fstream file(Tables()[0], std::ios::binary | std::ios::in | std::ios::out);
+    file.seekg(at);
+    const char flipped = static_cast<char>(file.get() ^ (1 << rng.Int(0, 7)));
+    file.seekp(at);
+    file.put(flipped);
+    ASSERT_TRUE(file.good());
+    file.close();
     auto store = Open();
     ASSERT_NE(store, nullptr);
     int bad_here = 0;
@@ -313,36 +315,34 @@ TEST_F(RocksDbStoreTest, FindsBytesThatRottedOnDisk) {
         ASSERT_EQ(out, TestChunk(i)) << "wrong bytes were given out; flipped at " << at;
         continue;
       }
-      EXPECT_EQ(status.code(), StatusCode::kCorrupt) << status.ToString();
+      EXPECT_STATUS(StatusCode::kCorrupt, options_.path, status);
       EXPECT_FALSE(store->Contains(TestKey(i)));
       EXPECT_EQ(store->Get(TestKey(i), out).code(), StatusCode::kNotFound);
       ++bad_here;
     }
-    EXPECT_LE(bad_here, 1);
+    EXPECT_EQ(bad_here, 1) << "flipped at " << at;
     EXPECT_EQ(CounterOf(*store, "store.corrupt"), bad_here);
-    corrupt += bad_here;
+    // It stays dropped, and the key may be written anew.
     store.reset();
-    // Without the tombstones of this round.
-    for (const fs::path& table : Tables()) {
-      if (table != path) fs::remove(table);
+    store = Open();
+    EXPECT_EQ(store->resident_bytes(), (kRecords - bad_here) * (kBytes + sizeof(RecordHeader)));
+    for (int i = 0; i < kRecords; ++i) {
+      std::vector<std::byte> out(kBytes);
+      ASSERT_OK(store->Put(TestKey(i), TestChunk(i)));
+      ASSERT_OK(store->Get(TestKey(i), out));
+      ASSERT_EQ(out, TestChunk(i));
     }
-    fs::remove_all(options_.path);
-    auto fresh = Open();
-    for (int i = 0; i < kRecords; ++i) ASSERT_STATUS_OK(fresh->Put(TestKey(i), TestChunk(i)));
-    fresh.reset();
-    ASSERT_EQ(Tables().size(), 1u);
-    ASSERT_EQ(fs::path(path), Tables()[0]);
+    EXPECT_EQ(CounterOf(*store, "store.puts"), bad_here);
   }
-  EXPECT_GE(corrupt, 10) << "the flips did not hit records";
 }
 
 TEST_F(RocksDbStoreTest, ATornFileIsRefusedNotServed) {
   {
     auto store = Open();
-    for (int i = 0; i < 40; ++i) ASSERT_STATUS_OK(store->Put(TestKey(i), TestChunk(i)));
+    for (int i = 0; i < 40; ++i) ASSERT_OK(store->Put(TestKey(i), TestChunk(i)));
   }
   fs::resize_file(Tables()[0], fs::file_size(Tables()[0]) / 2);
-  EXPECT_STATUS(TryOpen(), StatusCode::kCorrupt, "delete the directory");
+  EXPECT_STATUS(StatusCode::kCorrupt, "delete the directory", TryOpen());
 }
 
 TEST_F(RocksDbStoreTest, StaysWithinTheBudgetAndDropsTheOldestFirst) {
@@ -353,14 +353,14 @@ TEST_F(RocksDbStoreTest, StaysWithinTheBudgetAndDropsTheOldestFirst) {
   auto store = Open();
   int oldest = 0;  // the model: records 0 .. oldest - 1 are gone, the rest is there
   for (int n = 0; n < kRecords; ++n) {
-    ASSERT_STATUS_OK(PutPatiently(*store, n));
+    ASSERT_OK(PutPatiently(*store, n));
     ASSERT_TRUE(store->Contains(TestKey(n))) << n;
     while (!store->Contains(TestKey(oldest))) ++oldest;
     ASSERT_LE(store->disk_bytes(), options_.budget);
     if (n % 500 == 0 || n == kRecords - 1) {
       ASSERT_LE(BytesOnDisk(), options_.budget) << n;
       for (int i = 0; i <= n; ++i) ASSERT_EQ(store->Contains(TestKey(i)), i >= oldest) << n;
-      ASSERT_STATUS_OK(store->CheckInvariants());
+      ASSERT_OK(store->CheckInvariants());
     }
     // Nothing is shed before the budget is needed: all but a few segments of it hold live records.
     if (oldest > 0) {
@@ -373,7 +373,7 @@ TEST_F(RocksDbStoreTest, StaysWithinTheBudgetAndDropsTheOldestFirst) {
   EXPECT_LE(CounterOf(*store, "store.peak_bytes"), CounterOf(*store, "store.budget_bytes"));
   std::vector<std::byte> out(kBytes);
   for (int i = oldest; i < kRecords; i += 97) {
-    ASSERT_STATUS_OK(store->Get(TestKey(i), out));
+    ASSERT_OK(store->Get(TestKey(i), out));
     ASSERT_EQ(out, TestChunk(i));
   }
   // A smaller budget holds from the next opening on.
@@ -393,10 +393,10 @@ TEST_F(RocksDbStoreTest, WhatIsReadGetsASecondChance) {
   std::vector<std::byte> out(kBytes);
   constexpr int kHot = 10, kRecords = 10000;
   for (int n = 0; n < kRecords; ++n) {
-    ASSERT_STATUS_OK(PutPatiently(*store, n));
+    ASSERT_OK(PutPatiently(*store, n));
     if (n >= kHot && n % 200 == 0) {
       for (int hot = 0; hot < kHot; ++hot) {
-        ASSERT_STATUS_OK(store->Get(TestKey(hot), out)) ;
+        ASSERT_OK(store->Get(TestKey(hot), out)) ;
         ASSERT_EQ(out, TestChunk(hot));
       }
     }
@@ -410,7 +410,7 @@ TEST_F(RocksDbStoreTest, WhatIsReadGetsASecondChance) {
   store.reset();
   store = Open();
   for (int hot = 0; hot < kHot; ++hot) {
-    ASSERT_STATUS_OK(store->Get(TestKey(hot), out));
+    ASSERT_OK(store->Get(TestKey(hot), out));
     ASSERT_EQ(out, TestChunk(hot));
   }
   EXPECT_EQ(store->resident_bytes() / (kBytes + sizeof(RecordHeader)), live);
@@ -420,14 +420,14 @@ TEST_F(RocksDbStoreTest, AFullDiskRefusesPutsAndServesReads) {
   Open().reset();
   options_.min_free_bytes = 0;
   auto store = Open();
-  ASSERT_STATUS_OK(store->Put(TestKey(1), TestChunk(1)));
+  ASSERT_OK(store->Put(TestKey(1), TestChunk(1)));
   store.reset();
   options_.min_free_bytes = UINT64_MAX;  // no disk has that much
   store = Open();
-  EXPECT_STATUS(store->Put(TestKey(2), TestChunk(2)), StatusCode::kOutOfSpace, "min_free_bytes");
+  EXPECT_STATUS(StatusCode::kOutOfSpace, "min_free_bytes", store->Put(TestKey(2), TestChunk(2)));
   EXPECT_EQ(CounterOf(*store, "store.put_dropped"), 1);
   std::vector<std::byte> out(kBytes);
-  EXPECT_STATUS_OK(store->Get(TestKey(1), out));
+  EXPECT_OK(store->Get(TestKey(1), out));
 }
 
 TEST_F(RocksDbStoreTest, NeverWaitsForTheDisk) {
@@ -453,21 +453,21 @@ TEST_F(RocksDbStoreTest, NeverWaitsForTheDisk) {
         ++dropped;
         EXPECT_FALSE(store->Contains(TestKey(n)));
       } else {
-        ASSERT_STATUS_OK(status);
+        ASSERT_OK(status);
         EXPECT_TRUE(store->Contains(TestKey(n)));
       }
     }
     EXPECT_GT(dropped, 700);
     EXPECT_EQ(CounterOf(*store, "store.put_dropped"), dropped);
     // A delete in this state survives the restart, too.
-    EXPECT_STATUS_OK(store->Delete(TestKey(0)));
-    EXPECT_STATUS_OK(store->CheckInvariants());
+    EXPECT_OK(store->Delete(TestKey(0)));
+    EXPECT_OK(store->CheckInvariants());
     std::unique_lock lock(mutex);
     go = true;
     cv.notify_all();
   }
-  ASSERT_STATUS_OK(store->Flush());
-  ASSERT_STATUS_OK(store->Put(TestKey(5000), TestChunk(5000)));
+  ASSERT_OK(store->Flush());
+  ASSERT_OK(store->Put(TestKey(5000), TestChunk(5000)));
   store.reset();
   store = Open();
   EXPECT_FALSE(store->Contains(TestKey(0)));
@@ -486,12 +486,12 @@ TEST_F(RocksDbStoreTest, ReadersAndEvictionDoNotMeet) {
   std::vector<std::thread> readers;
   for (int t = 0; t < 3; ++t) {
     readers.emplace_back([&, t] {
-      std::mt19937 rng(static_cast<unsigned>(t));
+      Rng rng(static_cast<uint64_t>(t));
       std::vector<std::byte> out(kBytes);
       while (!stop) {
         // Mostly around the oldest records, where segments are being dropped.
         const int newest = written;
-        const int n = std::max(0, newest - 3500 + static_cast<int>(rng() % 600));
+        const int n = std::max(0, newest - 3500 + static_cast<int>(rng.Int(0, 599)));
         const Status status = store->Get(TestKey(n), out);
         if (status.ok() && out != TestChunk(n)) errors[t] = "wrong bytes";
         if (!status.ok() && status.code() != StatusCode::kNotFound) errors[t] = status.ToString();
@@ -508,7 +508,7 @@ TEST_F(RocksDbStoreTest, ReadersAndEvictionDoNotMeet) {
   for (const std::string& error : errors) EXPECT_EQ(error, "");
   EXPECT_EQ(CounterOf(*store, "store.corrupt"), 0);
   EXPECT_GT(CounterOf(*store, "store.evicted"), 0);
-  EXPECT_STATUS_OK(store->CheckInvariants());
+  EXPECT_OK(store->CheckInvariants());
 }
 
 TEST_F(RocksDbStoreTest, LargeValues) {
@@ -516,12 +516,12 @@ TEST_F(RocksDbStoreTest, LargeValues) {
   options_.budget = 64 << 20;
   {
     auto store = Open();
-    for (int i = 0; i < 5; ++i) ASSERT_STATUS_OK(PutPatiently(*store, i, 1 << 20));
+    for (int i = 0; i < 5; ++i) ASSERT_OK(PutPatiently(*store, i, 1 << 20));
   }
   auto store = Open();
   std::vector<std::byte> out(1 << 20);
   for (int i = 0; i < 5; ++i) {
-    ASSERT_STATUS_OK(store->Get(TestKey(i), out));
+    ASSERT_OK(store->Get(TestKey(i), out));
     EXPECT_EQ(out, TestChunk(i, 1 << 20));
   }
 }
