@@ -3,6 +3,7 @@
 #include "base/executor.h"
 #include "integrations/reference/loader/fingerprint.h"
 #include "integrations/reference/loader/gguf_model.h"
+#include "integrations/reference/loader/huggingface_model.h"
 #include "integrations/reference/loader/text.h"
 #include "integrations/reference/model.h"
 
@@ -11,9 +12,7 @@ namespace {
 
 Result<std::shared_ptr<Model>> LoadBase(const std::string& path) {
   std::error_code error;
-  if (std::filesystem::is_directory(path, error)) {
-    return {StatusCode::kUnsupported, "directories are not yet supported"};
-  }
+  if (std::filesystem::is_directory(path, error)) return loader::LoadHuggingFace(path);
   PREHOC_ASSIGN_OR_RETURN(auto file, loader::MappedFile::Open(path));
   return loader::LoadGguf(std::move(file));
 }
