@@ -45,22 +45,32 @@ class AttentionBackend {
   virtual void Rollback() = 0;
 };
 
-// All K and V in fp32 memory, every position attended: the reference that everything is compared with.
+// All K and V in fp32 memory, every position attended: the reference that everything is compared with. Scores, weights
+// and sums are fp32 too. Memory grows with the sequence: 8 * layers * kv_heads * head_dim bytes a token.
 class DenseBackend final : public AttentionBackend {
  public:
-  DenseBackend(int32_t layers, int32_t heads, int32_t kv_heads, int32_t head_dim, int64_t max_tokens);
+  // Requires heads to be a multiple of kv_heads. `executor` shares a call's queries out and outlives this; null = the
+  // calling thread alone.
+  DenseBackend(int32_t layers, int32_t heads, int32_t kv_heads, int32_t head_dim, int64_t max_tokens,
+               Executor* executor = nullptr);
   int64_t length() const override { return length_; }
+  // Returns kOutOfSpace beyond max_tokens, kInvalid while other tokens are announced.
   Status Begin(std::span<const int32_t> tokens, int64_t prompt_tokens) override;
   FreezeRule Freeze(int32_t) const override { return {}; }
+  // Returns kInvalid for a layer or tokens that were not announced.
   Status Attend(const AttendCall& call) override;
   Status End() override;
   void Rollback() override { pending_ = 0; }
 
  private:
+  void Append(const AttendCall& call);
+  void AttendOne(const AttendCall& call, int64_t token, int32_t head, std::vector<float>& scores) const;
+
   const int32_t layers_, heads_, kv_heads_, head_dim_;
   const int64_t max_tokens_;
+  Executor* const executor_;
   int64_t length_ = 0, pending_ = 0;
-  std::vector<float> k_, v_;  // [layers, max_tokens, kv_heads, head_dim]
+  std::vector<std::vector<float>> k_, v_;  // by layer: [tokens, kv_heads, head_dim]
 };
 
 }  // namespace prehoc::reference

@@ -1,0 +1,58 @@
+// Decoder: the layers of a model applied to one piece of tokens. The scratch memory of the engine lies here.
+#pragma once
+#include <cstdint>
+#include <span>
+
+#include "integrations/reference/attention_backend.h"
+#include "integrations/reference/engine/engine.h"
+#include "integrations/reference/engine/products.h"
+#include "integrations/reference/engine/rope.h"
+
+namespace prehoc::reference {
+
+class Decoder {
+ public:
+  // `model` passed CheckModel(); it and what `options` points to outlive this.
+  Decoder(const Model& model, const EngineOptions& options);
+
+  // Begin(), every layer, End(). Rolls the backend back on error. Requires valid tokens, at most max_batch_tokens.
+  Status Run(AttentionBackend& backend, std::span<const int32_t> tokens, int64_t prompt_tokens);
+  // Logits [vocab] of one token of the piece that Run() has just done, or [tokens, vocab] of all.
+  void LogitsOf(int64_t index, float* logits);
+  void AllLogits(float* logits);
+
+  const EngineSeconds& seconds() const { return seconds_; }
+  size_t bytes() const;
+
+ private:
+  Status RunLayers(AttentionBackend& backend);
+  Status RunLayer(AttentionBackend& backend, int32_t layer);
+  void Embed(std::span<const int32_t> tokens);
+  void ProjectQkv(const LayerWeights& w, int64_t kv_from, int64_t q_from);
+  void RotateHeads(const LayerWeights& w, int64_t kv_from, int64_t q_from);
+  void AddAttention(const LayerWeights& w, int64_t from);
+  void AddMlp(const LayerWeights& w, int64_t from);
+  // The norm of `x` [hidden] times `weight`, as in RMSNorm.
+  void Norm(const float* x, const std::vector<float>& weight, float* out) const;
+  float* hidden(int64_t index) { return hidden_.data() + index * config_.hidden; }
+  template <class Fn>
+  auto Timed(double EngineSeconds::*part, const Fn& fn);
+
+  const Model& model_;
+  const ModelConfig& config_;
+  const EngineOptions options_;
+  const EngineKernels& kernels_;
+  const int64_t q_width_, kv_width_;  // [floats] of a token's q, and of its k or v
+  RopeTables rope_;
+  Products products_;
+  // Of the piece, [max_batch_tokens, width].
+  AlignedFloats hidden_, q_, q_pre_rope_, attention_, gate_, up_;
+  // A frozen token's K and V stay here from the last layer that computed them: that is what reuse_kv gives away.
+  AlignedFloats k_, v_;
+  // The piece being run.
+  int64_t first_ = 0, count_ = 0;
+  ProductMode mode_ = ProductMode::kVector;
+  EngineSeconds seconds_;
+};
+
+}  // namespace prehoc::reference

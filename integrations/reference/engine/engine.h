@@ -1,0 +1,87 @@
+// Engine: runs tokens through a Llama-family model on the CPU; K, V and attention belong to an AttentionBackend.
+//
+// Per layer: RMSNorm; q, k, v (+ bias); optional norm of each q and k head; RoPE; backend.Attend(); output
+// projection; residual; RMSNorm; down(silu(gate) * up); residual. Then a final norm and the output matrix.
+// Activations are fp32. A single token multiplies the weights as stored, with its activations rounded to 16 bits per
+// block of 32 (relative error 2^-16 of the block's largest); several tokens multiply weights expanded to fp32.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "base/clock.h"
+#include "base/counters.h"
+#include "base/executor.h"
+#include "base/result.h"
+#include "base/status.h"
+#include "integrations/reference/attention_backend.h"
+#include "integrations/reference/engine/simd_level.h"
+#include "integrations/reference/model.h"
+
+namespace prehoc::reference {
+
+struct EngineOptions {
+  Executor* executor = nullptr;     // required; outlives the engine. Loops run on it, its jobs are not used
+  int32_t max_batch_tokens = 512;   // [tokens] of a piece, 1 to 65536: one Begin()/End() each. Scratch grows with it
+  int64_t max_tokens = 0;           // longest sequence; 0 = what the model was made for. More is allowed: quality is then
+                                    // the caller's affair. Never more than a sliding window, see Engine::max_tokens()
+  bool keep_q_pre_rope = false;     // fills AttendCall::q_pre_rope (after QK norm, before RoPE)
+  SimdLevel simd = BestSimdLevel(); // lower ones are for tests; Create() refuses what this CPU lacks
+  const Clock* clock = &SteadyClock::Get();  // for EngineSeconds
+  Status Validate() const;          // kInvalid, naming the field and its value
+};
+
+// Where the time of all Forward() calls went.
+struct EngineSeconds {
+  double projections = 0;  // q, k, v, o, gate, up, down, with their norms, RoPE and activation
+  double attention = 0;    // inside the backend: Begin, Attend, End
+  double logits = 0;       // final norm and output matrix
+  double embedding = 0;    // embedding rows, RoPE tables
+  double total() const { return projections + attention + logits + embedding; }
+};
+
+// Not safe for two threads at once; may serve any number of sequences in turn.
+class Engine {
+ public:
+  // Returns kInvalid (options, or a model whose shapes disagree) or kUnsupported (simd level, head size).
+  static Result<std::unique_ptr<Engine>> Create(std::shared_ptr<const Model> model, const EngineOptions& options);
+  ~Engine();
+
+  // Runs `tokens`, which follow backend.length(), through all layers, in pieces of max_batch_tokens; then `logits`
+  // [vocab] of the last token are filled, unless the span is empty. `prompt_tokens` is the whole prompt's length
+  // while it is being read, 0 in decode (AttentionBackend::Begin).
+  // The split into pieces and calls does not change a bit of K and V as long as every piece has more than one token,
+  // RoPE does not depend on length, and the backend's attention does not either. One token alone agrees with a
+  // piece to about 1e-5 of the largest value.
+  // Returns kInvalid (no tokens, an id outside the vocabulary, size of logits, more than max_tokens()) with nothing
+  // announced to the backend, or the backend's error after Rollback() of the piece: the backend then holds the
+  // pieces before, as backend.length() says, and the rest may be run again.
+  Status Forward(AttentionBackend& backend, std::span<const int32_t> tokens, int64_t prompt_tokens,
+                 std::span<float> logits);
+  // As Forward(), with `logits` [tokens, vocab] of every token.
+  Status ForwardAll(AttentionBackend& backend, std::span<const int32_t> tokens, int64_t prompt_tokens,
+                    std::span<float> logits);
+
+  const ModelConfig& config() const;
+  // Longest sequence: EngineOptions::max_tokens or the model's positions (times the factor of dynamic RoPE), but not
+  // above a sliding window: up to its length such a model attends to everything, beyond it is not offered here.
+  int64_t max_tokens() const;
+  // With RoPE scaling of the kinds dynamic and longrope, the frequencies of a piece depend on max(prompt_tokens, end
+  // of the piece), as in transformers, which rotates all tokens of a call alike. Two prompts whose K may stand for
+  // each other have the same value here; it is 0 for all other models and for prompts within the original length.
+  int64_t RopeVariant(int64_t prompt_tokens) const;
+
+  size_t scratch_bytes() const;  // allocated now, beside the model's weight_bytes
+  const EngineSeconds& seconds() const;
+  // engine.tokens, engine.pieces, engine.scratch_bytes, engine.weight_bytes, engine.seconds.*
+  void VisitCounters(const CounterVisitor& visit) const;
+
+ private:
+  struct Impl;
+  explicit Engine(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace prehoc::reference
