@@ -4,6 +4,7 @@
 #include "integrations/reference/loader/fingerprint.h"
 #include "integrations/reference/loader/gguf_model.h"
 #include "integrations/reference/loader/huggingface_model.h"
+#include "integrations/reference/loader/lora.h"
 #include "integrations/reference/loader/text.h"
 #include "integrations/reference/model.h"
 
@@ -28,6 +29,10 @@ Result<std::shared_ptr<const Model>> LoadModel(const LoadOptions& options) {
   PREHOC_ASSIGN_OR_RETURN(auto executor, ThreadPool::Create({.spin_iterations = 0}));
   PREHOC_ASSIGN_OR_RETURN(auto model, LoadBase(options.path));
   report(0.1);
+  if (!options.lora.empty()) {
+    const auto merged = [&](double fraction) { report(0.1 + 0.6 * fraction); };
+    PREHOC_RETURN_IF_ERROR(loader::MergeLora(options.lora, *executor, merged, model.get()));
+  }
   PREHOC_ASSIGN_OR_RETURN(model->fingerprint, loader::FingerprintOf(*model, *executor));
   report(1);
   return std::shared_ptr<const Model>(std::move(model));
