@@ -6,6 +6,11 @@
 //   norm [group_tokens] fp16, only with error_norms: |k[t] - decoded[t]|, rounded up
 //   pages [group_tokens / 16], each [head_dim * 16 * bits / 8] bytes
 //
+// With levels = 2^bits - 1 and per channel: lo = the minimum; step = (maximum - minimum) / levels in fp64, to fp32, to
+// fp16, then the next fp16 number for as long as maximum - minimum > (levels + 0.5) * step;
+// code = the nearest integer to (k - lo) / step in fp64, ties to even, at most levels; 0 where step is 0.
+// A channel with a key that is not finite: lo 0, step +inf, codes 0, and then every norm is +inf. -0 is stored as 0.
+//
 // A page is made of planes of 64 bytes: byte 4 * t + j belongs to token t (0..15) of the page and to channel 4 * quad + j
 // (j = 0..3) of several quads, one bit field each, lowest first. So a 32-bit lane holds four neighbouring channels of one
 // token: multiply-add instructions that sum four bytes need no shuffle, and sixteen tokens fill a vector.

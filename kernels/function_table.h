@@ -3,7 +3,9 @@
 // know no policy. A call covers any number of (sequence, KV head) tasks of one layer.
 //
 // Notation as in METHODS 0: q [group, head_dim] fp32 after RoPE, logits z = q.k / sqrt(head_dim), n visible positions.
-// A row is K[head_dim] then V[head_dim], fp16. Pointers are of the backend's device.
+// A row is K[head_dim] then V[head_dim], fp16. Pointers are of the backend's device. Everywhere: head_dim is a multiple of
+// 16 in [16, 256], group in [1, 256], counts may be 0 (pointers to nothing may then be null), outputs of one call do not
+// overlap each other or its inputs, and the calling thread may hold no loop of the same executor.
 #pragma once
 #include <cstdint>
 #include <span>
@@ -37,6 +39,7 @@ struct CodeFormat {
 };
 
 // --- append: fp32 K and V of new tokens become rows -------------------------------------------------------------
+// Rounded to nearest even; beyond 65504 fp16 has only infinity, and NaN stays NaN.
 struct AppendTask {
   const float* k = nullptr;  // [count] vectors, `stride` floats apart
   const float* v = nullptr;
@@ -50,6 +53,9 @@ struct AppendParams {
 };
 
 // --- encode: one group of rows becomes a code block ---------------------------------------------------------------
+// The layout is that of code_block.h, and so are the bytes: every CPU backend writes the same block.
+// A channel with an infinite or NaN key anywhere in the group is stored as lo 0, step +inf, codes 0: scan then claims no
+// bound for any token of the group. Page bounds take NaN as both -inf and +inf. -0 is stored as 0.
 struct EncodeTask {
   const Half* rows = nullptr;     // [group_tokens, 2, head_dim]; only K is read
   std::byte* block = nullptr;     // [code_block_bytes]
@@ -77,7 +83,9 @@ struct GateParams {
 // --- scan: logits of every coded position, from the codes --------------------------------------------------------
 // z[h, i] for i < groups * group_tokens. With `err` also a proven bound: |z_exact - z| <= err[h, i], where z_exact
 // is the real-arithmetic logit of the stored fp16 key: the smaller of SUM_c |q_c| step_c / 2 and |q| |e_i|
-// (if norms are stored), plus whatever this backend's arithmetic adds.
+// (if norms are stored and finite), over sqrt(head_dim), plus whatever this backend's arithmetic adds.
+// err is +inf where nothing is proven: z is not finite, or the group has a channel with step +inf (such channels are left
+// out of z). err is never NaN.
 struct ScanTask {
   const float* q = nullptr;           // [group, head_dim]
   const std::byte* blocks = nullptr;  // [groups] blocks of code_block_bytes, contiguous
@@ -105,7 +113,8 @@ struct ScoreParams {
 };
 
 // --- score_pages: upper bound of z over the keys of each page of 16 (Quest, arXiv 2406.10774) -------------------
-// z[h, p] = SUM_c max(q_c lo_c, q_c hi_c) / sqrt(head_dim)
+// z[h, p] = SUM_c max(q_c lo_c, q_c hi_c) / sqrt(head_dim), to fp32 accuracy (add 1e-5 of SUM |q_c| max(|lo_c|, |hi_c|) /
+// sqrt(head_dim) where a proof is wanted); +inf where that is not a finite number.
 struct ScorePagesTask {
   const float* q = nullptr;   // [group, head_dim]
   const Half* lo = nullptr;   // [pages, head_dim]
@@ -120,19 +129,25 @@ struct ScorePagesParams {
 };
 
 // --- choose: which positions of the middle a step attends to (METHODS 1.1 SELECT, 1.11 TC) ----------------------
-// 1. lse_all[h] = LSE of z[h, i] over i in [begin, n).     (begin > 0 only under PSAW without sinks: see keep_lo)
-// 2. weight score of i in the middle [lo, hi): by `rule`; kMaxWeight: s_i = max_h (z[h,i] - lse_all[h]).
+// In sight are [0, sinks) and [lo, n); of these [0, sinks) and [hi, n) are kept always, and the middle [lo, hi) is chosen
+// from. [sinks, lo) is out of the window (PSAW; without sinks: sinks = 0) and counts nowhere.
+// 1. lse_all[h] = LSE of z[h, i] over what is in sight.
+// 2. score s_i of i in the middle, in logs, by `rule`; kMaxWeight: s_i = max_h (z[h,i] - lse_all[h]).
 // 3. candidates: all of the middle, or, if `resident` is given, i with its bit set or s_i > log_theta.
-// 4. order by (s descending, position ascending). Keep the first k; then dilate (below); or, if target_drop >= 0,
-//    go on from k until for every head the dropped mass is at most target_drop, or `cap` positions are kept:
-//    dropped = U / (U + L), U = SUM exp(z + err) over what is not kept, L = SUM exp(z - err) over what is kept.
-//    Kept always: [0, sinks) and [hi, n).   What is neither candidate nor kept counts as dropped.
-// 5. dilation (CIS): the first m kept also bring p +- j, j <= r, inside the middle. exact_budget (CIS*): walk the
-//    ranks, adding p (and its neighbours while rank < m) until exactly k distinct positions are kept.
+// 4. order by (s descending, position ascending): ranks p_1, p_2, ... Keep the first k.
+// 5. dilation (CIS): p_1 .. p_m of these also bring p +- j, j <= r, inside the middle, candidates or not. exact_budget (CIS*):
+//    walk the ranks, adding p, and while rank <= m then p - 1, p + 1, p - 2, p + 2, .. p + r, until exactly k distinct
+//    positions are kept or the ranks end.
+// 6. if target_drop >= 0, go on down the ranks, one position at a time, until for every head the dropped mass is at most
+//    target_drop, or `cap` positions are kept (dilated ones included), or the ranks end:
+//    dropped = U / (U + L), U = SUM exp(z + err) over what is in sight and not kept, L = SUM exp(z - err) over what is kept.
+//    What is in sight and neither candidate nor kept counts as dropped. An infinite err is 100 % dropped until it is kept.
+// Logits: -inf is a weight of 0, ranked last; NaN ranks as -inf and makes lse_* NaN and `met` 0; +inf ranks first.
+// Backends may order two positions either way if their s differ by less than fp32 rounding, but equal logits tie exactly.
 struct ChooseParams;
 enum class GroupRule : uint8_t {
   kMaxWeight = 0,   // max over the group of softmax weights (in logs)
-  kMeanWeight = 1,  // mean over the group of softmax weights
+  kMeanWeight = 1,  // log of the mean over the group of softmax weights
   kMaxLogit = 2,    // max of raw logits
 };
 struct ChooseTask {
@@ -141,23 +156,23 @@ struct ChooseTask {
   int64_t z_stride = 0;
   int32_t n = 0;               // visible positions
   int32_t sinks = 0;           // [0, sinks) is kept
-  int32_t lo = 0, hi = 0;      // the middle; sinks <= lo <= hi <= n; [sinks, lo) is out of the window (PSAW): not counted at all
+  int32_t lo = 0, hi = 0;      // the middle; sinks <= lo <= hi <= n
   int32_t k = 0;               // middle positions wanted; clipped to the middle
-  int32_t cap = 0;             // with target_drop: the most that may be kept
+  int32_t cap = 0;             // with target_drop: the most that widening may keep; at least k, or all of the middle
   float target_drop = -1;      // < 0: fixed k
   int32_t dilate_m = 0, dilate_r = 0;
   bool exact_budget = false;
   const uint64_t* resident = nullptr;  // bit i of word i / 64, [n / 64 rounded up]; or null
   float log_theta = 0;         // with `resident`: missing positions with s_i above it are candidates too
   GroupRule rule = GroupRule::kMaxWeight;
-  float* pooled = nullptr;     // [n]: max(pooled, s) over the middle, or null
+  float* pooled = nullptr;     // [n]: max(pooled, s) over all of the middle, or null; nothing else is touched
   bool pool_reset = false;     // pooled = s instead
   // Results.
-  int32_t* chosen = nullptr;   // sorted positions; room for max_chosen(task)
+  int32_t* chosen = nullptr;   // sorted kept positions of the middle; room for max_chosen()
   int32_t* count = nullptr;    // [1]
-  float* lse_all = nullptr;    // [group] over [0, sinks) and [lo, n)
-  float* lse_out = nullptr;    // [group] of what is not kept; -inf if nothing
-  float* lse_out_bound = nullptr;  // [group] with + err; or null
+  float* lse_all = nullptr;    // [group] over what is in sight; -inf if nothing
+  float* lse_out = nullptr;    // [group] of what is in sight and not kept; -inf if nothing
+  float* lse_out_bound = nullptr;  // [group] as lse_out, of z + err; or null
   uint8_t* met = nullptr;      // [1] 1 if target_drop was reached (or is off); or null
   int32_t max_chosen() const;  // room that `chosen` must have
 };
@@ -167,6 +182,7 @@ struct ChooseParams {
 };
 
 // --- top_k: sorted positions of the k largest of score[lo, hi), ties to the lower position ------------------------
+// NaN ranks as -inf.
 struct TopKTask {
   const float* score = nullptr;  // indexed by position
   int32_t lo = 0, hi = 0, k = 0;
@@ -188,7 +204,8 @@ struct GatherParams {
 };
 
 // --- attend: exact attention over runs of rows ---------------------------------------------------------------------
-// out[h] = SUM softmax(z) v, lse[h] = LSE of z, fp32 accumulation. No row at all gives out 0 and lse -inf.
+// out[h] = SUM softmax(z) v, lse[h] = LSE of z, fp32 accumulation or better. No row at all, or none with z > -inf, gives
+// out 0 and lse -inf. A logit that is NaN or +inf makes out and lse of its head NaN: it must not look like an answer.
 struct AttendTask {
   const float* q = nullptr;  // [group, head_dim]
   std::span<const RowRun> runs;
@@ -201,15 +218,15 @@ struct AttendParams {
 };
 
 // --- prefill: causal attention of a chunk of queries ---------------------------------------------------------------
-// Query t (position first + t) sees [0, sinks) and [start[t], first + t]; start null = 0 for all. `runs` hold
-// positions [run_first, ...) consecutively and reach past the last query.
+// Query t (position first + t) sees [0, sinks) and [start[t], first + t], nothing after first + t and nothing twice;
+// start null = 0 for all. `runs` hold positions 0, 1, 2, ... and at least first + queries of them.
 struct PrefillTask {
   const float* q = nullptr;   // [queries] rows of [group, head_dim], `q_stride` floats apart
   int64_t q_stride = 0;
   float* out = nullptr;       // as q, `out_stride` floats apart
   int64_t out_stride = 0;
   std::span<const RowRun> runs;  // positions 0, 1, 2, ...
-  const int32_t* start = nullptr;  // [queries] or null
+  const int32_t* start = nullptr;  // [queries], each in [0, first + t]; or null
 };
 struct PrefillParams {
   std::span<const PrefillTask> tasks;
