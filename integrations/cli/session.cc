@@ -1,0 +1,154 @@
+#include "integrations/cli/session.h"
+
+#include <utility>
+
+#include "base/units.h"
+#include "integrations/cli/exit_code.h"
+#include "integrations/reference/cache_backend.h"
+#include "transfer/rocksdb_store.h"
+
+namespace prehoc::cli {
+namespace {
+
+// The store takes one record per layer and chunk.
+RocksDbStore::Options StoreOptions(const SessionOptions& options, const KvGeometry& geometry, const reference::Model& model) {
+  RocksDbStore::Options result;
+  result.path = options.store;
+  result.budget = options.store_budget;
+  result.chunk_bytes = geometry.block_bytes();
+  result.identity.model = model.fingerprint;
+  result.identity.model_name = model.config.name;
+  result.identity.dtype = KvDtypeName(geometry.dtype);
+  result.identity.layout = geometry.LayoutName();
+  return result;
+}
+
+// With RoPE scaling that depends on the prompt's length, equal tokens have other keys; they must not meet.
+std::string TenantSalt(const SessionOptions& options, const reference::Engine& engine) {
+  const int64_t variant = engine.RopeVariant(options.prompt_tokens);
+  return variant == 0 ? options.tenant : options.tenant + "/rope" + std::to_string(variant);
+}
+
+std::string WithSize(const char* flag, uint64_t bytes) {
+  return std::string(flag) + " " + FormatBytes(static_cast<double>(bytes));
+}
+
+// The facade names its options; people know them as flags.
+Status CreateError(const Status& status, const SessionOptions& options) {
+  const std::string host = WithSize("--host-budget", options.host_budget);
+  if (status.code() != StatusCode::kInvalid) return status.WithContext(host);
+  if (status.message().find("host_budget") != std::string::npos) return UsageError(host + ": " + status.message());
+  if (status.message().find("codes") != std::string::npos) return UsageError("--codes: " + status.message());
+  return status;
+}
+
+Status OpenError(const Status& status, const SessionOptions& options) {
+  if (status.code() != StatusCode::kOutOfSpace) return RuntimeError(status, "");
+  return UsageError(WithSize("--device-budget", options.device_budget) + ": " + status.message());
+}
+
+Status StepError(const Status& status) {
+  if (status.code() != StatusCode::kOutOfSpace) return RuntimeError(status, "");
+  return {status.code(), status.message() + "; give more with --host-budget, or a disk tier with --store and --store-budget"};
+}
+
+}  // namespace
+
+KvGeometry GeometryOf(const reference::ModelConfig& config) {
+  KvGeometry geometry;
+  geometry.layers = config.layers;
+  geometry.heads = config.heads;
+  geometry.kv_heads = config.kv_heads;
+  geometry.head_dim = config.head_dim;
+  return geometry;
+}
+
+Session::Session(std::shared_ptr<const reference::Model> model, const SessionOptions& options)
+    : model_(std::move(model)), options_(options), geometry_(GeometryOf(model_->config)) {}
+
+Session::~Session() = default;
+
+Result<std::unique_ptr<Session>> Session::Create(std::shared_ptr<const reference::Model> model, const SessionOptions& options) {
+  std::unique_ptr<Session> session(new Session(std::move(model), options));
+  const Status geometry = session->geometry_.Validate();
+  if (!geometry.ok()) return RuntimeError(geometry, "--model");
+  auto executor = ThreadPool::Create({.loop_threads = options.threads});
+  if (!executor.ok()) return RuntimeError(executor.status(), "--threads");
+  session->executor_ = std::move(executor).value();
+  session->device_ = std::make_unique<HostDeviceMemory>(options.device_budget);
+  PREHOC_RETURN_IF_ERROR(session->OpenStore());
+  PREHOC_RETURN_IF_ERROR(session->CreateEngine());
+  PREHOC_RETURN_IF_ERROR(session->CreateCache());
+  return session;
+}
+
+Status Session::OpenStore() {
+  if (options_.store.empty()) return {};
+  auto store = RocksDbStore::Open(StoreOptions(options_, geometry_, *model_));
+  if (!store.ok()) return RuntimeError(store.status(), "--store " + options_.store);
+  store_ = std::move(store).value();
+  return {};
+}
+
+Status Session::CreateEngine() {
+  PREHOC_ASSIGN_OR_RETURN(const auto selector, Selector::Create(options_.selector));
+  reference::EngineOptions engine;
+  engine.executor = executor_.get();
+  engine.max_tokens = options_.max_tokens;
+  engine.max_batch_tokens = kPieceTokens;
+  engine.keep_q_pre_rope = selector->NeedsPreRope();
+  auto created = reference::Engine::Create(model_, engine);
+  if (!created.ok()) return RuntimeError(created.status(), "--model");
+  engine_ = std::move(created).value();
+  return {};
+}
+
+Status Session::CreateCache() {
+  CacheOptions cache;
+  cache.geometry = geometry_;
+  cache.host_budget = options_.host_budget;
+  cache.model = model_->fingerprint;
+  cache.selector = options_.selector;
+  cache.codes = options_.codes;
+  cache.audit_every = options_.audit_every;
+  cache.tenant_salt = TenantSalt(options_, *engine_);
+
+  CacheResources resources;
+  resources.executor = executor_.get();
+  resources.device = device_.get();
+  resources.store = store_.get();
+  resources.kernels = options_.kernels;
+  auto created = KvCache::Create(cache, resources);
+  if (!created.ok()) return CreateError(created.status(), options_);
+  cache_ = std::move(created).value();
+  return {};
+}
+
+Status Session::Open(std::span<const int32_t> prompt) {
+  sequence_.reset();
+  auto opened = cache_->OpenWithPrefix({.max_tokens = options_.max_tokens}, prompt);
+  if (!opened.ok()) return OpenError(opened.status(), options_);
+  sequence_ = std::move(opened).value();
+  return {};
+}
+
+Forward Session::forward() {
+  return [this](std::span<const int32_t> tokens, int64_t prompt_tokens, std::span<float> logits) {
+    return StepError(reference::RunWithRepair(*engine_, *sequence_, tokens, prompt_tokens, logits));
+  };
+}
+
+Status Session::Flush() {
+  const Status status = cache_->Flush();
+  return status.ok() || options_.store.empty() ? status : RuntimeError(status, "--store " + options_.store);
+}
+
+std::map<std::string, double> Session::Counters() const {
+  std::map<std::string, double> counters;
+  const CounterVisitor visit = [&](std::string_view name, double value) { counters[std::string(name)] = value; };
+  cache_->VisitCounters(visit);
+  engine_->VisitCounters(visit);
+  return counters;
+}
+
+}  // namespace prehoc::cli
