@@ -1,0 +1,62 @@
+// Which backend this CPU runs, and the tables.
+#include "kernels/code_block.h"
+#include "kernels/cpu/cpu_kernels.h"
+#include "kernels/cpu/drivers.h"
+
+namespace prehoc {
+namespace {
+
+size_t BlockBytes(const CodeFormat& format, int32_t head_dim) {
+  return IsCodeFormat(format, head_dim) ? LayoutOf(format, head_dim).bytes : 0;
+}
+
+// Table entries are plain functions: binds the inner loops at compile time.
+template <const VectorOps& kOps, auto kDriver, class Params>
+Status Entry(const Params& params, const Launch& launch) {
+  return kDriver(kOps, params, launch);
+}
+
+template <const VectorOps& kOps>
+constexpr KernelTable TableOf(std::string_view name) {
+  return {
+      .name = name,
+      .code_block_bytes = BlockBytes,
+      .append = Entry<kOps, cpu::Append, AppendParams>,
+      .encode = Entry<kOps, cpu::Encode, EncodeParams>,
+      .gate = Entry<kOps, cpu::Gate, GateParams>,
+      .scan = Entry<kOps, cpu::Scan, ScanParams>,
+      .score = Entry<kOps, cpu::Score, ScoreParams>,
+      .score_pages = Entry<kOps, cpu::ScorePages, ScorePagesParams>,
+      .choose = Entry<kOps, cpu::Choose, ChooseParams>,
+      .top_k = Entry<kOps, cpu::TopK, TopKParams>,
+      .gather = Entry<kOps, cpu::Gather, GatherParams>,
+      .attend = Entry<kOps, cpu::Attend, AttendParams>,
+      .prefill = Entry<kOps, cpu::Prefill, PrefillParams>,
+  };
+}
+
+// The compiler's run-time check covers both the CPU and whether the system saves the registers (XCR0).
+bool HasAvx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+bool HasAvx512() {
+  return HasAvx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+
+}  // namespace
+
+const KernelTable* Avx2Kernels() {
+  static constexpr KernelTable kTable = TableOf<kAvx2Ops>("avx2");
+  static const bool runs_here = HasAvx2();
+  return runs_here ? &kTable : nullptr;
+}
+
+const KernelTable* Avx512Kernels() {
+  static constexpr KernelTable kTable = TableOf<kAvx512Ops>("avx512");
+  static const bool runs_here = HasAvx512();
+  return runs_here ? &kTable : nullptr;
+}
+
+}  // namespace prehoc
