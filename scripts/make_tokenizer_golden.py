@@ -346,7 +346,7 @@ def write_golden(name, t, texts, with_json):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["tables", "golden"])
-    parser.add_argument("--gguf", default=pathlib.Path.home() / ".cache/prehoc/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--gguf", default=pathlib.Path.home() / ".cache/prehoc/models/SmolLM2-135M-Instruct.Q4_1.gguf")
     args = parser.parse_args()
     if args.what == "tables":
         write_tables()
