@@ -6,6 +6,18 @@
 
 namespace prehoc {
 namespace {
+Way WayOfFailure(const StepRule& rule) {
+  switch (rule.fail) {
+    case CisOptions::OnFail::kDense: return Way::kEverything;
+    case CisOptions::OnFail::kReselectOnce: return Way::kSelectOnce;
+    case CisOptions::OnFail::kReselect: return Way::kSelect;
+  }
+  return Way::kSelect;
+}
+
+// Steps since the choice was made; -1: there is none.
+int64_t AgeOf(const FastStep& s, const Unit& unit) { return unit.has_choice ? s.u - unit.chosen_at : -1; }
+
 // Prepares `step` for a layer; its lists keep their memory.
 void Reset(FastStep& s, int32_t layer, const std::vector<Unit>& units, size_t kv_heads) {
   s.layer = layer;
@@ -97,7 +109,7 @@ void Sequence::Impl::Gate(FastStep& s) {
     if (s.rule.attend_all) s.units[i].way = Way::kEverything;
     if (!s.rule.attend_all && s.rule.scorer == Scorer::kNone) s.units[i].way = Way::kInherit;
   }
-  if (s.rule.attend_all || s.rule.scorer == Scorer::kNone || !s.rule.may_inherit) return;
+  if (s.rule.attend_all || s.rule.scorer == Scorer::kNone) return;
 
   // One task per query head where their cosines are averaged, else one per unit.
   const bool mean = s.rule.scope == CisOptions::GateScope::kGroupMean;
@@ -107,8 +119,8 @@ void Sequence::Impl::Gate(FastStep& s) {
   s.cosines.assign(static_cast<size_t>(geometry().heads), -2);
   const int32_t group = mean ? 1 : units.front().heads;
   for (const Unit& unit : units) {
-    const bool needed = unit.has_choice && !s.rule.certified && s.rule.tau > -1 && s.rule.tau < 1 &&
-                        (s.rule.max_age <= 0 || s.u - unit.chosen_at <= s.rule.max_age);
+    // Where the answer does not depend on it, no cosine is computed.
+    const bool needed = !MustSelect(s.rule, AgeOf(s, unit)) && !s.rule.certified && s.rule.tau > -1 && s.rule.tau < 1;
     if (!needed) continue;
     const std::vector<float>& anchor = s.rule.pre_rope ? unit.anchor_pre : unit.anchor;
     for (int32_t h = 0; h < unit.heads; h += group) {
@@ -138,21 +150,15 @@ void Sequence::Impl::Gate(FastStep& s) {
   }
   for (size_t i = 0; i < units.size(); ++i) {
     Unit& unit = units[i];
-    if (!unit.has_choice) continue;
+    const int64_t age = AgeOf(s, unit);
+    if (MustSelect(s.rule, age)) continue;
     const bool whole_layer = s.rule.scope == CisOptions::GateScope::kLayer;
     const bool whole_group = s.rule.scope == CisOptions::GateScope::kKvHead || mean;
     float cosine = whole_layer ? layer_cosine : cosine_of(unit);
     if (whole_group && unit.heads < geometry().group()) cosine = GroupCosine(units, unit.kv_head, mean, cosine_of);
     unit.cosine = cosine;
     s.units[i].gated = true;
-    const int64_t age = s.u - unit.chosen_at;
-    if (Inherits(s.rule, cosine, age)) {
-      s.units[i].way = Way::kInherit;
-    } else {
-      const bool too_old = s.rule.max_age > 0 && age > s.rule.max_age;
-      if (s.rule.fail == CisOptions::OnFail::kDense && !too_old) s.units[i].way = Way::kEverything;
-      if (s.rule.fail == CisOptions::OnFail::kReselectOnce && !too_old) s.units[i].way = Way::kSelectOnce;
-    }
+    s.units[i].way = Inherits(s.rule, cosine, age) ? Way::kInherit : WayOfFailure(s.rule);
   }
 }
 
@@ -194,9 +200,7 @@ Status Sequence::Impl::CheckCertificates(FastStep& s) {
     step_report.bytes_gate += unit.heads * static_cast<int64_t>(dim * 2 * sizeof(float));
     if (worst <= s.rule.delta_max) continue;
     now.attended = false;
-    now.way = s.rule.fail == CisOptions::OnFail::kDense           ? Way::kEverything
-              : s.rule.fail == CisOptions::OnFail::kReselectOnce ? Way::kSelectOnce
-                                                                 : Way::kSelect;
+    now.way = WayOfFailure(s.rule);
   }
   return {};
 }

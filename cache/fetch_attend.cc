@@ -30,14 +30,13 @@ void Sequence::Impl::NoteAttended(FastStep& s, size_t index) {
   set.middle.clear();
   unit.selected = now.way == Way::kSelect || now.way == Way::kSelectOnce || (now.way == Way::kEverything && !now.met);
   if (set.everything) return;
-  if (now.way != Way::kInherit) {
-    set.middle.assign(now.chosen.begin(), now.chosen.end());
-    return;
-  }
-  if (s.rule.local_held && unit.has_choice) set.left = unit.local_left;
-  auto begin = unit.chosen.begin();
-  if (s.rule.filter_each_step) begin = std::lower_bound(begin, unit.chosen.end(), s.rule.lo);
-  set.middle.assign(begin, unit.chosen.end());
+  const bool inherits = now.way == Way::kInherit;
+  if (inherits && s.rule.local_held && unit.has_choice) set.left = unit.local_left;
+  const std::vector<int32_t>& from = inherits ? unit.chosen : now.chosen;
+  auto begin = from.begin();
+  if (inherits && s.rule.filter_each_step) begin = std::lower_bound(begin, from.end(), s.rule.lo);
+  // cis.clip = visible: what still lies in the local window is attended to there.
+  set.middle.assign(begin, std::lower_bound(begin, from.end(), set.left));
 }
 
 Status Sequence::Impl::Fetch(FastStep& s) {

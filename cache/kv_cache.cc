@@ -17,6 +17,9 @@ Status CacheOptions::Validate() const {
     return {StatusCode::kInvalid, "chunk_tokens = " + std::to_string(geometry.chunk_tokens) +
                                       " is not a multiple of the codes' group of " + std::to_string(codes.group_tokens)};
   }
+  if (!selector.cis.clip_middle && selector.cis.exact_budget) {
+    return {StatusCode::kUnsupported, "cis.clip=visible with cis.budget=cis*: an exact budget needs cis.clip=middle"};
+  }
   return {};
 }
 
@@ -109,6 +112,8 @@ Sequence::~Sequence() = default;
 int64_t Sequence::length() const { return impl_->length; }
 int64_t Sequence::restored() const { return impl_->restored_tokens; }
 int64_t Sequence::max_tokens() const { return impl_->max_tokens; }
+int32_t Sequence::chunk_tokens() const { return impl_->geometry().chunk_tokens; }
+int64_t Sequence::prompt_length() const { return impl_->last_prompt; }
 std::span<const int32_t> Sequence::tokens() const {
   return std::span(impl_->tokens).first(static_cast<size_t>(impl_->length));
 }

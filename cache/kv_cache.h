@@ -57,6 +57,8 @@ struct CacheResources {
 struct SequenceOptions {
   int64_t max_tokens = 0;       // prompt and answer together; required; the index and the ring are sized by it
   uint64_t device_bytes = 0;    // of the device budget; 0 = all that is left
+  std::string variant;          // what decides K and V besides model, tokens and method (a RoPE that depends on length);
+                                // part of every key
 };
 
 // fp32, contiguous, row-major, K and Q after RoPE.
@@ -76,6 +78,8 @@ class Sequence {
   int64_t length() const;        // tokens that every layer has
   int64_t restored() const;      // of them, taken from a tier at Open
   int64_t max_tokens() const;
+  int32_t chunk_tokens() const;
+  int64_t prompt_length() const; // of the last prompt, whatever was before it included
 
   // Announces tokens [length(), length() + tokens.size()). prompt_tokens: length of the whole prompt, this sequence's
   // earlier tokens included (prefill), or 0 (decode; exactly one token).

@@ -136,10 +136,11 @@ Status Sequence::Impl::AttendPrefill(int32_t layer_index, LayerBlocks& rows, con
 
   std::vector<int32_t> starts;
   if (rule.windowed) {
-    const int64_t kept_sinks = rule.keep_sink ? sinks : 0;
     for (int64_t t = 0; t < queries; ++t) {
-      starts.push_back(static_cast<int32_t>(selector().WindowStart(layer_index, geometry().layers, begin + t + 1)));
-      step_report.prefill_cut_keys += std::max<int64_t>(0, starts.back() - kept_sinks) * geometry().kv_heads;
+      int64_t start = selector().WindowStart(layer_index, geometry().layers, begin + t + 1);
+      if (start < sinks) start = 0;  // an edge among the sinks cuts none of them
+      starts.push_back(static_cast<int32_t>(start));
+      step_report.prefill_cut_keys += std::max<int64_t>(0, start - (rule.keep_sink ? sinks : 0)) * geometry().kv_heads;
     }
   }
   std::vector<std::vector<RowRun>> runs(static_cast<size_t>(geometry().kv_heads));

@@ -85,7 +85,7 @@ Result<int64_t> Sequence::Impl::LoadPrefix(std::span<const int32_t> wanted) {
 
 Status Sequence::Impl::RestorePrefix(std::span<const int32_t> wanted) {
   if (wanted.empty()) return {};
-  method = selector().MethodTag(static_cast<int64_t>(wanted.size()));
+  method = MethodOf(static_cast<int64_t>(wanted.size()));
   PREHOC_ASSIGN_OR_RETURN(const int64_t chunks, LoadPrefix(wanted));
   const int64_t size = geometry().chunk_tokens;
   const int64_t end = chunks * size;
@@ -104,6 +104,7 @@ Status Sequence::Impl::RestorePrefix(std::span<const int32_t> wanted) {
   }
   tokens.assign(wanted.begin(), wanted.begin() + end);
   length = exact_tokens = restored_tokens = end;
+  last_prompt = static_cast<int64_t>(wanted.size());
   report.prompt_tokens += end;
   report.restored_tokens += end;
   return {};

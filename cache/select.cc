@@ -239,12 +239,41 @@ Status Sequence::Impl::Choose(FastStep& s, bool plain) {
     s.choose.push_back(task);
   }
   PREHOC_RETURN_IF_ERROR(kernels().choose({.tasks = s.choose, .group = layer.units.front().heads}, cache->launch()));
-  size_t task = 0;
   for (UnitStep& now : s.units) {
     if (!Chooses(now)) continue;
-    now.chosen.resize(static_cast<size_t>(*s.choose[task].count));
-    now.met = *s.choose[task].met != 0 || !s.rule.target_is_bound;
-    ++task;
+    now.chosen.resize(static_cast<size_t>(now.chosen_count));
+    now.met = now.met_byte != 0 || !s.rule.target_is_bound;
+  }
+  return s.rule.clip_visible && !plain && s.rule.dilate_m > 0 ? AddVisibleNeighbours(s) : OkStatus();
+}
+
+// cis.clip = visible: neighbours of the first ranks that lie in the local window stay chosen when the window moves on.
+Status Sequence::Impl::AddVisibleNeighbours(FastStep& s) {
+  LayerState& layer = layers[static_cast<size_t>(s.layer)];
+  std::vector<std::vector<int32_t>> ranked(layer.units.size());
+  for (size_t i = 0; i < layer.units.size(); ++i) {
+    UnitStep& now = s.units[i];
+    if (!Chooses(now)) continue;
+    UnitStep unused = now;  // only the positions are wanted
+    s.choose.assign(1, ChooseTaskFor(s, i));
+    ChooseTask& task = s.choose.front();
+    task.k = std::min(s.rule.dilate_m, s.rule.k);
+    task.dilate_m = task.dilate_r = 0;
+    std::vector<int32_t> top(static_cast<size_t>(task.max_chosen()));
+    int32_t num = 0;
+    task.chosen = top.data();
+    task.count = &num;
+    task.lse_all = unused.lse_all.data();
+    task.lse_out = unused.lse_out.data();
+    PREHOC_RETURN_IF_ERROR(kernels().choose({.tasks = s.choose, .group = layer.units.front().heads}, cache->launch()));
+    const int32_t hi = s.n - s.rule.local;
+    int32_t reach = hi;  // neighbours end here
+    for (int32_t rank = 0; rank < num; ++rank) reach = std::max(reach, top[static_cast<size_t>(rank)] + s.rule.dilate_r + 1);
+    for (int32_t position = hi; position < std::min(reach, s.n); ++position) {
+      const bool near = std::any_of(top.begin(), top.begin() + num,
+                                    [&](int32_t p) { return position - p <= s.rule.dilate_r; });
+      if (near) now.chosen.push_back(position);
+    }
   }
   return {};
 }

@@ -116,7 +116,8 @@ Result<std::unique_ptr<Sequence::Impl>> Sequence::Impl::Open(CacheShared* shared
 Sequence::Impl::Impl(CacheShared* shared, const DeviceLayout& device_layout, DeviceBuffer buffer,
                      const SequenceOptions& sequence_options, ChunkKeyChain root)
     : cache(shared), layout(device_layout), max_tokens(sequence_options.max_tokens),
-      sinks(shared->options.selector.budget.sinks), memory(std::move(buffer)), branch(NewBranch()), chain(root),
+      sinks(shared->options.selector.budget.sinks), memory(std::move(buffer)), variant(sequence_options.variant),
+      branch(NewBranch()), chain(root),
       next_chain(std::move(root)), scratch(std::make_unique<FastStep>()) {}
 
 Sequence::Impl::~Impl() = default;
@@ -169,7 +170,7 @@ Status Sequence::Impl::Begin(std::span<const int32_t> new_tokens, int64_t prompt
                                          std::to_string(max_tokens)};
   }
   if (length == 0) {
-    method = selector().MethodTag(prompt_length);
+    method = MethodOf(prompt_length);
     chain = next_chain = ChunkKeyChain(cache->KeyRoot(method));
   }
   first = length;
@@ -208,8 +209,12 @@ bool Sequence::Impl::ChunkIsShared(int64_t chunk) const {
 }
 
 bool Sequence::Impl::ExactNow() const {
+  const SelectorOptions& selected = cache->options.selector;
+  const bool freezes = selected.kind == SelectorKind::kEtf || selected.kind == SelectorKind::kCpe;
+  // Freezing by chunk depends on where the pieces of prefill end, which no key tells.
+  if (freezes && selected.etf.n == EtfOptions::Extent::kChunk) return false;
   if (exact_tokens != first) return false;
-  return decoding() ? cache->options.selector.kind == SelectorKind::kDense : selector().MethodTag(prompt) == method;
+  return decoding() ? cache->options.selector.kind == SelectorKind::kDense : MethodOf(prompt) == method;
 }
 
 Status Sequence::Impl::CheckCall(LayerId layer, bool decode) const {
@@ -237,6 +242,13 @@ Status Sequence::Impl::EnsureTails(LayerState& layer, int64_t end) {
 
 void Sequence::Impl::SealChunks(int32_t layer_index, int64_t first_chunk, int64_t end_chunk) {
   LayerState& layer = layers[static_cast<size_t>(layer_index)];
+  if (first_chunk < end_chunk) {
+    // Copies under way may read from the block that is to be sealed.
+    for (PendingFetch& fetch : layer.pending) {
+      fetch.request.Wait().IgnoreError();  // LandPending() asks again
+      fetch.sources.clear();
+    }
+  }
   for (int64_t chunk = first_chunk; chunk < end_chunk; ++chunk) {
     if (!cache->options.persist_decode && !ChunkIsShared(chunk)) return;  // stays a tail, and with it all after it
     PREHOC_CHECK(!layer.tail_pins.empty());
@@ -337,6 +349,7 @@ void Sequence::Impl::Rollback() {
   tokens.resize(static_cast<size_t>(length));
   next_chain = chain;
   repairing.reset();
+  scratch->blocks.reset();
   repair_pins.clear();
   repair_blocks.clear();
   open = false;

@@ -95,6 +95,7 @@ struct Sequence::Impl {
   Status AppendRows(int32_t layer, const LayerInput& in, int64_t begin, int64_t added);
   std::byte* TailBytes(LayerState& layer, int64_t chunk);
   bool ChunkIsShared(int64_t chunk) const;  // its rows depend on tokens and prefill alone
+  std::string MethodOf(int64_t prompt_length) const { return variant + selector().MethodTag(prompt_length); }
   bool ExactNow() const;                    // the announced tokens' rows are such, too
   void Carve(const DeviceRequest& request);
   Status CheckCall(LayerId layer, bool decode) const;
@@ -123,6 +124,7 @@ struct Sequence::Impl {
   void SpreadPageScores(FastStep& s, int64_t coded);
   void RoundLogits(FastStep& s);
   Status Choose(FastStep& s, bool plain);
+  Status AddVisibleNeighbours(FastStep& s);
   ChooseTask ChooseTaskFor(FastStep& s, size_t index);
   void Keep(FastStep& s, size_t index);
   double LseOutside(const FastStep& s, size_t index, int32_t h, int32_t end) const;
@@ -212,7 +214,8 @@ struct Sequence::Impl {
   std::vector<BlockRef> repair_blocks;  // [layers]
   std::vector<BlockPin> repair_pins;
   int64_t last_prompt = 0;   // length of the last prompt, for what repairs its chunks
-  std::string method;        // Selector::MethodTag() of the first prompt: in all keys
+  const std::string variant;
+  std::string method;        // how the first prompt was run: MethodOf() of it; in all keys
   std::string branch;        // of chunks with rows written under sparse attention: never shared
   ChunkKeyChain chain, next_chain;  // of finished tokens; of those announced too
 

@@ -1,0 +1,202 @@
+// Every selector through the whole pipeline: the same positions as its plain reference says, and exact attention over them,
+// whether everything is resident or rows have to be fetched.
+#include <gtest/gtest.h>
+
+#include <map>
+
+#include "selector/reference.h"
+#include "tests/cache/pipeline_world.h"
+#include "tests/support/compare.h"
+
+namespace prehoc {
+namespace {
+
+constexpr int64_t kPrompt = 150;
+constexpr int64_t kSteps = 40;
+
+struct Case {
+  std::string name;
+  std::map<std::string, std::string> knobs;  // "selector" apart
+  std::string selector;
+};
+
+void PrintTo(const Case& c, std::ostream* os) { *os << c.name; }
+
+std::vector<Case> Cases() {
+  return {
+      {"dense", {}, "dense"},
+      {"window", {}, "window"},
+      {"oracle", {}, "oracle"},
+      {"oracle_fraction", {{"budget", "1/4"}}, "oracle"},
+      {"oracle_mass", {{"budget", "mass(0.9,cap=64)"}}, "oracle"},
+      {"cis", {}, "cis"},
+      {"cis_low_tau", {{"cis.tau", "0.5"}}, "cis"},
+      {"cis_always", {{"cis.tau", "-1"}}, "cis"},
+      {"cis_never", {{"cis.tau", "1"}}, "cis"},
+      {"cis_star", {{"cis.budget", "cis*"}}, "cis"},
+      {"cis_plain", {{"cis.r", "0"}}, "cis"},
+      {"cis_wide", {{"cis.r", "2"}, {"cis.m", "k"}}, "cis"},
+      {"cis_staggered", {{"cis.phase", "staggered"}, {"cis.tau", "-1"}}, "cis"},
+      {"cis_decode_anchor", {{"cis.first_anchor", "decode"}}, "cis"},
+      {"cis_anchor_plain", {{"cis.anchor_attends", "plain"}, {"cis.tau", "0.5"}}, "cis"},
+      {"cis_once", {{"cis.fail", "reselect_once"}, {"cis.tau", "0.5"}}, "cis"},
+      {"cis_fail_dense", {{"cis.fail", "dense"}, {"cis.tau", "0.5"}}, "cis"},
+      {"cis_per_query_head", {{"cis.gqa_set", "per_query_head"}, {"cis.tau", "0.5"}}, "cis"},
+      {"cis_mean", {{"cis.gqa_set", "mean_weight"}}, "cis"},
+      {"cis_max_logit", {{"cis.gqa_set", "max_logit"}}, "cis"},
+      {"cis_gate_mean", {{"cis.gate_scope", "group_mean"}, {"cis.tau", "0.6"}}, "cis"},
+      {"cis_gate_layer", {{"cis.gate_scope", "layer"}, {"cis.tau", "0.3"}}, "cis"},
+      {"cis_held", {{"cis.local_edge", "held"}, {"cis.tau", "0.3"}}, "cis"},
+      {"cis_certified", {{"cis.gate", "certified"}, {"cis.delta_max", "0.9"}, {"local", "16"}}, "cis"},
+      {"cis_visible", {{"cis.clip", "visible"}, {"cis.tau", "0.3"}}, "cis"},
+      {"cis_half", {{"cis.precision", "f16"}}, "cis"},
+      {"psaw", {{"psaw.c", "0.5"}}, "psaw"},
+      {"psaw_no_sink", {{"psaw.c", "0.5"}, {"psaw.keep_sink", "false"}}, "psaw"},
+      {"etf", {{"etf.c", "0.7"}}, "etf"},
+      {"cpe", {{"psaw.c", "0.5"}, {"cis.tau", "0.5"}}, "cpe"},
+      {"cpe_filter", {{"psaw.c", "0.5"}, {"cis.tau", "-1"}, {"psaw.cis_filter", "step"}}, "cpe"},
+      {"tc_exact", {{"tc.scorer", "exact"}, {"tc.theta", "0"}, {"tc.tau", "0.6"}}, "tc"},
+      {"tc_exact_old", {{"tc.scorer", "exact"}, {"tc.theta", "0"}, {"tc.tau", "-1"}, {"tc.max_age", "5"}}, "tc"},
+      {"tc_exact_off", {{"tc.scorer", "exact"}, {"tc.theta", "0"}, {"tc.tau", "off"}}, "tc"},
+      {"tc_certify", {{"tc.scorer", "exact"}, {"tc.theta", "0"}, {"tc.tau", "-1"}, {"certify_every", "3"}}, "tc"},
+      {"sc", {}, "sc"},
+      {"max_dropped", {{"tc.scorer", "exact"}, {"tc.theta", "0"}, {"max_dropped_mass", "0.1"}}, "tc"},
+  };
+}
+
+WorldOptions OptionsOf(const Case& c) {
+  WorldOptions options = WorldOptions::Default();
+  SelectorOptions& selector = options.cache.selector;
+  selector.kind = ParseSelectorKind(c.selector).value();
+  for (const auto& [knob, value] : c.knobs) {
+    if (knob == "budget") {
+      const Budget parsed = Budget::Parse(value).value();
+      const Budget before = selector.budget;
+      selector.budget = parsed;
+      selector.budget.sinks = before.sinks;
+      selector.budget.local = before.local;
+    } else if (knob == "local") {
+      selector.budget.local = std::stoi(value);
+    } else {
+      const Status status = selector.Set(knob, value);
+      EXPECT_TRUE(status.ok()) << status;
+    }
+  }
+  return options;
+}
+
+class PipelineSemantics : public testing::TestWithParam<Case> {
+ protected:
+  // Runs the prompt and the steps, and holds every one against the reference.
+  void Check(const WorldOptions& options, bool all_resident) {
+    World world(options);
+    const KvGeometry geometry = SmallGeometry();
+    const Stream stream(geometry, kPrompt + kSteps, 7);
+    auto opened = world.cache().Open({.max_tokens = kPrompt + kSteps});
+    ASSERT_TRUE(opened.ok()) << opened.status();
+    Sequence& sequence = **opened;
+    std::vector<std::unique_ptr<ReferenceTrace>> traces;
+    for (int32_t l = 0; l < geometry.layers; ++l) {
+      ReferenceShape shape{.layer = l, .layers = geometry.layers, .kv_heads = geometry.kv_heads, .group = geometry.group(),
+                           .head_dim = geometry.head_dim};
+      traces.push_back(std::make_unique<ReferenceTrace>(options.cache.selector, shape, all_resident));
+    }
+    ASSERT_OK(PrefillAll(sequence, stream, kPrompt, 64));
+    for (int32_t l = 0; l < geometry.layers; ++l) Reference(*traces[static_cast<size_t>(l)], stream, l, 0, kPrompt - 1);
+    int64_t selected = 0;
+    for (int64_t u = 1; u <= kSteps; ++u) {
+      Outputs out;
+      ASSERT_OK(DecodeOne(sequence, stream, &out));
+      ASSERT_OK(sequence.CheckInvariants());
+      for (int32_t l = 0; l < geometry.layers; ++l) {
+        const ReferenceDecision want = Reference(*traces[static_cast<size_t>(l)], stream, l, u, kPrompt + u - 1);
+        selected += Compare(sequence, stream, want, out[static_cast<size_t>(l)], l, u);
+        if (testing::Test::HasFailure()) return;
+      }
+    }
+    EXPECT_EQ(sequence.Report().bound_violations, 0);
+    EXPECT_LE(world.device().peak(), options.device_budget);
+    EXPECT_LE(world.Counter("host.peak_bytes"), static_cast<double>(options.cache.host_budget));
+    const bool alone = options.cache.selector.cis.gqa_set == CisOptions::GqaSet::kPerQueryHead;
+    if (!alone && GetParam().selector != "sc") {
+      EXPECT_EQ(sequence.Report().retrievals, selected / geometry.group());
+    }
+    report_ = sequence.Report();
+  }
+
+  ReferenceDecision Reference(ReferenceTrace& trace, const Stream& stream, int32_t layer, int64_t u, int64_t t) {
+    const KvGeometry& geometry = stream.geometry();
+    std::vector<double> z;
+    std::vector<KeyBall> balls;
+    for (int32_t h = 0; h < geometry.kv_heads; ++h) {
+      std::vector<float> keys;
+      for (int64_t i = 0; i <= t; ++i) keys.insert(keys.end(), stream.key(layer, i, h), stream.key(layer, i, h) + geometry.head_dim);
+      const std::span<const float> of_group(stream.q(layer, t) + h * geometry.group() * geometry.head_dim,
+                                            static_cast<size_t>(geometry.group() * geometry.head_dim));
+      const auto of_heads = ReferenceLogits(of_group, keys, geometry.head_dim);
+      z.insert(z.end(), of_heads.begin(), of_heads.end());
+      // The centre is the mean of the first piece, as the pipeline meets it.
+      const auto dim = static_cast<size_t>(geometry.head_dim);
+      KeyBall ball(std::span<const float>(keys).first(std::min<size_t>(keys.size(), 64 * dim)), geometry.head_dim);
+      for (size_t i = 64 * dim; i < keys.size(); i += dim) ball.Add(std::span<const float>(keys).subspan(i, dim));
+      balls.push_back(std::move(ball));
+    }
+    ReferenceInput input;
+    input.step = u;
+    input.n = t + 1;
+    input.z = z;
+    input.q = {stream.q(layer, t), static_cast<size_t>(geometry.heads * geometry.head_dim)};
+    input.q_pre = input.q;
+    input.balls = balls;
+    return trace.Step(input);
+  }
+
+  // Returns the number of query heads that selected.
+  int64_t Compare(const Sequence& sequence, const Stream& stream, const ReferenceDecision& want, const std::vector<float>& out,
+                  int32_t layer, int64_t u) {
+    const KvGeometry& geometry = stream.geometry();
+    int64_t selected = 0;
+    for (int32_t kv = 0; kv < geometry.kv_heads; ++kv) {
+      const auto view = sequence.LastStep(LayerId(layer), KvHeadId(kv)).value();
+      std::vector<int32_t> together;
+      bool any = false;
+      for (int32_t h = kv * geometry.group(); h < (kv + 1) * geometry.group(); ++h) {
+        const auto& attended = want.attended[static_cast<size_t>(h)];
+        together.insert(together.end(), attended.begin(), attended.end());
+        any |= want.selected[static_cast<size_t>(h)];
+        selected += want.selected[static_cast<size_t>(h)];
+        const auto exact = NaiveAttention(stream, layer, kPrompt + u - 1, h, attended);
+        const std::span<const float> got(out.data() + h * geometry.head_dim, static_cast<size_t>(geometry.head_dim));
+        EXPECT_TRUE(AllClose(got, exact, {2e-5, 2e-5})) << "layer " << layer << " head " << h << " step " << u;
+      }
+      std::sort(together.begin(), together.end());
+      together.erase(std::unique(together.begin(), together.end()), together.end());
+      EXPECT_EQ(view.attended, together) << "layer " << layer << " KV head " << kv << " step " << u;
+      // Where everything is resident, shared candidates look at everything at every step.
+      if (GetParam().selector == "sc") continue;
+      EXPECT_EQ(view.selected, any) << "layer " << layer << " KV head " << kv << " step " << u;
+    }
+    return selected;
+  }
+
+  SequenceReport report_;
+};
+
+TEST_P(PipelineSemantics, AllResident) { Check(OptionsOf(GetParam()), true); }
+
+// A device tier with few slots, a host tier with few blocks: what is attended to does not change.
+TEST_P(PipelineSemantics, SmallTiers) {
+  WorldOptions options = OptionsOf(GetParam());
+  options.cache.host_budget = static_cast<uint64_t>(options.cache.geometry.layers + 3) * options.cache.geometry.block_bytes() + 4096 * 8;
+  options.device_budget = SmallestDevice(options, kPrompt + kSteps);
+  if (GetParam().selector == "sc") GTEST_SKIP() << "what shared candidates choose among depends on the tiers";
+  Check(options, true);
+  if (HasFailure() || GetParam().selector == "window") return;  // a window lies in the ring: nothing is fetched
+  EXPECT_GT(report_.rows_host + report_.rows_disk, 0);
+}
+
+INSTANTIATE_TEST_SUITE_P(Selectors, PipelineSemantics, testing::ValuesIn(Cases()),
+                         [](const testing::TestParamInfo<Case>& c) { return c.param.name; });
+
+}  // namespace
+}  // namespace prehoc

@@ -1,0 +1,364 @@
+// The tiers of the pipeline: budgets that hold, rows that come back from wherever they went, prefixes that are restored or
+// refused, chunks that are lost and made anew, and the accounting of it all.
+#include <gtest/gtest.h>
+
+#include "base/units.h"
+#include "cache/chunk_key.h"
+#include "tests/cache/pipeline_world.h"
+#include "tests/fakes/faulty_chunk_store.h"
+#include "tests/support/compare.h"
+
+namespace prehoc {
+namespace {
+
+constexpr int64_t kPrompt = 300;
+constexpr int64_t kSteps = 24;
+
+// Decodes `steps` tokens and returns all their outputs, layer after layer.
+std::vector<float> Decode(Sequence& sequence, const Stream& stream, int64_t steps) {
+  std::vector<float> all;
+  for (int64_t i = 0; i < steps; ++i) {
+    Outputs out;
+    EXPECT_OK(DecodeOne(sequence, stream, &out));
+    for (const auto& layer : out) all.insert(all.end(), layer.begin(), layer.end());
+  }
+  return all;
+}
+
+std::unique_ptr<Sequence> Open(World& world, int64_t max_tokens = kPrompt + kSteps) {
+  auto opened = world.cache().Open({.max_tokens = max_tokens});
+  EXPECT_TRUE(opened.ok()) << opened.status();
+  return std::move(opened).value();
+}
+
+// The smallest host budget that one layer of the longest sequence fits in.
+uint64_t LeastHost(const KvGeometry& geometry) {
+  return static_cast<uint64_t>(geometry.layers + CeilDiv(kPrompt + kSteps, geometry.chunk_tokens)) * geometry.block_bytes();
+}
+
+// Keys of the prompt's chunks, as another process would compute them.
+ChunkKeyChain KeysOf(const Stream& stream) {
+  const std::string layout = stream.geometry().LayoutName();
+  const ChunkKeyRoot root{.tenant_salt = "", .model = {}, .dtype = "f16", .layout = layout, .method = ""};
+  return ChainOf(root, stream.ids(0, kPrompt), stream.geometry().chunk_tokens);
+}
+
+std::vector<float> RunWith(const WorldOptions& options, SequenceReport* report = nullptr) {
+  World world(options);
+  const Stream stream(options.cache.geometry, kPrompt + kSteps, 11);
+  auto sequence = Open(world);
+  EXPECT_OK(PrefillAll(*sequence, stream, kPrompt, 128));
+  std::vector<float> out = Decode(*sequence, stream, kSteps);
+  if (report) *report = sequence->Report();
+  return out;
+}
+
+TEST(PipelineTiers, DenseIsTheSameFromEveryTier) {
+  WorldOptions options = WorldOptions::Default();
+  options.cache.selector.kind = SelectorKind::kDense;
+  const std::vector<float> resident = RunWith(options);
+  options.device_budget = SmallestDevice(options, kPrompt + kSteps);
+  options.cache.host_budget = LeastHost(options.cache.geometry);
+  SequenceReport report;
+  const std::vector<float> tiered = RunWith(options, &report);
+  EXPECT_TRUE(AllClose(tiered, resident, {1e-5, 1e-5}));
+  EXPECT_GT(report.rows_device, 0);
+  EXPECT_GT(report.rows_host, 0);
+  EXPECT_GT(report.rows_disk, 0);
+  EXPECT_GT(report.bytes_from_disk, 0);
+}
+
+TEST(PipelineTiers, WithoutAStoreAFullHostTierSaysSo) {
+  WorldOptions options = WorldOptions::Default();
+  options.with_store = false;
+  options.cache.host_budget = LeastHost(options.cache.geometry);
+  World world(options);
+  const Stream stream(options.cache.geometry, kPrompt, 11);
+  auto sequence = Open(world, kPrompt);
+  const Status status = PrefillAll(*sequence, stream, kPrompt, 64);
+  EXPECT_EQ(status.code(), StatusCode::kOutOfSpace) << status;
+  EXPECT_OK(sequence->CheckInvariants());
+}
+
+TEST(PipelineTiers, TooSmallBudgetsAreRefusedWithWhatWouldDo) {
+  WorldOptions options = WorldOptions::Default();
+  options.device_budget = 16 << 10;
+  {
+    World world(options);
+    EXPECT_TRUE(HasStatus(world.cache().Open({.max_tokens = 4096}), StatusCode::kOutOfSpace, "is needed"));
+  }
+  options = WorldOptions::Default();
+  options.cache.host_budget = options.cache.geometry.block_bytes();
+  World world(options);
+  EXPECT_TRUE(HasStatus(world.cache().Open({.max_tokens = kPrompt}), StatusCode::kOutOfSpace, "one layer"));
+}
+
+TEST(PipelineTiers, APrefixComesBackBitForBit) {
+  for (const SelectorKind kind : {SelectorKind::kDense, SelectorKind::kTwoClock, SelectorKind::kCpe}) {
+    WorldOptions options = WorldOptions::Default();
+    options.cache.selector.kind = kind;
+    World world(options);
+    const Stream stream(options.cache.geometry, kPrompt + kSteps, 11);
+    std::vector<float> first;
+    {
+      auto sequence = Open(world);
+      ASSERT_OK(PrefillAll(*sequence, stream, kPrompt, 128));
+      first = Decode(*sequence, stream, kSteps);
+      ASSERT_OK(world.cache().Flush());
+    }
+    auto again = world.cache().OpenWithPrefix({.max_tokens = kPrompt + kSteps}, stream.ids(0, kPrompt));
+    ASSERT_TRUE(again.ok()) << again.status();
+    EXPECT_EQ((*again)->restored(), kPrompt / 64 * 64) << SelectorKindName(kind);
+    ASSERT_OK(PrefillAll(**again, stream, kPrompt, 128));
+    EXPECT_EQ(Decode(**again, stream, kSteps), first) << SelectorKindName(kind);
+    ASSERT_OK((*again)->CheckInvariants());
+  }
+}
+
+TEST(PipelineTiers, AWholePromptInTheStoreLeavesItsLastTokenToRun) {
+  World world(WorldOptions::Default());
+  const Stream stream(SmallGeometry(), 256, 11);
+  ASSERT_OK(PrefillAll(*Open(world, 256), stream, 256, 128));
+  auto again = world.cache().OpenWithPrefix({.max_tokens = 256}, stream.ids(0, 256));
+  ASSERT_TRUE(again.ok()) << again.status();
+  EXPECT_EQ((*again)->restored(), 192);
+}
+
+TEST(PipelineTiers, NothingOfAnotherTenantModelVariantOrMethodIsRestored) {
+  const Stream stream(SmallGeometry(), kPrompt, 11);
+  const WorldOptions base = WorldOptions::Default();
+  World owner(base);
+  ASSERT_OK(PrefillAll(*Open(owner), stream, kPrompt, 128));
+  ASSERT_OK(owner.cache().Flush());
+  const auto restored = [&](const WorldOptions& options, const std::string& variant) {
+    World other(options, &owner.store());
+    auto sequence = other.cache().OpenWithPrefix({.max_tokens = kPrompt, .variant = variant}, stream.ids(0, kPrompt));
+    EXPECT_TRUE(sequence.ok()) << sequence.status();
+    return (*sequence)->restored();
+  };
+  EXPECT_EQ(restored(base, ""), kPrompt / 64 * 64);
+  WorldOptions other = base;
+  other.cache.tenant_salt = "another";
+  EXPECT_EQ(restored(other, ""), 0);
+  other = base;
+  other.cache.model[0] ^= 1;
+  EXPECT_EQ(restored(other, ""), 0);
+  other = base;
+  other.cache.selector.kind = SelectorKind::kPsaw;
+  EXPECT_EQ(restored(other, ""), 0);
+  other.cache.selector.kind = SelectorKind::kEtf;
+  EXPECT_EQ(restored(other, ""), 0);
+  EXPECT_EQ(restored(base, "rope=8192"), 0);
+}
+
+TEST(PipelineTiers, RowsWrittenUnderSparseAttentionAreNeverShared) {
+  WorldOptions options = WorldOptions::Default();
+  const Stream stream(options.cache.geometry, 256, 11);
+  for (const bool dense : {true, false}) {
+    options.cache.selector.kind = dense ? SelectorKind::kDense : SelectorKind::kOracle;
+    World world(options);
+    auto sequence = Open(world, 256);
+    ASSERT_OK(PrefillAll(*sequence, stream, 128, 128));
+    Decode(*sequence, stream, 100);
+    ASSERT_OK(world.cache().Flush());
+    auto again = world.cache().OpenWithPrefix({.max_tokens = 256}, stream.ids(0, 228));
+    ASSERT_TRUE(again.ok()) << again.status();
+    EXPECT_EQ((*again)->restored(), dense ? 192 : 128);
+  }
+}
+
+TEST(PipelineTiers, ADamagedChunkEndsThePrefixThere) {
+  WorldOptions options = WorldOptions::Default();
+  World writer(options);
+  const Stream stream(options.cache.geometry, kPrompt + kSteps, 11);
+  auto sequence = Open(writer);
+  ASSERT_OK(PrefillAll(*sequence, stream, kPrompt, 128));
+  ASSERT_OK(writer.cache().Flush());
+  const std::vector<float> want = Decode(*sequence, stream, kSteps);
+  const ChunkKeyChain chain = KeysOf(stream);
+  ASSERT_OK(writer.store().FlipBitForTest(chain.Key(ChunkIndex(2), LayerId(1)), 12345));
+
+  World reader(options, &writer.store());
+  auto again = reader.cache().OpenWithPrefix({.max_tokens = kPrompt + kSteps}, stream.ids(0, kPrompt));
+  ASSERT_TRUE(again.ok()) << again.status();
+  EXPECT_EQ((*again)->restored(), 128);
+  EXPECT_EQ((*again)->Report().corrupt_chunks, 1);
+  ASSERT_OK(PrefillAll(**again, stream, kPrompt, 128));
+  EXPECT_EQ(Decode(**again, stream, kSteps), want);
+}
+
+// Chunks that fall out of every tier in the middle of decoding are found out, made anew, and change nothing.
+TEST(PipelineTiers, LostChunksAreRepaired) {
+  WorldOptions options = WorldOptions::Default();
+  options.cache.selector.kind = SelectorKind::kDense;
+  const std::vector<float> want = RunWith(options);
+  options.device_budget = SmallestDevice(options, kPrompt + kSteps);
+  options.cache.host_budget = LeastHost(options.cache.geometry) + options.cache.geometry.layers * options.cache.geometry.block_bytes();
+  World world(options);
+  const Stream stream(options.cache.geometry, kPrompt + kSteps, 11);
+  auto sequence = Open(world);
+  ASSERT_OK(PrefillAll(*sequence, stream, kPrompt, 128));
+  const ChunkKeyChain chain = KeysOf(stream);
+  std::vector<float> got;
+  int repairs = 0;
+  for (int64_t step = 0; step < kSteps; ++step) {
+    if (step == 5) {
+      for (int32_t l = 0; l < options.cache.geometry.layers; ++l) {
+        ASSERT_OK(world.store().Delete(chain.Key(ChunkIndex(1), LayerId(l))));
+      }
+    }
+    Outputs out;
+    Status status = DecodeOne(*sequence, stream, &out);
+    while (!status.ok()) {
+      ASSERT_EQ(status.code(), StatusCode::kNotFound) << status;
+      const std::vector<ChunkIndex> lost = sequence->LostChunks();
+      ASSERT_EQ(lost.size(), 1u);
+      ++repairs;
+      ASSERT_OK(sequence->BeginRepair(lost[0]));
+      Outputs unused;
+      ASSERT_OK(RunLayers(*sequence, stream, lost[0].value() * 64, 64, false, &unused));
+      ASSERT_OK(sequence->EndRepair());
+      EXPECT_TRUE(sequence->LostChunks().empty());
+      status = DecodeOne(*sequence, stream, &out);
+    }
+    for (const auto& layer : out) got.insert(got.end(), layer.begin(), layer.end());
+  }
+  EXPECT_EQ(repairs, 1);
+  EXPECT_EQ(sequence->Report().recomputed_chunks, 1);
+  EXPECT_TRUE(AllClose(got, want, {1e-5, 1e-5}));
+}
+
+TEST(PipelineTiers, ARolledBackStepLeavesNoTrace) {
+  for (const bool small : {false, true}) {
+    WorldOptions options = WorldOptions::Default();
+    options.cache.selector.kind = SelectorKind::kOracle;
+    if (small) options.device_budget = SmallestDevice(options, kPrompt + kSteps);
+    const std::vector<float> want = RunWith(options);
+    World world(options);
+    const Stream stream(options.cache.geometry, kPrompt + kSteps, 11);
+    const Stream other(options.cache.geometry, kPrompt + kSteps, 12);
+    auto sequence = Open(world);
+    Outputs out;
+    while (sequence->length() < kPrompt) {
+      const int64_t first = sequence->length();
+      const int64_t piece = std::min<int64_t>(128, kPrompt - first);
+      ASSERT_OK(sequence->Begin(other.ids(first, piece), kPrompt));
+      ASSERT_OK(RunLayers(*sequence, other, first, piece, false, &out, 2));  // the last layer is never given
+      sequence->Rollback();
+      ASSERT_OK(PrefillPiece(*sequence, stream, piece, kPrompt, &out));
+    }
+    std::vector<float> got;
+    for (int64_t i = 0; i < kSteps; ++i) {
+      ASSERT_OK(sequence->Begin(other.ids(sequence->length(), 1), 0));
+      ASSERT_OK(RunLayers(*sequence, other, sequence->length(), 1, true, &out, static_cast<int32_t>(i % 4)));
+      sequence->Rollback();
+      ASSERT_OK(sequence->CheckInvariants());
+      ASSERT_OK(DecodeOne(*sequence, stream, &out));
+      for (const auto& layer : out) got.insert(got.end(), layer.begin(), layer.end());
+    }
+    EXPECT_TRUE(AllClose(got, want, {1e-6, 1e-6}));
+    EXPECT_EQ(sequence->Report().decode_steps, kSteps);
+  }
+}
+
+TEST(PipelineTiers, AnInheritedStepCostsItsGateAndNothingElse) {
+  WorldOptions options = WorldOptions::Default();
+  options.cache.audit_every = 0;
+  options.cache.selector.kind = SelectorKind::kCis;
+  ASSERT_OK(options.cache.selector.Set("cis.tau", "-0.999"));  // asked, and always held
+  SequenceReport report;
+  RunWith(options, &report);
+  const KvGeometry& geometry = options.cache.geometry;
+  const int64_t pairs = int64_t{geometry.layers} * geometry.kv_heads;
+  EXPECT_EQ(report.triples, pairs * kSteps);
+  EXPECT_EQ(report.retrievals, pairs);  // step 16 starts a block; 1 .. 15 inherit from the prompt, 17 .. 24 from 16
+  EXPECT_EQ(report.inherited, pairs * (kSteps - 1));
+  EXPECT_EQ(report.first_selections, pairs);
+  EXPECT_EQ(report.bytes_codes, 0);
+  EXPECT_EQ(report.bytes_exact_keys, pairs * (kPrompt + 16) * geometry.head_dim * 2);
+  EXPECT_EQ(report.bytes_gate, pairs * (kSteps - 1) * geometry.group() * geometry.head_dim * 2 * 4);
+  EXPECT_DOUBLE_EQ(report.rho(), 1.0 / kSteps);
+}
+
+TEST(PipelineTiers, TwoClocksOnASmallDeviceFetchLittleAndStayWithinTheBound) {
+  WorldOptions options = WorldOptions::Default();
+  options.device_budget = SmallestDevice(options, kPrompt + kSteps) + (16 << 10);
+  for (const char* lag : {"0", "4"}) {
+    ASSERT_OK(options.cache.selector.Set("tc.lag", lag));
+    ASSERT_OK(options.cache.selector.Set("tc.refresh", "8"));
+    SequenceReport report;
+    RunWith(options, &report);
+    EXPECT_GT(report.refreshes, 0);
+    EXPECT_GT(report.rows_behind, 0) << "lag " << lag;
+    EXPECT_GT(report.bytes_codes, 0);
+    EXPECT_GT(report.inherited, 0);
+    EXPECT_GT(report.dropped_audited.count(), 0);
+    // Codes of 4 bits tell the dropped mass within a few per cent (of what was seen in that very step).
+    EXPECT_LT(report.estimate_error.mean(), 0.15);
+  }
+}
+
+TEST(PipelineTiers, NoAuditedStepExceedsThePromisedMass) {
+  for (const double promise : {0.3, 0.1, 0.02}) {
+    for (const bool small : {false, true}) {
+      WorldOptions options = WorldOptions::Default();
+      options.cache.selector.max_dropped_mass = promise;
+      if (small) options.device_budget = SmallestDevice(options, kPrompt + kSteps);
+      SequenceReport report;
+      RunWith(options, &report);
+      EXPECT_GT(report.dropped_audited.count(), 0);
+      EXPECT_LE(report.dropped_audited.max(), promise);
+      EXPECT_LE(report.dropped_bound.max(), promise * 1.01);
+      EXPECT_EQ(report.bound_violations, 0);
+    }
+  }
+}
+
+TEST(PipelineTiers, EveryCodeFormatEstimatesAndBounds) {
+  for (const int bits : {2, 3, 4, 8}) {
+    for (const bool norms : {false, true}) {
+      WorldOptions options = WorldOptions::Default();
+      options.cache.codes = {.bits = bits, .group_tokens = 16, .error_norms = norms};
+      options.cache.selector.max_dropped_mass = 0.2;
+      SequenceReport report;
+      RunWith(options, &report);
+      EXPECT_EQ(report.bound_violations, 0) << bits;
+      EXPECT_LE(report.dropped_audited.max(), 0.2) << bits;
+    }
+  }
+}
+
+TEST(PipelineTiers, SharedCandidatesChooseAmongWhatIsResident) {
+  WorldOptions options = WorldOptions::Default();
+  options.cache.selector.kind = SelectorKind::kSharedCandidates;
+  options.device_budget = SmallestDevice(options, kPrompt + kSteps) + (16 << 10);
+  SequenceReport report;
+  RunWith(options, &report);
+  EXPECT_EQ(report.rows_in_step, 0);  // never fetches for a step
+  EXPECT_GT(report.refreshes, 0);
+  EXPECT_EQ(report.retrievals, int64_t{3} * 2 * (kSteps / options.cache.selector.sc.refresh));
+}
+
+TEST(PipelineTiers, MisuseIsRefused) {
+  World world(WorldOptions::Default());
+  const Stream stream(SmallGeometry(), 64, 1);
+  auto sequence = Open(world, 32);
+  Outputs out;
+  EXPECT_TRUE(HasStatus(sequence->End(), StatusCode::kInvalid, "without Begin"));
+  EXPECT_TRUE(HasStatus(sequence->Begin({}, 10), StatusCode::kInvalid, "without tokens"));
+  EXPECT_TRUE(HasStatus(sequence->Begin(stream.ids(0, 33), 33), StatusCode::kOutOfSpace, "max_tokens = 32"));
+  EXPECT_TRUE(HasStatus(sequence->Begin(stream.ids(0, 2), 0), StatusCode::kInvalid, "one token"));
+  EXPECT_TRUE(HasStatus(sequence->Begin(stream.ids(0, 9), 8), StatusCode::kInvalid, "prompt of 8"));
+  ASSERT_OK(sequence->Begin(stream.ids(0, 8), 8));
+  EXPECT_TRUE(HasStatus(sequence->Begin(stream.ids(0, 8), 8), StatusCode::kInvalid, "open"));
+  LayerInput input;
+  EXPECT_TRUE(HasStatus(sequence->Prefill(LayerId(1), input), StatusCode::kInvalid, "layer 0 is next"));
+  EXPECT_TRUE(HasStatus(sequence->Attend(LayerId(0), input), StatusCode::kInvalid, "Prefill"));
+  EXPECT_TRUE(HasStatus(sequence->End(), StatusCode::kInvalid, "0 of 3"));
+  sequence->Rollback();
+  ASSERT_OK(PrefillAll(*sequence, stream, 8, 8));
+  EXPECT_TRUE(HasStatus(sequence->BeginRepair(ChunkIndex(0)), StatusCode::kInvalid, "not a whole chunk"));
+}
+
+}  // namespace
+}  // namespace prehoc
