@@ -44,7 +44,9 @@ Status CreateError(const Status& status, const SessionOptions& options) {
 
 Status OpenError(const Status& status, const SessionOptions& options) {
   if (status.code() != StatusCode::kOutOfSpace) return RuntimeError(status, "");
-  return UsageError(WithSize("--device-budget", options.device_budget) + ": " + status.message());
+  const bool host = status.message().find("host budget") != std::string::npos;
+  const std::string flag = host ? WithSize("--host-budget", options.host_budget) : WithSize("--device-budget", options.device_budget);
+  return UsageError(flag + ": " + status.message());
 }
 
 Status StepError(const Status& status) {

@@ -43,6 +43,7 @@ std::string Heading(const AnswerFigures& f) {
     text += fmt::format("{} restored from {}, ", FormatCount(restored), f.store.empty() ? "memory" : f.store);
   }
   text += fmt::format("{} computed\n", FormatCount(f.selected.generated.prefill_tokens));
+  text += fmt::format("machine   {}, {} threads, {} kernels\n", f.cpu, f.threads, f.selected.kernels);
   text += fmt::format("answer    {} tokens{}\n", FormatCount(f.selected.generated.answer_tokens),
                       f.selected.generated.stop == StopReason::kLimit         ? ", cut at --max-new-tokens"
                       : f.selected.generated.stop == StopReason::kInterrupted ? ", interrupted"
