@@ -279,7 +279,7 @@ struct ReferenceTrace::Impl {
     chosen.retrieval = !is_sc() || options.max_dropped_mass >= 0;
     if (is_sc()) chosen.retrieval = Refresh(unit, sight, in) || chosen.retrieval;
     const Positions candidates = Candidates(*unit, sight);
-    const Positions scored = With(sight, candidates, sight.hi);
+    const Positions scored = chosen.retrieval ? sight.All() : With(sight, candidates, sight.hi);
     const Positions ranked = Rank(Scores(*unit, sight, in, scored), candidates);
     const auto k = static_cast<size_t>(options.budget.MiddleK(in.n));
     const Positions plain_ranked = First(ranked, HowMany(*unit, sight, in, ranked, scored, k));

@@ -59,7 +59,8 @@ std::vector<double> ReferenceLogits(std::span<const float> q, std::span<const fl
 class ReferenceTrace {
  public:
   // `all_resident` = false: shared candidates choose among what their slow clock has made resident. A refresh comes before
-  // the choice of its step, and with lag L its rows serve from L steps later on (the first ones at once). No other method
+  // the choice of its step, and with lag L its rows serve from L steps later on (the first ones at once). Weights are
+  // shares of what the step scored: everything at a refresh, else the residents, sinks and local included. No other method
   // is changed by it here: two clocks attend to what they chose, as with tc.theta = 0. Requires valid options.
   ReferenceTrace(const SelectorOptions& options, const ReferenceShape& shape, bool all_resident = true);
   ~ReferenceTrace();

@@ -55,8 +55,8 @@ struct StepRule {
   bool filter_each_step = false;  // drop inherited positions below lo
 
   // Residency.
-  // Choose among device-resident positions, weighed against one another alone (shared candidates). That is no retrieval: the
-  // scan of all positions that a refresh of the slow clock makes is.
+  // Choose among device-resident positions (shared candidates), weighed as shares of what the step scored: the residents, or
+  // at a refresh everything. Only the latter, a scan of all positions, is a retrieval.
   bool residents_only = false;
   double theta = 0;          // with a device that does not hold everything: fetch missing positions heavier than this;
                              // 0 = fetch whatever is chosen

@@ -1,0 +1,132 @@
+// Two clocks: scan everything whenever the gate does not hold; only residency is slow. The default.
+#include "tests/selector/selector_test_util.h"
+
+namespace prehoc {
+namespace {
+SelectorOptions Small(std::initializer_list<std::string_view> more = {}) {
+  SelectorOptions options = Options("tc", {"budget=5", "budget.sinks=1", "budget.local=2"});
+  for (const std::string_view knob : more) {
+    const size_t equals = knob.find('=');
+    EXPECT_OK(options.Set(knob.substr(0, equals), knob.substr(equals + 1)));
+  }
+  EXPECT_OK(options.Validate());
+  return options;
+}
+std::vector<double> Peaks(int32_t n, int32_t first, int32_t second) {
+  std::vector<double> weights(static_cast<size_t>(n), 1);
+  weights[static_cast<size_t>(first)] = 9;
+  weights[static_cast<size_t>(second)] = 8;
+  return weights;
+}
+
+TEST(TwoClock, IsTheDefaultWithTheGateOfCisAndDensePrefill) {
+  const SelectorOptions options;
+  EXPECT_EQ(options.kind, SelectorKind::kTwoClock);
+  const auto selector = MakeSelector(options);
+  EXPECT_EQ(selector->name(), "tc");
+  const StepRule rule = selector->Rule({.layer = 2, .layers = 4, .step = 5, .n = 16'000});
+  EXPECT_TRUE(rule.may_inherit);
+  EXPECT_DOUBLE_EQ(rule.tau, 0.8);
+  EXPECT_EQ(rule.max_age, 16);
+  EXPECT_EQ(rule.scorer, Scorer::kCodes);
+  EXPECT_DOUBLE_EQ(rule.theta, 0.005);
+  EXPECT_FALSE(rule.residents_only);
+  EXPECT_EQ(rule.sinks, 8);
+  EXPECT_EQ(rule.local, 32);
+  EXPECT_EQ(rule.k, 16'000 / 16 - 40);
+  EXPECT_EQ(rule.dilate_m, 0);
+  const ResidencyRule residency = selector->Residency();
+  EXPECT_EQ(residency.factor, 4);
+  EXPECT_EQ(residency.refresh, 16);
+  EXPECT_EQ(residency.pool, 16);
+  EXPECT_EQ(residency.lag, 0);
+  EXPECT_TRUE(residency.stagger);
+  EXPECT_EQ(selector->MethodTag(1000), "");
+  EXPECT_FALSE(selector->Prefill(3, 4, 1000, 1000).windowed);
+  EXPECT_EQ(selector->Prefill(3, 4, 1000, 1000).frozen, 0);
+  EXPECT_TRUE(selector->NeedsCodes());
+  EXPECT_FALSE(selector->NeedsErrorBounds());
+}
+
+// cos 30 degrees = 0.866 passes, cos 40 degrees = 0.766 does not. There are no blocks.
+TEST(TwoClock, InheritsWhileTheGateHoldsAndElseScans) {
+  HandLayer layer(Small());
+  EXPECT_TRUE(layer.Step({Peaks(8, 4, 2)}, {0}).selected[0]);
+  ReferenceDecision step = layer.Step({Peaks(9, 5, 3)}, {30});
+  EXPECT_FALSE(step.selected[0]);
+  EXPECT_EQ(step.attended[0], (Positions{0, 2, 4, 7, 8}));
+  step = layer.Step({Peaks(10, 5, 3)}, {40});
+  EXPECT_TRUE(step.selected[0]);  // a scan is a retrieval
+  EXPECT_EQ(step.attended[0], (Positions{0, 3, 5, 8, 9}));
+  step = layer.Step({Peaks(11, 4, 2)}, {50});
+  EXPECT_FALSE(step.selected[0]);
+  EXPECT_EQ(step.attended[0], (Positions{0, 3, 5, 9, 10}));
+}
+
+// What is chosen can be anywhere: a jump is followed in its own step, whatever is resident.
+TEST(TwoClock, ResidencyDoesNotNarrowTheChoice) {
+  for (const bool all_resident : {false, true}) {
+    HandLayer layer(Small({"tc.refresh=100", "tc.theta=0"}), 1, 1, all_resident);
+    layer.Step({Peaks(8, 4, 2)}, {0});
+    EXPECT_EQ(layer.Step({Peaks(9, 5, 3)}, {90}).attended[0], (Positions{0, 3, 5, 7, 8}));
+  }
+}
+
+TEST(TwoClock, ChoicesGrowOld) {
+  HandLayer layer(Small({"tc.max_age=3"}));
+  std::vector<bool> scans;
+  for (int32_t n = 8; n < 17; ++n) scans.push_back(layer.Step({Peaks(n, 4, 2)}, {0}).selected[0]);
+  EXPECT_EQ(scans, (std::vector<bool>{true, false, false, false, true, false, false, false, true}));
+  const StepRule rule = MakeSelector(Small({"tc.max_age=3"}))->Rule({.layer = 0, .layers = 1, .step = 9, .n = 100});
+  EXPECT_TRUE(Inherits(rule, 1, 3));
+  EXPECT_FALSE(Inherits(rule, 1, 4));
+  EXPECT_TRUE(MustSelect(rule, 4));
+  EXPECT_FALSE(MustSelect(rule, 3));
+}
+
+TEST(TwoClock, GateCanBeOff) {
+  for (const char* off : {"tc.tau=off", "tc.tau=1", "tc.tau=7", "tc.max_age=0"}) {
+    const auto selector = MakeSelector(Small({off}));
+    EXPECT_FALSE(Inherits(selector->Rule({.layer = 0, .layers = 1, .step = 1, .n = 100}), 1, 1)) << off;
+    HandLayer layer(Small({off}));
+    for (int32_t n = 8; n < 12; ++n) EXPECT_TRUE(layer.Step({Peaks(n, 4, 2)}, {0}).selected[0]) << off;
+  }
+}
+
+TEST(TwoClock, TheWorstOfAGroupDecides) {
+  HandLayer layer(Small(), 1, 2);
+  layer.Step({Peaks(8, 4, 2), Peaks(8, 4, 2)}, {0, 0});
+  EXPECT_TRUE(layer.Step({Peaks(9, 4, 2), Peaks(9, 4, 2)}, {0, 60}).selected[0]);
+}
+
+// The step is scanned at least every n-th step: the figure of the dropped mass is then at most n - 1 steps old.
+TEST(TwoClock, CertifyingBoundsTheAge) {
+  HandLayer layer(Small({"certify_every=2"}));
+  std::vector<bool> scans;
+  for (int32_t n = 8; n < 13; ++n) scans.push_back(layer.Step({Peaks(n, 4, 2)}, {0}).selected[0]);
+  EXPECT_EQ(scans, (std::vector<bool>{true, false, true, false, true}));
+}
+
+TEST(TwoClock, KnobsOfTheSlowClock) {
+  const auto selector =
+      MakeSelector(Small({"tc.factor=2", "tc.refresh=64", "tc.pool=8", "tc.lag=4", "tc.stagger=false", "tc.theta=0.01"}));
+  const ResidencyRule residency = selector->Residency();
+  EXPECT_EQ(residency.factor, 2);
+  EXPECT_EQ(residency.refresh, 64);
+  EXPECT_EQ(residency.pool, 8);
+  EXPECT_EQ(residency.lag, 4);
+  EXPECT_FALSE(residency.stagger);
+  EXPECT_DOUBLE_EQ(selector->Rule({.layer = 0, .layers = 1, .step = 1, .n = 100}).theta, 0.01);
+  SelectorOptions options = Small();
+  options.tc.lag = 17;
+  EXPECT_STATUS(StatusCode::kInvalid, "tc.lag=17", options.Validate());
+}
+
+TEST(TwoClock, ExactScoresNeedNoCodes) {
+  EXPECT_FALSE(MakeSelector(Small({"tc.scorer=exact"}))->NeedsCodes());
+  EXPECT_EQ(MakeSelector(Small({"tc.scorer=exact"}))->Rule({.layer = 0, .layers = 1, .step = 1, .n = 100}).scorer,
+            Scorer::kExact);
+}
+
+}  // namespace
+}  // namespace prehoc
