@@ -1,6 +1,8 @@
 #include "base/executor.h"
 
+#include <algorithm>
 #include <atomic>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -17,6 +19,13 @@ void Pause() {
   std::this_thread::yield();
 #endif
 }
+
+// Between two looks at a variable that another thread is about to change. Now and then gives the CPU to whoever else wants
+// it: with more threads than CPUs, that may be the very thread that is waited for.
+void Relax(int spin) { spin % 64 == 63 ? std::this_thread::yield() : Pause(); }
+
+constexpr int kLoopGap = 256;      // pauses of a worker before it thinks of others: the next loop is about to come
+constexpr int kPatientSpins = 64;  // of a caller whose workers have their last bodies in hand
 }  // namespace
 
 Status ThreadPool::Options::Validate() const {
@@ -32,28 +41,29 @@ Status ThreadPool::Options::Validate() const {
   return {};
 }
 
-// One loop at a time. A loop is an object on the caller's stack, published through `epoch`:
-//   caller: take loop_mutex, fill loop, active = workers, epoch += 1 (release), wake, take indices, wait
-//           until active == 0, release loop_mutex.
-//   worker: sees a new epoch (acquire), takes indices until none is left, active -= 1 (release).
-// A worker touches the loop only between its epoch and its decrement, so the caller may return after.
+// One loop at a time, which is an object of its caller. Its life:
+//   idle --(caller: busy = true)--> filled --(remaining = count, release)--> running --(done == count)--> idle
+// An index is taken by whoever lowers `remaining` from i + 1 to i (acquire). That alone is the right to read `body`: the
+// loop cannot end before the taker has raised `done` (release), and the caller waits for that (acquire). A worker that comes
+// late finds `remaining` at 0 and has touched nothing. Each of the atomics has a cache line of its own.
 struct ThreadPool::Impl {
   Options options;
   std::vector<std::thread> workers;
   std::vector<std::thread> job_workers;
 
-  // The loop being run; written by the caller before the epoch is published.
-  Mutex loop_mutex;
-  const LoopBody* body = nullptr;
+  alignas(64) std::atomic<bool> busy{false};
+  const LoopBody* body = nullptr;  // of the running loop, as the next
   int64_t count = 0;
-  std::atomic<int64_t> next{0};
-  std::atomic<int> active{0};
-  std::atomic<uint64_t> epoch{0};
-  std::atomic<bool> stop{false};
+  alignas(64) std::atomic<int64_t> remaining{0};
+  alignas(64) std::atomic<int64_t> done{0};
+  std::atomic<bool> caller_sleeps{false};
 
+  // Who found nothing to do for a while sleeps here: workers until there is work, a caller until the last body is done.
+  alignas(64) std::atomic<int> sleepers{0};
+  std::atomic<bool> stop{false};
   Mutex sleep_mutex;
-  CondVar sleep_cv;
-  std::atomic<int> sleepers{0};
+  CondVar work_cv;
+  CondVar done_cv;
 
   Mutex job_mutex;
   CondVar job_cv;
@@ -62,34 +72,72 @@ struct ThreadPool::Impl {
   int running PREHOC_GUARDED_BY(job_mutex) = 0;
   bool closed PREHOC_GUARDED_BY(job_mutex) = false;
 
-  void TakeIndices() {
-    for (int64_t i = next.fetch_add(1, std::memory_order_relaxed); i < count;
-         i = next.fetch_add(1, std::memory_order_relaxed)) {
-      (*body)(i);
+  // Takes bodies until none is left and runs them; returns how many. A caller that has not counted what it took keeps the
+  // loop from ending, so all of them are of one loop.
+  int64_t TakeBodies() {
+    int64_t taken = 0;
+    int64_t left = remaining.load(std::memory_order_relaxed);
+    while (left > 0) {
+      if (!remaining.compare_exchange_weak(left, left - 1, std::memory_order_acquire, std::memory_order_relaxed)) continue;
+      (*body)(count - left);
+      ++taken;
+      left = remaining.load(std::memory_order_relaxed);
     }
+    return taken;
   }
 
   void LoopWorker() {
-    uint64_t seen = 0;
-    while (true) {
-      for (int spin = 0; epoch.load(std::memory_order_acquire) == seen && spin < options.spin_iterations &&
-                         !stop.load(std::memory_order_relaxed);
-           ++spin) {
-        Pause();
-      }
-      if (epoch.load(std::memory_order_acquire) == seen) {
+    while (WaitForWork()) {
+      const int64_t taken = TakeBodies();
+      if (taken == 0) continue;
+      done.fetch_add(taken, std::memory_order_seq_cst);
+      if (caller_sleeps.load(std::memory_order_seq_cst)) {
         MutexLock lock(sleep_mutex);
-        sleepers.fetch_add(1, std::memory_order_seq_cst);
-        while (epoch.load(std::memory_order_seq_cst) == seen && !stop.load(std::memory_order_relaxed)) {
-          sleep_cv.Wait(sleep_mutex);
-        }
-        sleepers.fetch_sub(1, std::memory_order_relaxed);
+        done_cv.NotifyAll();
       }
-      if (stop.load(std::memory_order_relaxed)) return;
-      seen = epoch.load(std::memory_order_acquire);
-      TakeIndices();
-      active.fetch_sub(1, std::memory_order_release);
     }
+  }
+
+  // False when the pool ends.
+  bool WaitForWork() {
+    for (int spin = 0; spin < options.spin_iterations; ++spin) {
+      if (remaining.load(std::memory_order_relaxed) > 0) return true;
+      if (stop.load(std::memory_order_relaxed)) return false;
+      spin < kLoopGap ? Pause() : Relax(spin);
+    }
+    MutexLock lock(sleep_mutex);
+    // Either the caller sees us asleep, or we see its work: both are sequentially consistent.
+    sleepers.fetch_add(1, std::memory_order_seq_cst);
+    while (remaining.load(std::memory_order_seq_cst) == 0 && !stop.load(std::memory_order_relaxed)) {
+      work_cv.Wait(sleep_mutex);
+    }
+    sleepers.fetch_sub(1, std::memory_order_relaxed);
+    return !stop.load(std::memory_order_relaxed);
+  }
+
+  void WakeWorkers(int64_t most) {
+    if (sleepers.load(std::memory_order_seq_cst) == 0) return;
+    MutexLock lock(sleep_mutex);
+    for (int64_t i = std::min<int64_t>(most, sleepers.load(std::memory_order_relaxed)); i > 0; --i) work_cv.NotifyOne();
+  }
+
+  // Returns when workers have done `bodies` of them.
+  void WaitForOthers(int64_t bodies) {
+    for (int spin = 0; spin < options.spin_iterations || spin < kPatientSpins; ++spin) {
+      if (done.load(std::memory_order_acquire) == bodies) return;
+      Relax(spin);
+    }
+    caller_sleeps.store(true, std::memory_order_seq_cst);
+    {
+      MutexLock lock(sleep_mutex);
+      while (done.load(std::memory_order_seq_cst) != bodies) done_cv.Wait(sleep_mutex);
+    }
+    caller_sleeps.store(false, std::memory_order_relaxed);
+  }
+
+  void StartThreads() {
+    for (int i = 1; i < options.loop_threads; ++i) workers.emplace_back([this] { LoopWorker(); });
+    for (int i = 0; i < options.job_threads; ++i) job_workers.emplace_back([this] { JobWorker(); });
   }
 
   void JobWorker() {
@@ -112,14 +160,7 @@ struct ThreadPool::Impl {
   }
 };
 
-ThreadPool::ThreadPool(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {
-  for (int i = 1; i < impl_->options.loop_threads; ++i) {
-    impl_->workers.emplace_back([impl = impl_.get()] { impl->LoopWorker(); });
-  }
-  for (int i = 0; i < impl_->options.job_threads; ++i) {
-    impl_->job_workers.emplace_back([impl = impl_.get()] { impl->JobWorker(); });
-  }
-}
+ThreadPool::ThreadPool(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
 Result<std::unique_ptr<ThreadPool>> ThreadPool::Create(const Options& options) {
   PREHOC_RETURN_IF_ERROR(options.Validate().WithContext("ThreadPool"));
@@ -128,7 +169,14 @@ Result<std::unique_ptr<ThreadPool>> ThreadPool::Create(const Options& options) {
   if (options.loop_threads == 0) {
     impl->options.loop_threads = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
   }
-  return std::unique_ptr<ThreadPool>(new ThreadPool(std::move(impl)));
+  std::unique_ptr<ThreadPool> pool(new ThreadPool(std::move(impl)));
+  try {
+    pool->impl_->StartThreads();
+  } catch (const std::system_error& error) {  // the pool's end joins those that were started
+    return {StatusCode::kOutOfSpace, std::string("ThreadPool: the system gives no more threads: ") + error.what() +
+                                         "; lower loop_threads or job_threads"};
+  }
+  return pool;
 }
 
 ThreadPool::~ThreadPool() {
@@ -141,14 +189,15 @@ ThreadPool::~ThreadPool() {
   {
     MutexLock lock(impl_->sleep_mutex);
     impl_->stop.store(true, std::memory_order_relaxed);
-    impl_->sleep_cv.NotifyAll();
+    impl_->work_cv.NotifyAll();
   }
   for (std::thread& thread : impl_->workers) thread.join();
 }
 
 Status ThreadPool::DoPost(std::function<void()> job) {
   MutexLock lock(impl_->job_mutex);
-  if (impl_->closed || static_cast<int>(impl_->jobs.size()) >= impl_->options.max_queued_jobs) {
+  if (impl_->closed) return {StatusCode::kBusy, "the thread pool is ending and takes no more jobs"};
+  if (static_cast<int>(impl_->jobs.size()) >= impl_->options.max_queued_jobs) {
     return {StatusCode::kBusy, "job queue full (" + std::to_string(impl_->options.max_queued_jobs) + ")"};
   }
   impl_->jobs.push_back(std::move(job));
@@ -158,27 +207,17 @@ Status ThreadPool::DoPost(std::function<void()> job) {
 
 void ThreadPool::DoParallelFor(int64_t count, LoopBody body) {
   Impl& impl = *impl_;
-  if (impl.workers.empty()) {
+  if (impl.workers.empty() || impl.busy.exchange(true, std::memory_order_acquire)) {
     for (int64_t i = 0; i < count; ++i) body(i);
     return;
   }
-  MutexLock lock(impl.loop_mutex);
   impl.body = &body;
   impl.count = count;
-  impl.next.store(0, std::memory_order_relaxed);
-  impl.active.store(static_cast<int>(impl.workers.size()), std::memory_order_relaxed);
-  impl.epoch.fetch_add(1, std::memory_order_seq_cst);
-  if (impl.sleepers.load(std::memory_order_seq_cst) > 0) {
-    MutexLock sleep_lock(impl.sleep_mutex);
-    impl.sleep_cv.NotifyAll();
-  }
-  impl.TakeIndices();
-  int spins = 0;
-  while (impl.active.load(std::memory_order_acquire) > 0) {
-    Pause();
-    // With more threads than CPUs a spinning caller would keep the worker from its core.
-    if (++spins > 2000) std::this_thread::yield();
-  }
+  impl.done.store(0, std::memory_order_relaxed);
+  impl.remaining.store(count, std::memory_order_seq_cst);
+  impl.WakeWorkers(count - 1);
+  impl.WaitForOthers(count - impl.TakeBodies());
+  impl.busy.store(false, std::memory_order_release);
 }
 
 void ThreadPool::DoDrain() {

@@ -35,13 +35,14 @@ class Executor {
   Status Post(std::function<void()> job) { return DoPost(std::move(job)); }
 
   // Runs body(0) .. body(count - 1), in any order and possibly at once; returns when all are done. The
-  // caller's thread works too. Safe from any thread, but not from inside a body.
+  // caller's thread works too. Safe from any thread, from inside a body as well. Bodies must not throw.
   void ParallelFor(int64_t count, LoopBody body) {
     if (count == 1) body(0);
     if (count > 1) DoParallelFor(count, body);
   }
 
-  // Waits until every job posted before this call has run.
+  // Waits until every job posted before this call has run, and what these posted in turn; longer if others go on
+  // posting. Not from inside a job.
   void Drain() { DoDrain(); }
 
   // Threads that a loop may use, the caller's included; at least 1.
@@ -54,15 +55,17 @@ class Executor {
   virtual int DoConcurrency() const = 0;
 };
 
-// Real threads. Loop workers spin for a short while after a loop (a decode step has hundreds of them, a
-// few microseconds apart), then sleep; jobs have threads of their own and never delay a loop.
+// Real threads. Loop workers spin for a short while after a loop (a decode step has hundreds of them, a few microseconds
+// apart), giving way to other threads now and then, and sleep after that. A loop waits for nobody who has not begun a body
+// of it: where the workers' CPUs are taken, the caller does the work. While one loop runs, others (of other threads, or
+// from inside a body) run on their caller alone. Jobs have threads of their own and never delay a loop.
 class ThreadPool final : public Executor {
  public:
   struct Options {
     int loop_threads = 0;      // threads of a loop, the caller's included; 0 = one per CPU
     int job_threads = 1;       // background threads; at least 1
     int max_queued_jobs = 4096;
-    int spin_iterations = 20000;  // pauses before a loop worker sleeps; 0 = sleep at once
+    int spin_iterations = 20000;  // pauses (about 50 ns each) before a loop worker sleeps; 0 = sleep at once
     Status Validate() const;
   };
   static Result<std::unique_ptr<ThreadPool>> Create(const Options& options);
