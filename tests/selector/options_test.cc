@@ -1,6 +1,9 @@
 // Knobs: each has a name, a default, values that are accepted, values that are refused with what would be accepted, and an
 // effect on the options.
 #include <algorithm>
+#include <cctype>
+#include <filesystem>
+#include <fstream>
 #include <map>
 #include <set>
 
@@ -264,6 +267,28 @@ TEST(Options, PromisesThatAMethodCannotKeepAreRefused) {
   refused("less than cis.block=33", "cis", {"cis.gate=certified", "cis.block=33"});
   EXPECT_OK(Options("cis", {"cis.gate=certified", "cis.block=33", "cis.local_edge=held"}).Validate());
   EXPECT_OK(Options("cis", {"cis.gate=certified", "cis.block=32"}).Validate());
+}
+
+// docs/selectors has a row "| `knob` | `default` .. |" for each knob, which names its other values.
+TEST(Options, KnobsAreDocumentedWithTheirDefaults) {
+  std::vector<std::string> rows;
+  for (const auto& page : std::filesystem::directory_iterator(PREHOC_SOURCE_DIR "/docs/selectors")) {
+    std::ifstream file(page.path());
+    for (std::string line; std::getline(file, line);) rows.push_back(line);
+  }
+  for (const KnobCase& knob : Cases()) {
+    if (std::string_view(knob.name) == "selector") continue;
+    const std::string start = "| `" + std::string(knob.name) + "` | `" + knob.fallback + "`";
+    const auto row = std::find_if(rows.begin(), rows.end(), [&](const auto& line) { return line.starts_with(start); });
+    ASSERT_TRUE(row != rows.end()) << start;
+    for (const std::string value : knob.accepted) {
+      const bool word = std::isalpha(static_cast<unsigned char>(value.front())) && value.find('(') == std::string::npos;
+      EXPECT_TRUE(!word || value == "false" || row->find("`" + value) != std::string::npos) << start << " " << value;
+    }
+  }
+  for (const std::string_view kind : SelectorKindNames()) {
+    EXPECT_TRUE(std::filesystem::exists(PREHOC_SOURCE_DIR "/docs/selectors/" + std::string(kind) + ".md")) << kind;
+  }
 }
 
 TEST(Options, BudgetKeepsSinksAndLocal) {
