@@ -2,11 +2,13 @@
 
 #include <fcntl.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <cstring>
 
+#include "base/check.h"
 #include "base/units.h"
 
 namespace prehoc {
@@ -54,6 +56,22 @@ Result<std::span<const std::byte>> DirectFile::Read(uint64_t offset, size_t byte
     done += static_cast<size_t>(n);
   }
   return std::span<const std::byte>(scratch->data() + before, bytes);
+}
+
+Result<std::span<const std::byte>> DirectFile::ReadInPlace(uint64_t offset, std::span<std::byte> out,
+                                                           AlignedBuffer* scratch) const {
+  PREHOC_CHECK(offset > 0 && offset % kAlignment == 0 && out.size() % kAlignment == 0);
+  if (!scratch->Reserve(kAlignment)) return {StatusCode::kOutOfSpace, "no memory to read a page"};
+  const iovec parts[2] = {{scratch->data(), kAlignment}, {out.data(), out.size()}};
+  ssize_t n = 0;
+  do {
+    n = ::preadv(fd_, parts, 2, static_cast<off_t>(offset - kAlignment));
+  } while (n < 0 && errno == EINTR);
+  if (n < 0) return {StatusCode::kIoError, std::string("read: ") + std::strerror(errno)};
+  if (static_cast<size_t>(n) != kAlignment + out.size()) {
+    return {StatusCode::kCorrupt, "the file ends before byte " + std::to_string(offset + out.size())};
+  }
+  return std::span<const std::byte>(scratch->data(), kAlignment);
 }
 
 bool DirectFile::has_name() const {

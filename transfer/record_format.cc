@@ -96,9 +96,18 @@ Result<std::span<const std::byte>> ParseRecord(const RecordContext& context, con
   if (record.size() < sizeof(RecordHeader)) {
     return Mismatch(key, "length", std::to_string(record.size()), std::to_string(sizeof(RecordHeader)) + " or more");
   }
+  const std::span<const std::byte> payload = record.subspan(sizeof(RecordHeader));
+  PREHOC_RETURN_IF_ERROR(CheckRecord(context, key, record.first(sizeof(RecordHeader)), payload, verify));
+  return payload;
+}
+
+Status CheckRecord(const RecordContext& context, const ChunkKey& key, std::span<const std::byte> header_bytes,
+                   std::span<const std::byte> payload, VerifyPayload verify) {
+  if (header_bytes.size() != sizeof(RecordHeader)) {
+    return Mismatch(key, "header length", std::to_string(header_bytes.size()), std::to_string(sizeof(RecordHeader)));
+  }
   RecordHeader header;
-  std::memcpy(&header, record.data(), sizeof header);
-  const std::span<const std::byte> payload = record.subspan(sizeof header);
+  std::memcpy(&header, header_bytes.data(), sizeof header);
   if (header.magic != kRecordMagic) return Mismatch(key, "magic", Hex(header.magic), Hex(kRecordMagic));
   if (header.version != kRecordFormatVersion) {
     return Mismatch(key, "format version", std::to_string(header.version), std::to_string(kRecordFormatVersion));
@@ -125,7 +134,7 @@ Result<std::span<const std::byte>> ParseRecord(const RecordContext& context, con
     const std::array<uint64_t, 2> found = Checksum(header, payload);
     if (found != header.checksum) return Mismatch(key, "checksum", Hex(found[0]), Hex(header.checksum[0]));
   }
-  return payload;
+  return {};
 }
 
 }  // namespace prehoc

@@ -61,6 +61,10 @@ Result<std::span<const std::byte>> ParseRecord(const RecordContext& context, con
                                                std::span<const std::byte> record,
                                                VerifyPayload verify = VerifyPayload::kYes);
 
+// As ParseRecord(), for a header [sizeof(RecordHeader)] and a payload that lie apart.
+Status CheckRecord(const RecordContext& context, const ChunkKey& key, std::span<const std::byte> header_bytes,
+                   std::span<const std::byte> payload, VerifyPayload verify = VerifyPayload::kYes);
+
 // XXH3, with the widest vectors the CPU has.
 uint64_t Hash64(std::span<const std::byte> bytes, uint64_t seed = 0);
 std::array<uint64_t, 2> Hash128(std::span<const std::byte> bytes, uint64_t seed = 0);

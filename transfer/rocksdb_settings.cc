@@ -86,7 +86,8 @@ rocksdb::Options MakeRocksDbOptions(const RocksDbSettings& settings) {
   rocksdb::BlockBasedTableOptions table;
   table.no_block_cache = true;  // the host tier is the cache
   table.checksum = rocksdb::kXXH3;
-  table.block_size = 1;  // each record is a block of its own, whatever its size
+  table.block_size = settings.align_blocks ? 4 * kKiB : 1;  // less than a record: each is a block of its own
+  table.block_align = settings.align_blocks;
   table.format_version = 5;
   // Numbers keep files apart except where a tombstone widens a range: there the filter saves a block read.
   table.filter_policy.reset(rocksdb::NewBloomFilterPolicy(10));

@@ -16,6 +16,7 @@ struct RocksDbSettings {
   uint64_t segment_bytes = 0;   // of a memtable, and so of a file
   uint64_t manifest_bytes = 0;  // when RocksDB begins a new MANIFEST
   bool direct_io = true;
+  bool align_blocks = false;    // each record's block begins on a page; for records of many pages
 };
 
 // Every file stays as its flush wrote it, in level 0, one record a block, its keys listed in its properties.

@@ -98,8 +98,11 @@ struct RocksDbStore::Impl final : public rocksdb::EventListener {
   } counters;
   static void Add(std::atomic<uint64_t>& counter, uint64_t n = 1) { counter.fetch_add(n, std::memory_order_relaxed); }
 
-  uint64_t record_bytes() const { return sizeof(RecordHeader) + options.chunk_bytes; }
-  uint64_t record_cost() const { return record_bytes() + kRecordOverhead; }
+  ValueShape shape;
+  uint64_t record_bytes() const { return shape.record_bytes; }
+  uint64_t record_cost() const {
+    return shape.value_bytes() + kRecordOverhead + (shape.aligned ? ValueShape::kPage : 0);
+  }
 
   Status OpenDb();
   Status LoadTable();
@@ -137,7 +140,7 @@ struct RocksDbStore::Impl final : public rocksdb::EventListener {
 Status RocksDbStore::Impl::OpenDb() {
   direct_io = options.direct_io;
   while (true) {
-    rocksdb::Options db_options = MakeRocksDbOptions({segment_bytes, ManifestBytes(options.budget), direct_io});
+    rocksdb::Options db_options = MakeRocksDbOptions({segment_bytes, ManifestBytes(options.budget), direct_io, shape.aligned});
     // RocksDB shares ownership of listeners; the store closes the database before it dies, so it need not.
     db_options.listeners.push_back(std::shared_ptr<rocksdb::EventListener>(std::shared_ptr<void>(), this));
     rocksdb::DB* opened = nullptr;
@@ -234,8 +237,18 @@ Status RocksDbStore::Impl::ReadFile(const ChunkKey& key, const SegmentTable::Pla
     table.KeepFile(place.segment, file);
   }
   AlignedBuffer buffer = TakeScratch();
-  const auto record = file->Read(RecordOffset(place.block_offset, record_bytes()), record_bytes(), &buffer);
-  Status status = record.ok() ? TakePayload(key, *record, out, verify) : record.status();
+  const uint64_t offset = shape.RecordOffset(place.block_offset);
+  const uint64_t payload = offset + sizeof(RecordHeader);
+  const bool in_place = payload % ValueShape::kPage == 0 && out.size() % ValueShape::kPage == 0 &&
+                        reinterpret_cast<uintptr_t>(out.data()) % ValueShape::kPage == 0;
+  Status status;
+  if (in_place) {
+    const auto before = file->ReadInPlace(payload, out, &buffer);
+    status = before.ok() ? CheckRecord(context, key, before->last(sizeof(RecordHeader)), out, verify) : before.status();
+  } else {
+    const auto record = file->Read(offset, record_bytes(), &buffer);
+    status = record.ok() ? TakePayload(key, *record, out, verify) : record.status();
+  }
   GiveScratch(std::move(buffer));
   return status;
 }
@@ -251,7 +264,8 @@ Status RocksDbStore::Impl::ReadDb(const ChunkKey& key, uint64_t number, std::spa
   const SegmentKey db_key = MakeSegmentKey(number, key);
   const rocksdb::Status status = db->Get(read_options, db->DefaultColumnFamily(), AsSlice(db_key), &value);
   if (!status.ok()) return FromRocksDb(status, where + ": chunk " + key.ToString());
-  return TakePayload(key, std::as_bytes(std::span(value.data(), value.size())), out, verify);
+  if (value.size() < shape.pad) return {StatusCode::kCorrupt, where + ": chunk " + key.ToString() + ": too short"};
+  return TakePayload(key, std::as_bytes(std::span(value.data(), value.size())).subspan(shape.pad), out, verify);
 }
 
 Status RocksDbStore::Impl::Read(const ChunkKey& key, const SegmentTable::Place& place, std::span<std::byte> out,
@@ -363,15 +377,17 @@ Status RocksDbStore::Impl::WriteLocked(const ChunkKey& key, std::span<const std:
   // This thread is the only writer, so the write gets the next sequence number; it serves as the record's own.
   const uint64_t number = db->GetLatestSequenceNumber() + 1;
   const SegmentKey db_key = MakeSegmentKey(number, key);
-  rocksdb::WriteBatch batch(header.size() + payload.size() + kSegmentKeyBytes * (unwritten_tombstones.size() + 1) + 64);
+  rocksdb::WriteBatch batch(shape.pad + header.size() + payload.size() + kSegmentKeyBytes * (unwritten_tombstones.size() + 1) + 64);
   uint64_t cost = unwritten_tombstones.size() * kTombstoneBytes;
   if (has_record) {
     cost += record_cost();
     const rocksdb::Slice key_part = AsSlice(db_key);
-    const std::array<rocksdb::Slice, 2> parts = {
+    static constexpr std::array<char, ValueShape::kPage> kZeros = {};
+    const std::array<rocksdb::Slice, 3> parts = {
+        rocksdb::Slice(kZeros.data(), shape.pad),
         rocksdb::Slice(reinterpret_cast<const char*>(header.data()), header.size()),
         rocksdb::Slice(reinterpret_cast<const char*>(payload.data()), payload.size())};
-    batch.Put(rocksdb::SliceParts(&key_part, 1), rocksdb::SliceParts(parts.data(), 2)).PermitUncheckedError();
+    batch.Put(rocksdb::SliceParts(&key_part, 1), rocksdb::SliceParts(parts.data(), 3)).PermitUncheckedError();
   }
   for (const SegmentKey& dead : unwritten_tombstones) batch.Delete(AsSlice(dead)).PermitUncheckedError();
   table.BeginWrite(number, cost);  // before the write: its flush may end before we are back
@@ -411,6 +427,7 @@ Result<std::unique_ptr<RocksDbStore>> RocksDbStore::Open(const Options& options)
   auto impl = std::make_unique<Impl>();
   impl->options = options;
   impl->where = "store " + options.path;
+  impl->shape = ValueShape::For(sizeof(RecordHeader), options.chunk_bytes);
   auto context = RecordContext::Create(options.identity);
   if (!context.ok()) return context.status().WithContext(impl->where);
   impl->context = std::move(*context);

@@ -299,7 +299,7 @@ TEST_F(RocksDbStoreTest, FindsBytesThatRottedOnDisk) {
     ASSERT_EQ(Tables().size(), 1u);
     // First rounds: RocksDB's own lengths and key of the first record, which are not needed to read it. Then its header,
     // then anywhere in the payload of any.
-    const auto first = static_cast<int64_t>(RecordOffset(0, sizeof(RecordHeader) + kBytes));
+    const auto first = static_cast<int64_t>(ValueShape::For(sizeof(RecordHeader), kBytes).RecordOffset(0));
     const int64_t record = rng.Int(0, kRecords - 1);
     const int64_t at = round < 10   ? rng.Int(0, first - 1)
                        : round < 20 ? rng.Int(first, first + static_cast<int64_t>(sizeof(RecordHeader)) - 1)
