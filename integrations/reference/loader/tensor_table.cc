@@ -26,6 +26,12 @@ const Tensor* TensorTable::Find(std::string_view name) const {
   return it == tensors_.end() ? nullptr : &it->second.tensor;
 }
 
+std::vector<std::string> TensorTable::Names() const {
+  std::vector<std::string> names;
+  for (const auto& [name, entry] : tensors_) names.push_back(name);
+  return names;
+}
+
 Result<const Tensor*> TensorTable::Use(std::string_view name, std::span<const int64_t> shape) {
   const auto it = tensors_.find(name);
   if (it == tensors_.end()) {

@@ -31,6 +31,7 @@ class TensorTable {
   bool Has(std::string_view name) const { return tensors_.find(name) != tensors_.end(); }
   const Tensor* Find(std::string_view name) const;
   size_t size() const { return tensors_.size(); }
+  std::vector<std::string> Names() const;  // sorted
   const std::string& file() const { return file_; }
 
   // The tensor as a weight [rows, cols], in place; copied only where its address would not suit its type.

@@ -30,7 +30,7 @@ Status Unsupported(std::string message) { return {StatusCode::kUnsupported, "tok
 std::string Shown(std::string text) {
   constexpr size_t kShown = 160;
   if (text.size() > kShown) text = text.substr(0, kShown) + "...";
-  std::replace(text.begin(), text.end(), '\n', ' ');
+  std::replace_if(text.begin(), text.end(), [](char c) { return static_cast<uint8_t>(c) < 0x20 || c == 0x7f; }, '?');
   return text;
 }
 std::string Shown(const Json& json) { return Shown(json.dump(-1, ' ', true, Json::error_handler_t::replace)); }

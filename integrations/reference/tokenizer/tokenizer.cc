@@ -28,9 +28,12 @@ Status Corrupt(std::string message) { return {StatusCode::kCorrupt, "tokenizer: 
 size_t Index(int32_t id) { return static_cast<size_t>(id); }
 
 std::string Named(size_t id) { return "token " + std::to_string(id); }
+// Cut short, and on one line whatever the token is.
 std::string Quoted(std::string_view text) {
   constexpr size_t kShown = 60;
-  return "\"" + std::string(text.substr(0, kShown)) + (text.size() > kShown ? "...\"" : "\"");
+  std::string shown(text.substr(0, kShown));
+  std::replace_if(shown.begin(), shown.end(), [](char c) { return static_cast<uint8_t>(c) < 0x20 || c == 0x7f; }, '?');
+  return "\"" + shown + (text.size() > kShown ? "...\"" : "\"");
 }
 
 // <0x41> is the byte token of A.
