@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job, from nothing: installs what is missing, builds, fetches model and document, and asks "Who killed Abel?"
-# of the first 6,000 tokens of the King James text. 138 MB of KV against 40 MiB of device and 64 MiB of host memory, so
+# of the first 6,000 tokens of the King James text. 138 MB of KV against 48 MiB of device and 64 MiB of host memory, so
 # that device, host and disk all hold rows that are used. Then asks again: the second run restores from disk.
 #   scripts/demo.sh           keeps the disk tier of an earlier run
 #   scripts/demo.sh --fresh   deletes it first
@@ -26,7 +26,7 @@ scripts/fetch_model.sh
 scripts/fetch_document.sh
 
 prehoc=$ROOT/build/release/bin/prehoc
-budgets=(--device-budget 40MiB --host-budget 64MiB --store "$store" --store-budget 1GiB)
+budgets=(--device-budget 48MiB --host-budget 64MiB --store "$store" --store-budget 1GiB)
 run() {
   echo
   echo "\$ prehoc $*"

@@ -27,7 +27,7 @@ Examples
       1/32 of the positions a step, more for a head whose dropped attention mass may exceed 5 %
   prehoc answer --selector cis --set cis.tau=0.7 --compare dense
       another method, and what it changes against dense attention
-  prehoc answer --device-budget 40MiB --host-budget 64MiB --store /var/tmp/kv --json run.json
+  prehoc answer --device-budget 48MiB --host-budget 64MiB --store /var/tmp/kv --json run.json
       tight budgets: KV moves down a tier and is fetched back; all figures in run.json
   prehoc answer --selector cpe --show-knobs
       every knob of a method with its value; change them with --set

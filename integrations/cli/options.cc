@@ -46,7 +46,7 @@ void AddAnswerFlags(CLI::App& app, RawAnswer& raw) {
   AddText(app, "--document", raw.document, "FILE", "UTF-8 text; default: the King James text", what);
   AddText(app, "--context", raw.context, "N", "tokens of the document, from its start; default 6000 or all of it", what);
   AddText(app, "--question", raw.question, "TEXT", "default: \"Who killed Abel?\"", what);
-  AddText(app, "--max-new-tokens", raw.max_new_tokens, "N", "at most so many tokens of answer; default 128", what);
+  AddText(app, "--max-new-tokens", raw.max_new_tokens, "N", "at most so many tokens of answer; default 64", what);
 
   const char* method = "How positions are chosen";
   AddText(app, "--selector", raw.selector, "NAME",

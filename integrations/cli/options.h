@@ -22,7 +22,7 @@ struct AnswerOptions {
   std::string document;        // empty = the King James text that scripts/fetch_document.sh writes
   int64_t context = 0;         // tokens of the document, from its start; 0 = kDefaultContext or what there is
   std::string question = std::string(kDefaultQuestion);
-  int64_t max_new_tokens = 128;
+  int64_t max_new_tokens = 64;
   SelectorOptions selector;
   CodeFormat codes;
   int64_t audit_every = 64;
