@@ -45,7 +45,7 @@ Decoder::Decoder(const Model& model, const EngineOptions& options)
 
 size_t Decoder::bytes() const {
   size_t bytes = rope_.bytes() + products_.bytes();
-  for (const AlignedFloats* a : {&hidden_, &q_, &q_pre_rope_, &attention_, &gate_, &up_, &k_, &v_}) {
+  for (const AlignedFloats* a : {&hidden_, &q_, &q_pre_rope_, &attention_, &gate_, &up_, &k_, &v_, &kept_k_, &kept_v_}) {
     bytes += a->bytes();
   }
   return bytes;
@@ -88,6 +88,7 @@ Status Decoder::RunLayer(AttentionBackend& backend, int32_t layer) {
   const int64_t kv_from = freeze.reuse_kv && layer > 0 ? skip : 0;
   Timed(&EngineSeconds::projections, [&] {
     if (kv_from < count_) ProjectQkv(w, kv_from, skip);
+    if (freeze.reuse_kv && freeze.reuse_layer >= 0) ReuseKv(freeze, layer, skip);
   });
   const AttendCall call{.layer = layer,
                         .first = first_,
@@ -105,6 +106,18 @@ Status Decoder::RunLayer(AttentionBackend& backend, int32_t layer) {
     AddMlp(w, skip);
   });
   return {};
+}
+
+void Decoder::ReuseKv(const FreezeRule& freeze, int32_t layer, int64_t frozen) {
+  if (layer == freeze.reuse_layer) {
+    const int64_t size = options_.max_batch_tokens * kv_width_;
+    if (kept_k_.bytes() == 0) kept_k_ = AlignedFloats(size), kept_v_ = AlignedFloats(size);
+    std::copy_n(k_.data(), count_ * kv_width_, kept_k_.data());
+    std::copy_n(v_.data(), count_ * kv_width_, kept_v_.data());
+  } else if (layer > freeze.reuse_layer) {
+    std::copy_n(kept_k_.data(), frozen * kv_width_, k_.data());
+    std::copy_n(kept_v_.data(), frozen * kv_width_, v_.data());
+  }
 }
 
 void Decoder::Norm(const float* x, const std::vector<float>& weight, float* out) const {

@@ -30,6 +30,8 @@ class Decoder {
   void Embed(std::span<const int32_t> tokens);
   void ProjectQkv(const LayerWeights& w, int64_t kv_from, int64_t q_from);
   void RotateHeads(const LayerWeights& w, int64_t kv_from, int64_t q_from);
+  // Keeps K and V of the layer that frozen tokens reuse; puts them back in the layers above it.
+  void ReuseKv(const FreezeRule& freeze, int32_t layer, int64_t frozen);
   void AddAttention(const LayerWeights& w, int64_t from);
   void AddMlp(const LayerWeights& w, int64_t from);
   // The norm of `x` [hidden] times `weight`, as in RMSNorm.
@@ -47,8 +49,9 @@ class Decoder {
   Products products_;
   // Of the piece, [max_batch_tokens, width].
   AlignedFloats hidden_, q_, q_pre_rope_, attention_, gate_, up_;
-  // A frozen token's K and V stay here from the last layer that computed them: that is what reuse_kv gives away.
+  // A frozen token's K and V stay here from the last layer that computed them: reuse_kv gives those away, or the kept ones.
   AlignedFloats k_, v_;
+  AlignedFloats kept_k_, kept_v_;  // of reuse_layer; empty until a rule names one
   // The piece being run.
   int64_t first_ = 0, count_ = 0;
   ProductMode mode_ = ProductMode::kVector;

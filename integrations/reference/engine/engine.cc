@@ -1,7 +1,6 @@
 #include "integrations/reference/engine/engine.h"
 
 #include <algorithm>
-#include <limits>
 #include <string>
 
 #include "integrations/reference/engine/check_model.h"
@@ -12,15 +11,8 @@ namespace {
 
 Status Invalid(std::string message) { return {StatusCode::kInvalid, std::move(message)}; }
 
-// Dynamic RoPE exists to go beyond max_positions.
-int64_t ModelPositions(const ModelConfig& c) {
-  if (c.rope_scaling.type != RopeScaling::Type::kDynamic) return c.max_positions;
-  const double reach = static_cast<double>(c.max_positions) * std::max(1.0, c.rope_scaling.factor);
-  return static_cast<int64_t>(std::min(reach, 1e15));
-}
-
 int64_t LongestSequence(const ModelConfig& c, const EngineOptions& options) {
-  const int64_t wanted = options.max_tokens > 0 ? options.max_tokens : ModelPositions(c);
+  const int64_t wanted = options.max_tokens > 0 ? options.max_tokens : c.max_positions;
   return c.sliding_window > 0 ? std::min(wanted, c.sliding_window) : wanted;
 }
 
