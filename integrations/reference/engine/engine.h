@@ -54,7 +54,7 @@ class Engine {
   // while it is being read, 0 in decode (AttentionBackend::Begin).
   // A prompt (prompt_tokens > 0) leaves the same bits of K and V however it is split into pieces and calls, provided
   // that RoPE does not depend on length (see RopeVariant()) and the backend's attention is as indifferent. A decode
-  // step agrees with the prompt's way to 1e-4 of the largest logit (7e-5 measured on SmolLM2-135M).
+  // step agrees with the prompt's way to a few 1e-4 of the largest logit (7e-5 measured on SmolLM2-135M).
   // Returns kInvalid (no tokens, an id outside the vocabulary, size of logits, more than max_tokens()) with nothing
   // announced to the backend, or the backend's error after Rollback() of the piece: the backend then holds the
   // pieces before, as backend.length() says, and the rest may be run again.

@@ -44,7 +44,7 @@ TEST_F(EngineTest, AgreesWithFp64ForEveryWeightTypeLayoutAndLevel) {
         EXPECT_LT(RelativeError(RowOf(logits, t, shape.vocab), want[t]), 1e-5)
             << WeightTypeName(type) << ", " << SimdLevelName(level) << ", prefill of token " << t;
         const std::vector<float> step = AllLogits(*engine, steps, std::span(tokens).subspan(t, 1), 0);
-        EXPECT_LT(RelativeError(step, want[t]), 1e-4)
+        EXPECT_LT(RelativeError(step, want[t]), 6e-4)
             << WeightTypeName(type) << ", " << SimdLevelName(level) << ", decode of token " << t;
       }
     }
@@ -68,7 +68,7 @@ TEST_F(EngineTest, PrefillInPiecesHasTheBitsOfPrefillAtOnce) {
     ASSERT_OK(engine->Forward(again, std::span(tokens).first(40), 97, {}));
     ASSERT_OK(engine->Forward(again, std::span(tokens).subspan(40), 97, std::span(logits).subspan(90, 90)));
     for (size_t i = 0; i < 90; ++i) ASSERT_EQ(logits[i], logits[90 + i]) << "pieces of " << piece << ", logit " << i;
-    EXPECT_LT(RelativeError(RowOf(logits, 0, 90), RowOf(want, 96, 90)), 1e-4);
+    EXPECT_LT(RelativeError(RowOf(logits, 0, 90), RowOf(want, 96, 90)), 6e-4);
     // Logits of one row are made as in decode; those of all rows show every bit of the layers before them.
     DenseBackend all = DenseFor(model->config, pool.get());
     if (piece > 1) {
@@ -90,7 +90,7 @@ TEST_F(EngineTest, DecodeStepsContinueAPrompt) {
   for (size_t t = 20; t < 60; ++t) {
     std::vector<float> logits(90);
     ASSERT_OK(engine->Forward(stepped, std::span(tokens).subspan(t, 1), 0, logits));
-    EXPECT_LT(RelativeError(logits, RowOf(want, t, 90)), 1e-4) << "token " << t;
+    EXPECT_LT(RelativeError(logits, RowOf(want, t, 90)), 6e-4) << "token " << t;
     EXPECT_EQ(stepped.length(), static_cast<int64_t>(t + 1));
   }
 }

@@ -30,7 +30,7 @@ TEST_P(FreezeTest, AgreesWithTheNaiveDecoder) {
     RuledBackend backend(DenseFor(model->config), rules);
     const std::vector<float> logits = AllLogits(*engine, backend, tokens, kTokens);
     for (size_t t = 0; t < tokens.size(); ++t) {
-      EXPECT_LT(RelativeError(RowOf(logits, t, 90), want[t]), 1e-4) << "token " << t << ", pieces of " << piece;
+      EXPECT_LT(RelativeError(RowOf(logits, t, 90), want[t]), 2e-4) << "token " << t << ", pieces of " << piece;
     }
     for (const AttendCall& call : backend.calls) {
       const int64_t frozen = rules[static_cast<size_t>(call.layer)].frozen;
@@ -64,7 +64,7 @@ TEST_P(FreezeTest, DecodeContinuesAFrozenPrompt) {
   for (size_t t = kTokens; t < tokens.size(); ++t) {
     std::vector<float> logits(90);
     ASSERT_OK(engine->Forward(backend, std::span(tokens).subspan(t, 1), 0, logits));
-    EXPECT_LT(RelativeError(logits, want[t]), 1e-4) << "token " << t;
+    EXPECT_LT(RelativeError(logits, want[t]), 6e-4) << "token " << t;
   }
 }
 
