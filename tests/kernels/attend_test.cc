@@ -11,13 +11,21 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 struct Answer {
   std::vector<double> out;
   double lse = 0;
+  double largest = 0;  // SUM |q_c k_c| / sqrt(d) of the largest key: fp32 logits are good to some 1e-7 of this
+  Tolerance tolerance() const { return {.absolute = 1e-5 + 1e-6 * largest, .relative = 1e-5}; }
 };
 
 // Attention of one query over the rows at `positions`.
 Answer Naive(const float* q, const std::vector<Half>& rows, const std::vector<int64_t>& positions, int64_t d) {
   std::vector<double> z;
-  for (const int64_t i : positions) z.push_back(NaiveLogit(q, rows.data() + 2 * i * d, static_cast<int32_t>(d)));
-  Answer answer{.out = std::vector<double>(static_cast<size_t>(d), 0), .lse = NaiveLse(z)};
+  double largest = 0;
+  for (const int64_t i : positions) {
+    const Half* k = rows.data() + 2 * i * d;
+    z.push_back(NaiveLogit(q, k, static_cast<int32_t>(d)));
+    const double magnitude = NaiveMagnitude(q, k, static_cast<int32_t>(d));
+    if (std::isfinite(magnitude)) largest = std::max(largest, magnitude);
+  }
+  Answer answer{.out = std::vector<double>(static_cast<size_t>(d), 0), .lse = NaiveLse(z), .largest = largest};
   for (size_t j = 0; j < z.size() && std::isfinite(answer.lse); ++j) {
     const Half* v = rows.data() + (2 * positions[j] + 1) * d;
     for (int64_t c = 0; c < d; ++c) answer.out[static_cast<size_t>(c)] += std::exp(z[j] - answer.lse) * HalfToFloat(v[c]);
@@ -64,9 +72,9 @@ TEST_P(AttendTest, EqualsSoftmaxOverRunsOfEverySize) {
           SCOPED_TRACE("head_dim " + std::to_string(d) + ", rows " + std::to_string(count) + ", head " + std::to_string(h));
           const Answer want = Naive(q.data() + h * d, rows, FirstPositions(count), d);
           EXPECT_TRUE(AllClose(std::span(out).subspan(static_cast<size_t>(h * d), static_cast<size_t>(d)), want.out,
-                               {.absolute = 2e-5, .relative = 1e-5}, {d}));
+                               want.tolerance(), {d}));
           EXPECT_TRUE(AllClose(std::vector<float>{lse[static_cast<size_t>(h)]}, std::vector<double>{want.lse},
-                               {.absolute = 1e-5, .relative = 2e-6}));
+                               want.tolerance()));
           if (HasFailure()) return;
         }
       }
@@ -90,8 +98,8 @@ TEST_P(AttendTest, RowsMayRepeatAndRunsMayBeScattered) {
   Run(q, runs, group, d, &out, &lse);
   for (int64_t h = 0; h < group; ++h) {
     const Answer want = Naive(q.data() + h * d, rows, positions, d);
-    EXPECT_TRUE(AllClose(std::span(out).subspan(static_cast<size_t>(h * d), d), want.out, {2e-5, 1e-5}));
-    EXPECT_NEAR(lse[static_cast<size_t>(h)], want.lse, 1e-5);
+    EXPECT_TRUE(AllClose(std::span(out).subspan(static_cast<size_t>(h * d), d), want.out, want.tolerance()));
+    EXPECT_NEAR(lse[static_cast<size_t>(h)], want.lse, want.tolerance().absolute);
   }
 }
 
@@ -118,7 +126,7 @@ TEST_P(AttendTest, HugeLogitsPickOneRow) {
       std::vector<float> out, lse;
       Run(q, runs, 1, d, &out, &lse);
       const Answer want = Naive(q.data(), rows, FirstPositions(77), d);
-      EXPECT_NEAR(lse[0], want.lse, 1e-6 * std::abs(want.lse));
+      EXPECT_NEAR(lse[0], want.lse, want.tolerance().absolute);
       if (scale > 0) {
         std::vector<double> row;
         for (int32_t c = 0; c < d; ++c) row.push_back(HalfToFloat(rows[static_cast<size_t>((41 * 2 + 1) * d + c)]));
@@ -144,8 +152,8 @@ TEST_P(AttendTest, MinusInfinityWeighsNothingAndNanIsSeen) {
     auto rest = FirstPositions(count);
     rest.erase(rest.begin());
     const Answer want = Naive(q.data(), rows, rest, d);
-    EXPECT_TRUE(AllClose(std::span(out).subspan(0, static_cast<size_t>(d)), want.out, {2e-5, 1e-5}));
-    EXPECT_NEAR(lse[0], want.lse, 1e-5);
+    EXPECT_TRUE(AllClose(std::span(out).subspan(0, static_cast<size_t>(d)), want.out, want.tolerance()));
+    EXPECT_NEAR(lse[0], want.lse, want.tolerance().absolute);
 
     for (int32_t t = 0; t < count; ++t) rows[static_cast<size_t>(t * 2 * d)] = 0xfc00;  // all of them
     Run(q, with, 2, d, &out, &lse);
@@ -185,7 +193,7 @@ TEST_P(AttendTest, ManyTasksAtOnce) {
     for (int64_t h = 0; h < group; ++h) {
       const size_t at = static_cast<size_t>((t * group + h) * d);
       const Answer want = Naive(q.data() + at, rows[static_cast<size_t>(t)], FirstPositions(t * 9), d);
-      EXPECT_TRUE(AllClose(out.span().subspan(at, d), want.out, {2e-5, 1e-5})) << "task " << t << ", head " << h;
+      EXPECT_TRUE(AllClose(out.span().subspan(at, d), want.out, want.tolerance())) << "task " << t << ", head " << h;
     }
   }
 }
@@ -227,7 +235,7 @@ TEST_P(AttendTest, PrefillIsCausalWithWindowAndSinks) {
         for (int64_t h = 0; h < group; ++h) {
           const Answer want = Naive(q.data() + t * q_stride + h * d, rows, seen, d);
           ASSERT_TRUE(AllClose(out.span().subspan(at + static_cast<size_t>(h * d), static_cast<size_t>(d)), want.out,
-                               {2e-5, 1e-5}))
+                               want.tolerance()))
               << "query " << t << " of " << shape.queries << " from " << shape.first << ", head " << h << " of " << group
               << ", sinks " << shape.sinks << ", head_dim " << d;
         }

@@ -8,6 +8,9 @@
 
 namespace prehoc {
 
+// A dropped mass below this may count as 0.
+inline constexpr double kVanishing = 1e-30;
+
 struct ChooseModel {
   std::vector<int32_t> chosen;
   std::vector<double> lse_all;   // [group]

@@ -364,7 +364,8 @@ void CheckMasses(const ChooseTask& task, int32_t group, const ChooseModel& model
     }
     const double dropped = DroppedBound(task, h, got.chosen);
     met = met && dropped <= static_cast<double>(task.target_drop);
-    clear = clear && std::abs(dropped - static_cast<double>(task.target_drop)) > 1e-5 * dropped;
+    const double distance = std::abs(dropped - static_cast<double>(task.target_drop));
+    clear = clear && distance >= 1e-5 * dropped && (dropped > kVanishing || task.target_drop > kVanishing || dropped == 0);
   }
   if (task.target_drop < 0) {
     EXPECT_EQ(got.met, 1);
@@ -395,8 +396,8 @@ TEST_P(ChooseTest, EqualsTheModelOnRandomTasks) {
     if (model.margin > (is_reference() ? 1e-12 : 3e-6)) {
       ++compared;
       ASSERT_EQ(got.chosen, model.chosen);
-    } else {
-      EXPECT_NEAR(static_cast<double>(got.chosen.size()), static_cast<double>(model.chosen.size()), 20);
+    } else if (task.target_drop < 0 && task.dilate_m == 0) {
+      ASSERT_EQ(got.chosen.size(), model.chosen.size());
     }
     for (int32_t p = 0; p < task.n; ++p) {
       const auto at = static_cast<size_t>(p);
