@@ -56,7 +56,7 @@ struct ModelConfig {
   std::string architecture;  // "llama", "mistral", "qwen2", "qwen3"
   std::string name;          // for people
   int32_t layers = 0, heads = 0, kv_heads = 0, head_dim = 0, hidden = 0, intermediate = 0, vocab = 0;
-  int64_t max_positions = 0;  // [tokens]
+  int64_t max_positions = 0;  // [tokens]; of dynamic RoPE scaling: as far as it stretches
   float rms_eps = 1e-5f;
   double rope_theta = 10000;
   RopeLayout rope_layout = RopeLayout::kHalf;
