@@ -27,10 +27,11 @@ void DeviceBuffer::Reset() {
 }
 
 Result<DeviceBuffer> DeviceMemory::Allocate(size_t size, std::string_view tag) {
-  const size_t rounded = RoundUp(std::max<size_t>(size, 1), 256);
+  const bool absurd = size > SIZE_MAX - 255;  // rounding it up would wrap around
+  const size_t rounded = absurd ? size : RoundUp(std::max<size_t>(size, 1), 256);
   {
     MutexLock lock(mutex_);
-    if (rounded > budget_ - used_) {
+    if (absurd || rounded > budget_ - used_) {
       return {StatusCode::kOutOfSpace, "device budget: " + std::string(tag) + " needs " +
                                            FormatBytes(static_cast<double>(rounded)) + ", " +
                                            FormatBytes(static_cast<double>(budget_ - used_)) + " of " +

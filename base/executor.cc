@@ -38,6 +38,9 @@ Status ThreadPool::Options::Validate() const {
   if (max_queued_jobs < 1) {
     return {StatusCode::kInvalid, "max_queued_jobs=" + std::to_string(max_queued_jobs) + "; use 1 or more"};
   }
+  if (spin_iterations < 0) {
+    return {StatusCode::kInvalid, "spin_iterations=" + std::to_string(spin_iterations) + "; use 0 or more"};
+  }
   return {};
 }
 

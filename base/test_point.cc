@@ -2,14 +2,20 @@
 
 #ifdef PREHOC_TEST_POINTS
 #include <map>
+#include <memory>
 
 #include "base/mutex.h"
 
 namespace prehoc {
 namespace {
+struct Hook {
+  std::function<void()> run;
+  int running = 0;  // guarded by the registry's mutex
+};
 struct Registry {
   Mutex mutex;
-  std::map<std::string, std::function<void()>, std::less<>> hooks PREHOC_GUARDED_BY(mutex);
+  CondVar ended;
+  std::map<std::string, std::shared_ptr<Hook>, std::less<>> hooks PREHOC_GUARDED_BY(mutex);
 };
 Registry& TheRegistry() {
   static Registry registry;
@@ -18,24 +24,34 @@ Registry& TheRegistry() {
 }  // namespace
 
 TestPointHook::TestPointHook(std::string name, std::function<void()> hook) : name_(std::move(name)) {
-  MutexLock lock(TheRegistry().mutex);
-  TheRegistry().hooks[name_] = std::move(hook);
+  Registry& registry = TheRegistry();
+  MutexLock lock(registry.mutex);
+  registry.hooks[name_] = std::make_shared<Hook>(Hook{std::move(hook)});
 }
 
 TestPointHook::~TestPointHook() {
-  MutexLock lock(TheRegistry().mutex);
-  TheRegistry().hooks.erase(name_);
+  Registry& registry = TheRegistry();
+  MutexLock lock(registry.mutex);
+  const auto found = registry.hooks.find(name_);
+  if (found == registry.hooks.end()) return;
+  const std::shared_ptr<Hook> hook = found->second;
+  registry.hooks.erase(found);
+  while (hook->running > 0) registry.ended.Wait(registry.mutex);
 }
 
 void PassTestPoint(std::string_view name) {
-  std::function<void()> hook;
+  Registry& registry = TheRegistry();
+  std::shared_ptr<Hook> hook;
   {
-    MutexLock lock(TheRegistry().mutex);
-    const auto it = TheRegistry().hooks.find(name);
-    if (it == TheRegistry().hooks.end()) return;
-    hook = it->second;
+    MutexLock lock(registry.mutex);
+    const auto found = registry.hooks.find(name);
+    if (found == registry.hooks.end()) return;
+    hook = found->second;
+    ++hook->running;
   }
-  hook();
+  hook->run();
+  MutexLock lock(registry.mutex);
+  if (--hook->running == 0) registry.ended.NotifyAll();
 }
 
 }  // namespace prehoc

@@ -7,7 +7,8 @@
 #include <string_view>
 
 namespace prehoc {
-// Owned by a fixture: `hook` runs at every passage of the point `name` until this dies.
+// Owned by a fixture: `hook` runs at every passage of the point `name` until this dies, which waits for hooks that run.
+// One hook a name; the later one wins.
 class TestPointHook {
  public:
   TestPointHook(std::string name, std::function<void()> hook);
