@@ -78,6 +78,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   int64_t resident PREHOC_GUARDED_BY(mutex) = 0;   // known blocks in memory
   int32_t transit PREHOC_GUARDED_BY(mutex) = 0;    // loads and writes under way: each ends without waiting for memory
   int32_t reclaimers PREHOC_GUARDED_BY(mutex) = 0;  // threads that wait for something to evict
+  int32_t sharers PREHOC_GUARDED_BY(mutex) = 0;     // threads that wait for a load of another
   int32_t running PREHOC_GUARDED_BY(mutex) = 0;    // jobs under way
   int32_t queued_writes PREHOC_GUARDED_BY(mutex) = 0;
   bool closed PREHOC_GUARDED_BY(mutex) = false;
@@ -410,7 +411,9 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
       while (data.load != nullptr && !data.memory.valid()) {
         load = data.load;
         ++load->waiters;
+        ++sharers;
         while (!load->done) changed.Wait(mutex);
+        --sharers;
         if (load->abandoned) continue;
         if (!load->status.ok()) return load->status;
         ++counters.shared_loads;
@@ -448,6 +451,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   void Load(Block* block, BlockLoad* load, bool demand) {
     // A prefetch waits for nobody, so others may wait for it from here on; a demand may itself be waiting for memory.
     if (!demand) BeginTransit();
+    PREHOC_TEST_POINT("host_tier.reserve");
     const Result<BlockId> memory = TakeMemory(demand);
     if (demand && memory.ok()) BeginTransit();
     Status status = memory.status();
@@ -664,8 +668,12 @@ Result<std::unique_ptr<HostTier>> HostTier::Create(const Options& options, Execu
 }
 
 HostTier::~HostTier() {
+  {
+    MutexLock lock(impl_->mutex);
+    impl_->closed = true;
+  }
+  PREHOC_TEST_POINT("host_tier.close");
   MutexLock lock(impl_->mutex);
-  impl_->closed = true;
   while (impl_->running > 0) impl_->changed.Wait(impl_->mutex);
 }
 
@@ -786,19 +794,21 @@ int64_t HostTier::used_blocks() const { return impl_->arena->used_blocks(); }
 void HostTier::VisitCounters(const CounterVisitor& visit) const {
   impl_->arena->VisitCounters(visit);
   Impl::Counters c;
-  int64_t resident = 0, tails = 0, pinned = 0, queued = 0;
+  int64_t resident = 0, tails = 0, pinned = 0, waiting = 0, queued = 0;
   {
     MutexLock lock(impl_->mutex);
     c = impl_->counters;
     resident = impl_->resident;
     tails = impl_->tails;
     pinned = resident - impl_->streamed.size() - impl_->kept.size();
+    waiting = impl_->sharers + impl_->reclaimers;
     queued = impl_->queued_writes;
   }
   const auto show = [&](const char* name, auto value) { visit(name, static_cast<double>(value)); };
   show("host.blocks", resident + tails);
   show("host.pinned", pinned);
   show("host.tails", tails);
+  show("host.waiting", waiting);
   show("host.hits", c.hits);
   show("host.loads", c.loads);
   show("host.shared_loads", c.shared_loads);

@@ -109,10 +109,10 @@ class HostTier {
   size_t block_bytes() const;
   int64_t capacity_blocks() const;
   int64_t used_blocks() const;
-  // host.{of the arena: see HostArena; blocks, pinned, tails, hits, loads, shared_loads, load_errors, load_bytes,
+  // host.{of the arena: see HostArena; blocks, pinned, tails, waiting, hits, loads, shared_loads, load_errors, load_bytes,
   // load_nanos, evicted, forgotten, lost, healed, duplicates, prefetches, prefetches_refused} and
-  // write_behind.{queued, written, bytes, dropped, failed, shed}: forgotten = went unstored, as nobody held them;
-  // dropped = the store would have stalled, shed = a queue was full.
+  // write_behind.{queued, written, bytes, dropped, failed, shed}: waiting = callers that wait for the I/O of others now;
+  // forgotten = went unstored, as nobody held them; dropped = the store would have stalled; shed = a queue was full.
   void VisitCounters(const CounterVisitor& visit) const;
   // Walks every block. kCorrupt with the first rule that does not hold. O(blocks).
   Status CheckInvariants() const;
