@@ -128,17 +128,13 @@ Status Sequence::Impl::BeginRepair(ChunkIndex chunk) {
   if (!chunk.valid() || (chunk.value() + 1) * size > length) {
     return {StatusCode::kInvalid, "chunk " + std::to_string(chunk.value()) + " is not a whole chunk of this sequence"};
   }
+  repair_pins.clear();
+  repair_blocks.clear();
   for (int32_t l = 0; l < geometry().layers; ++l) {
-    auto block = cache->host->NewTail();
-    if (!block.ok()) {
-      repair_pins.clear();
-      repair_blocks.clear();
-      return block.status();
-    }
-    auto pin = cache->host->Pin(*block);
-    if (!pin.ok()) return pin.status();
-    repair_blocks.push_back(std::move(block).value());
-    repair_pins.push_back(std::move(pin).value());
+    PREHOC_ASSIGN_OR_RETURN(BlockRef block, cache->host->NewTail());
+    PREHOC_ASSIGN_OR_RETURN(BlockPin pin, cache->host->Pin(block));
+    repair_blocks.push_back(std::move(block));
+    repair_pins.push_back(std::move(pin));
   }
   first = chunk.value() * size;
   count = size;
