@@ -1,7 +1,8 @@
 // Exact agreement with Hugging Face's tokenizers: vectors of scripts/make_tokenizer_golden.py.
 #include <gtest/gtest.h>
 
-#include <chrono>
+#include <cstdio>
+#include <ctime>
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <sstream>
@@ -153,16 +154,16 @@ TEST_P(GoldenTest, StreamedTokensAreTheText) {
   }
 }
 
-// Guards against quadratic behaviour, not against slow machines.
+// Guards against quadratic behaviour, not against slow or busy machines: in CPU time, with room for sanitizers.
 TEST_P(GoldenTest, LongTextIsLinear) {
   std::string text;
   while (text.size() < (1u << 20)) text += strings_[text.size() % strings_.size()] + " ";
   for (const std::string& input : {text, std::string(1u << 18, 'a'), std::string(1u << 18, ' ')}) {
-    const auto start = std::chrono::steady_clock::now();
+    const std::clock_t start = std::clock();
     const auto ids = tokenizer_->Encode(input);
     ASSERT_TRUE(ids.ok());
     EXPECT_FALSE(ids->empty());
-    EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(20));
+    EXPECT_LT(static_cast<double>(std::clock() - start) / CLOCKS_PER_SEC, 20);
   }
 }
 
