@@ -195,14 +195,6 @@ class Choice {
     }
   }
 
-  // Mass bounds of head h while the set grows: outside in units of exp(upper top), inside of exp(lower top).
-  // A mass of 0 may be a flushed one: with a target of 0 only an empty outside counts.
-  bool Reached(int64_t h, double outside, double inside, int64_t positions) const {
-    if (outside <= 0) return positions == 0 || task_.target_drop > 0;
-    const double ratio = outside / inside * std::exp(static_cast<double>(upper_tops_[h]) - lower_tops_[h]);
-    return 1 / (1 + 1 / ratio) <= static_cast<double>(task_.target_drop);
-  }
-
   // On down the ranks until every head is within target_drop, or cap are kept.
   bool Widen() {
     for (int32_t i = 0; i < count_; ++i) keys_[task_.chosen[i] - task_.lo] = kNoCandidate;
@@ -233,8 +225,12 @@ class Choice {
     double* outside = room_.suffix.data();
     outside[rest.count] = SumWithout(upper, rest);
     for (int64_t r = rest.count; r-- > 0;) outside[r] = outside[r + 1] + upper[rest.where[r] - task_.lo];
+    // dropped = U / (U + L) <= t, as U (1 - t) <= L t; U and L are in units of exp(their top). A U of 0 may be a flushed
+    // mass: with a target of 0 only an empty outside counts.
+    const double target = static_cast<double>(task_.target_drop);
+    const double unit = std::exp(static_cast<double>(upper_tops_[h]) - lower_tops_[h]) * (1 - target);
     for (int64_t r = 0; r <= rest.count; ++r) {
-      if (Reached(h, outside[r], inside, middle_ - count_ - r)) return r;
+      if (outside[r] > 0 ? outside[r] * unit <= inside * target : target > 0 || r == middle_ - count_) return r;
       if (r < rest.count) inside += lower[rest.where[r] - task_.lo];
     }
     met = false;

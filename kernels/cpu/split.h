@@ -33,12 +33,12 @@ struct RowPart {
   int64_t count = 0;
 };
 
-// Cuts the rows of all tasks into parts of nearly equal size, whole blocks of 64 where possible: at most about 32 in all,
+// Cuts the rows of all tasks into parts of nearly equal size, whole blocks of 64 where possible: at most about 16 in all,
 // none under kRowsWorthAThread rows unless the task is smaller. Tasks without rows have no part.
 template <class Tasks>
 void SplitRows(const Tasks& tasks, int64_t total_rows, std::vector<RowPart>& parts) {
   parts.clear();
-  int64_t target = (total_rows / 32 + 63) / 64 * 64;
+  int64_t target = (total_rows / 16 + 63) / 64 * 64;
   if (target < kRowsWorthAThread) target = kRowsWorthAThread;
   for (size_t t = 0; t < tasks.size(); ++t) {
     int64_t rows = 0;

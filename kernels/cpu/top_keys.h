@@ -17,7 +17,7 @@ struct KeptKeys {
 class TopKeys {
  public:
   // The `k` largest of keys[n] (all but kNoCandidate if there are fewer), ties to the lower index; in order of index,
-  // `where` is index + base. n is a multiple of 16. The result is valid until the next call. About 10 vector passes over
+  // `where` is index + base. n is a multiple of 16. The result is valid until the next call. A few vector passes over
   // the keys: counts narrow an interval of keys from both sides until it holds the k-th largest alone.
   KeptKeys Select(const VectorOps& ops, const int32_t* keys, int64_t n, int64_t k, int32_t base);
 
