@@ -35,6 +35,9 @@ struct EngineKernels {
   void (*tile)(int64_t depth, int32_t rows, const float* x, const float* w, float* c, int64_t ldc,
                bool accumulate) = nullptr;
 
+  // out[k * tile_cols + j] = rows[j * stride + k] for k < depth and j < tile_cols: expanded weights become w of a tile.
+  void (*transpose)(const float* rows, int64_t stride, int64_t depth, float* out) = nullptr;
+
   void (*silu_multiply)(const float* gate, const float* up, int64_t n, float* out) = nullptr;  // silu(gate) * up
   float (*dot)(const float* a, const float* b, int64_t n) = nullptr;
   void (*add_scaled)(float a, const float* x, int64_t n, float* y) = nullptr;  // y += a x

@@ -49,6 +49,12 @@ void Tile(int64_t depth, int32_t rows, const float* x, const float* w, float* c,
   }
 }
 
+void Transpose(const float* rows, int64_t stride, int64_t depth, float* out) {
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int32_t j = 0; j < kCols; ++j) out[k * kCols + j] = rows[j * stride + k];
+  }
+}
+
 void SiluMultiply(const float* gate, const float* up, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
 }
@@ -66,6 +72,7 @@ constexpr EngineKernels kTable = {
     .tile_rows = kRows,
     .tile_cols = kCols,
     .tile = Tile,
+    .transpose = Transpose,
     .silu_multiply = SiluMultiply,
     .dot = Dot,
     .add_scaled = AddScaled,

@@ -396,6 +396,36 @@ void Tile(int64_t depth, int32_t rows, const float* x, const float* w, float* c,
   TileOf<R>(depth, x, w, c, ldc, accumulate);
 }
 
+// Eight by eight: pairs of rows are interleaved, then pairs of pairs, then the halves of 128 bits are put in order.
+inline void Transpose8(const float* rows, int64_t stride, float* out, int64_t out_stride) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(rows + i * stride);
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+    a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+    a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+    a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(out + i * out_stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+    _mm256_storeu_ps(out + (i + 4) * out_stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+  }
+}
+void Transpose(const float* rows, int64_t stride, int64_t depth, float* out) {
+  constexpr int64_t kCols = 2 * kLanes;
+  int64_t k = 0;
+  for (; k + 8 <= depth; k += 8) {
+    for (int64_t j = 0; j < kCols; j += 8) Transpose8(rows + j * stride + k, stride, out + k * kCols + j, kCols);
+  }
+  for (; k < depth; ++k) {
+    for (int64_t j = 0; j < kCols; ++j) out[k * kCols + j] = rows[j * stride + k];
+  }
+}
+
 constexpr EngineKernels MakeTable(SimdLevel level) {
   return {.level = level,
           .dot_rows = {DotFloatRows<F32>, DotFloatRows<F16>, DotFloatRows<BF16>, DotBlocks<Q8_0>, DotBlocks<Q4_0>,
@@ -404,6 +434,7 @@ constexpr EngineKernels MakeTable(SimdLevel level) {
           .tile_rows = kTileRows,
           .tile_cols = 2 * kLanes,
           .tile = Tile<1>,
+          .transpose = Transpose,
           .silu_multiply = SiluMultiply,
           .dot = Dot,
           .add_scaled = AddScaled};

@@ -11,6 +11,8 @@ namespace {
 
 constexpr int64_t kPanelTiles = 2;    // tiles of weight rows that are expanded together
 constexpr int64_t kPanelDepth = 768;  // columns expanded at once: whole blocks of every type; a panel stays in L2
+constexpr int64_t kExpandDepth = 256;  // columns expanded at a time before they are transposed: they stay in L1
+constexpr int64_t kExpandStride = kExpandDepth + 16;  // [floats]: rows 1 KiB apart would share few cache sets
 constexpr int64_t kPiecesPerThread = 4;
 constexpr int64_t kMinPieceRows = 16;
 
@@ -48,7 +50,8 @@ Products::Products(const EngineKernels& kernels, Executor& executor, int64_t max
   scale_ = AlignedFloats(PaddedBlocks(max_cols));
   sum_ = AlignedFloats(PaddedBlocks(max_cols));
   const int64_t panel = kPanelTiles * kernels.tile_cols * kPanelDepth;
-  scratch_stride_ = panel + static_cast<int64_t>(RoundUp(static_cast<uint64_t>(std::max(max_cols, kPanelDepth)), 16));
+  const int64_t rest = std::max(max_cols, kernels.tile_cols * kExpandStride);
+  scratch_stride_ = panel + static_cast<int64_t>(RoundUp(static_cast<uint64_t>(rest), 16));
   scratch_ = AlignedFloats(scratch_stride_ * executor.concurrency());
 }
 
@@ -151,15 +154,17 @@ void Products::RunPanel(const Product& product, int64_t first, float* panel) {
 void Products::ExpandPanel(const WeightMatrix& weights, int64_t first, int64_t count, int64_t k0, int64_t depth,
                            float* expanded, float* panel) const {
   const int64_t tile_cols = kernels_.tile_cols;
-  // Exact: k0 is a whole number of blocks.
-  const size_t offset = weights.row_bytes * static_cast<size_t>(k0) / static_cast<size_t>(weights.cols);
-  for (int64_t j = 0; j < CeilDiv(count, tile_cols) * tile_cols; ++j) {
-    float* out = panel + j / tile_cols * tile_cols * depth + j % tile_cols;
-    if (j < count) {
-      DequantizeRow(weights.type, weights.row(first + j) + offset, depth, expanded);
-      for (int64_t k = 0; k < depth; ++k) out[k * tile_cols] = expanded[k];
-    } else {
-      for (int64_t k = 0; k < depth; ++k) out[k * tile_cols] = 0;
+  for (int64_t j0 = 0; j0 < count; j0 += tile_cols, panel += depth * tile_cols) {
+    const int64_t rows = std::min(tile_cols, count - j0);
+    if (rows < tile_cols) std::fill(expanded, expanded + tile_cols * kExpandStride, 0.0f);
+    for (int64_t k = 0; k < depth; k += kExpandDepth) {
+      // Exact: every stretch starts at a whole number of blocks.
+      const size_t offset = weights.row_bytes * static_cast<size_t>(k0 + k) / static_cast<size_t>(weights.cols);
+      const int64_t n = std::min(kExpandDepth, depth - k);
+      for (int64_t j = 0; j < rows; ++j) {
+        DequantizeRow(weights.type, weights.row(first + j0 + j) + offset, n, expanded + j * kExpandStride);
+      }
+      kernels_.transpose(expanded, kExpandStride, n, panel + k * tile_cols);
     }
   }
 }

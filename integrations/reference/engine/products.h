@@ -73,7 +73,7 @@ class Products {
   AlignedFloats packed_;                // kMatrix: [tiles, cols, tile_rows]; kVector: [cols]
   AlignedArray<int16_t> codes_;         // [max_cols]
   AlignedFloats scale_, sum_;           // [blocks], padded
-  AlignedFloats scratch_;               // per thread: a panel and a row
+  AlignedFloats scratch_;               // per thread: a panel, then a row of input or rows being expanded
   int64_t scratch_stride_ = 0;          // [floats]
 };
 
