@@ -142,7 +142,8 @@ struct ScorePagesParams {
 //    target_drop, or `cap` positions are kept (dilated ones included), or the ranks end:
 //    dropped = U / (U + L), U = SUM exp(z + err) over what is in sight and not kept, L = SUM exp(z - err) over what is kept.
 //    What is in sight and neither candidate nor kept counts as dropped. An infinite err is 100 % dropped until it is kept.
-//    The quotient holds whatever the size of U and L (both may be e^-1000 of the largest weight); below 1e-30 it may count as 0.
+//    The quotient holds whatever the size of U and L (both may be e^-1000 of the largest weight). With a target below 1e-30 a
+//    quotient below 1e-30 may count as reached or not.
 // Logits: -inf is a weight of 0, ranked last; +inf ranks first. A NaN in sight makes lse_all of its head NaN and `met` 0 (lse_out
 // too, if it is not kept); the position ranks as -inf, and by the weight rules so does the whole head.
 // Backends may order two positions either way if their s differ by less than fp32 rounding, but equal logits tie exactly.

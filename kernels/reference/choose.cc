@@ -156,6 +156,14 @@ class Choice {
     return met;
   }
 
+  // U / (U + L) <= target_drop, for the logarithms of U and L: also where exp would lose them.
+  bool WithinTarget(double outside, double inside) const {
+    if (std::isnan(outside) || std::isnan(inside)) return false;
+    if (outside == -kInfinity || task_.target_drop >= 1) return true;
+    const double target = task_.target_drop;
+    return outside - inside <= std::log(target) - std::log1p(-target);  // NaN of two infinities: false
+  }
+
   // How many of `rest` head h needs, at most `most`; clears *met if that is not enough.
   size_t RanksNeeded(int64_t h, const std::vector<int32_t>& rest, size_t most, bool* met) const {
     // outside[r]: log U once rest[0, r) is kept too.
@@ -168,8 +176,7 @@ class Choice {
     for (size_t r = rest.size(); r-- > 0;) outside[r] = LogAdd(outside[r + 1], Most(h, rest[r]));
     double inside = LogSumExp(kept);
     for (size_t r = 0; r <= most; ++r) {
-      const double dropped = outside[r] == -kInfinity && !std::isnan(inside) ? 0 : 1 / (1 + std::exp(inside - outside[r]));
-      if (dropped <= static_cast<double>(task_.target_drop)) return r;
+      if (WithinTarget(outside[r], inside)) return r;
       if (r < most) inside = LogAdd(inside, Least(h, rest[r]));
     }
     *met = false;

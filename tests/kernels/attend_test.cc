@@ -59,7 +59,7 @@ TEST_P(AttendTest, EqualsSoftmaxOverRunsOfEverySize) {
   SeededRng rng;
   auto counts = EdgeSizes();
   counts.push_back(1500);
-  for (const int32_t d : HeadDims()) {
+  for (const int32_t d : Dims()) {
     for (const int32_t group : Groups()) {
       for (const int32_t count : counts) {
         if (count == 1500 && (d != 64 || group == 4)) continue;
@@ -104,7 +104,7 @@ TEST_P(AttendTest, RowsMayRepeatAndRunsMayBeScattered) {
 }
 
 TEST_P(AttendTest, NoRowsGiveZeroAndMinusInfinity) {
-  for (const int32_t d : HeadDims()) {
+  for (const int32_t d : Dims()) {
     std::vector<float> out, lse;
     const RowRun empty[] = {{.rows = nullptr, .count = 0}, {.rows = nullptr, .count = 0}};
     for (const std::span<const RowRun> runs : {std::span<const RowRun>(), std::span<const RowRun>(empty)}) {
@@ -208,7 +208,7 @@ TEST_P(AttendTest, PrefillIsCausalWithWindowAndSinks) {
   const std::vector<PrefillCase> cases{{0, 5, 0, false},  {1, 0, 0, false},   {1, 63, 4, true},    {7, 0, 9, false},
                                        {16, 0, 0, false}, {17, 15, 3, true},  {64, 64, 8, true},   {65, 1, 100, true},
                                        {31, 97, 2, true}, {61, 130, 0, true}, {128, 0, 4, false},  {2, 500, 8, true}};
-  for (const int32_t d : HeadDims()) {
+  for (const int32_t d : Dims()) {
     for (const PrefillCase& shape : cases) {
       const int32_t group = rng.Pick(Groups());
       const int64_t q_stride = group * d + 3, out_stride = group * d + 11;

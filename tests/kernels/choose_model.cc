@@ -85,8 +85,7 @@ ChooseModel RunChooseModel(const ChooseTask& task, int32_t group) {
       bool all = true;
       for (int32_t h = 0; h < group; ++h) {
         const double dropped = DroppedBound(task, h, as_list());
-        const bool vanishing = dropped < kVanishing && task.target_drop < kVanishing &&
-                               MassOf(task, h, as_list(), false, 1) > -kInfinity;
+        const bool vanishing = dropped < kVanishing && task.target_drop < kVanishing;
         model.margin = std::min(model.margin, vanishing ? 0 : Gap(dropped, task.target_drop));
         all = all && dropped <= static_cast<double>(task.target_drop);
       }

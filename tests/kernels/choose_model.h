@@ -8,7 +8,7 @@
 
 namespace prehoc {
 
-// A dropped mass below this may count as 0.
+// A dropped mass below this may count as 0, or as not yet 0.
 inline constexpr double kVanishing = 1e-30;
 
 struct ChooseModel {

@@ -365,7 +365,8 @@ void CheckMasses(const ChooseTask& task, int32_t group, const ChooseModel& model
     const double dropped = DroppedBound(task, h, got.chosen);
     met = met && dropped <= static_cast<double>(task.target_drop);
     const double distance = std::abs(dropped - static_cast<double>(task.target_drop));
-    clear = clear && distance >= 1e-5 * dropped && (dropped > kVanishing || task.target_drop > kVanishing || dropped == 0);
+    const bool vanishing = dropped < kVanishing && task.target_drop < kVanishing;
+    clear = clear && distance >= 1e-5 * dropped && !vanishing;
   }
   if (task.target_drop < 0) {
     EXPECT_EQ(got.met, 1);
@@ -376,9 +377,9 @@ void CheckMasses(const ChooseTask& task, int32_t group, const ChooseModel& model
 
 TEST_P(ChooseTest, EqualsTheModelOnRandomTasks) {
   SeededRng rng;
-  constexpr int kCases = 1500;
+  const int cases = on_pool() ? 400 : 1500;
   int compared = 0;
-  for (int i = 0; i < kCases; ++i) {
+  for (int i = 0; i < cases; ++i) {
     RandomTask random = MakeTask(rng);
     ChooseTask& task = random.task;
     task.z = random.z.data();
@@ -411,7 +412,7 @@ TEST_P(ChooseTest, EqualsTheModelOnRandomTasks) {
     }
     if (HasFailure()) return;
   }
-  EXPECT_GT(compared, kCases * 3 / 4);
+  EXPECT_GT(compared, cases * 3 / 4);
 }
 
 TEST_P(ChooseTest, ManyTasksAtOnceEqualEachAlone) {

@@ -129,7 +129,7 @@ TEST_P(CodesTest, EveryKeyIsWithinHalfAStepOfItsCode) {
   SeededRng rng;
   for (const CodeFormat& format : AllFormats()) {
     const auto tokens = static_cast<size_t>(format.group_tokens);
-    for (const int32_t d : HeadDims()) {
+    for (const int32_t d : Dims()) {
       for (const KeyKind kind : kAllKinds) {
         SCOPED_TRACE(Describe(format, d, kind));
         const auto rows = MakeRows(rng, 2 * format.group_tokens, d, kind);
@@ -206,7 +206,7 @@ TEST_P(CodesTest, RangesThatOverflowFp16AreStillCoded) {
 TEST_P(CodesTest, TheSameBytesFromEveryTable) {
   SeededRng rng;
   for (const CodeFormat& format : AllFormats()) {
-    for (const int32_t d : HeadDims()) {
+    for (const int32_t d : Dims()) {
       for (const KeyKind kind : kAllKinds) {
         SCOPED_TRACE(Describe(format, d, kind));
         auto rows = MakeRows(rng, 2 * format.group_tokens, d, kind);
@@ -313,7 +313,7 @@ TEST_P(CodesTest, TheBoundHoldsAndIsNotLoose) {
   SeededRng rng;
   int64_t cases = 0;
   for (const CodeFormat& format : AllFormats()) {
-    for (const int32_t d : HeadDims()) {
+    for (const int32_t d : Dims()) {
       for (const KeyKind kind : kAllKinds) {
         SCOPED_TRACE(Describe(format, d, kind));
         const int32_t group = rng.Pick(Groups()), tokens = format.group_tokens;
@@ -368,7 +368,7 @@ TEST_P(CodesTest, TheBoundHoldsAndIsNotLoose) {
       }
     }
   }
-  EXPECT_GE(cases, 100'000);
+  EXPECT_GE(cases, on_pool() ? 50'000 : 250'000);
 }
 
 TEST_P(CodesTest, ScanOfManyTasksAndOfNothing) {

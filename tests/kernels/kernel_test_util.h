@@ -19,6 +19,8 @@
 
 namespace prehoc {
 
+const std::vector<int32_t>& HeadDims();  // 16, 48, 64, 80, 128, 256
+
 class KernelTest : public testing::TestWithParam<std::tuple<const char*, bool>> {
  public:
   static std::string Name(const testing::TestParamInfo<ParamType>& world);
@@ -27,6 +29,9 @@ class KernelTest : public testing::TestWithParam<std::tuple<const char*, bool>> 
   void SetUp() override;
   const KernelTable& kernels() const { return *kernels_; }
   const Launch& launch() const { return launch_; }
+  bool on_pool() const { return launch_.executor != nullptr; }
+  // Head sizes of a sweep. On the pool two are enough: it adds threads, not arithmetic.
+  std::vector<int32_t> Dims() const { return on_pool() ? std::vector<int32_t>{64, 80} : HeadDims(); }
   bool is_reference() const { return kernels_->name == "reference"; }
 
  private:
@@ -40,7 +45,6 @@ class KernelTest : public testing::TestWithParam<std::tuple<const char*, bool>> 
                            testing::Combine(testing::Values("reference", "avx2", "avx512"), testing::Bool()), \
                            KernelTest::Name)
 
-const std::vector<int32_t>& HeadDims();  // 16, 48, 64, 80, 128, 256
 const std::vector<int32_t>& Groups();    // 1, 3, 4, 8
 // 0, 1, around 16 and 64, primes.
 const std::vector<int32_t>& EdgeSizes();

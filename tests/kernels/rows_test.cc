@@ -14,7 +14,7 @@ PREHOC_INSTANTIATE_KERNELS(RowsTest);
 
 TEST_P(RowsTest, AppendRoundsToNearestEvenAtEverySize) {
   SeededRng rng;
-  for (const int32_t d : HeadDims()) {
+  for (const int32_t d : Dims()) {
     for (const int32_t count : {0, 1, 15, 16, 17, 67}) {
       const int64_t stride = d + 7;
       auto k = rng.Normals(static_cast<size_t>(count * stride + 1)), v = rng.Normals(k.size(), 100);
@@ -53,7 +53,7 @@ TEST_P(RowsTest, AppendKeepsWhatFp16CannotHoldVisible) {
 
 TEST_P(RowsTest, GatherCopiesRowsRepeatedOnesToo) {
   SeededRng rng;
-  for (const int32_t d : HeadDims()) {
+  for (const int32_t d : Dims()) {
     const auto rows = MakeRows(rng, 40, d);
     const size_t width = static_cast<size_t>(2 * d);
     for (const int32_t count : EdgeSizes()) {
@@ -74,7 +74,7 @@ TEST_P(RowsTest, GatherCopiesRowsRepeatedOnesToo) {
 
 TEST_P(RowsTest, GateIsTheSmallestCosineOfTheGroup) {
   SeededRng rng;
-  for (const int32_t d : HeadDims()) {
+  for (const int32_t d : Dims()) {
     for (const int32_t group : Groups()) {
       const size_t width = static_cast<size_t>(group * d);
       constexpr size_t kTasks = 9;
@@ -133,7 +133,7 @@ TEST_P(RowsTest, GateRefusesNormsThatMeanNothingAndClampsTheRest) {
 
 TEST_P(RowsTest, ScoreIsTheDotProductOverRuns) {
   SeededRng rng;
-  for (const int32_t d : HeadDims()) {
+  for (const int32_t d : Dims()) {
     for (const int32_t group : Groups()) {
       for (const int32_t count : EdgeSizes()) {
         const auto rows = MakeRows(rng, count, d, rng.Chance(0.3) ? KeyKind::kManyScales : KeyKind::kNormal);
@@ -164,7 +164,7 @@ TEST_P(RowsTest, ScoreIsTheDotProductOverRuns) {
 
 TEST_P(RowsTest, ScorePagesBoundsEveryKeyOfThePage) {
   SeededRng rng;
-  for (const int32_t d : HeadDims()) {
+  for (const int32_t d : Dims()) {
     for (const int32_t group : Groups()) {
       for (const int32_t pages : {0, 1, 3, 15, 16, 17, 37}) {
         const auto rows = MakeRows(rng, pages * 16, d);
