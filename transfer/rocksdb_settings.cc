@@ -81,6 +81,7 @@ rocksdb::Options MakeRocksDbOptions(const RocksDbSettings& settings) {
   options.writable_file_max_buffer_size = 2 * kMiB;
   options.max_open_files = 128;  // records are read through our own descriptors, as a rule
   options.max_manifest_file_size = settings.manifest_bytes;
+  options.manifest_preallocation_size = 64 * kKiB;  // of its 4 MiB, as a rule, nothing would be used
   options.avoid_unnecessary_blocking_io = false;  // a file that nobody reads is gone when DeleteFile() returns
 
   rocksdb::BlockBasedTableOptions table;

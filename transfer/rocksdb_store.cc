@@ -82,13 +82,13 @@ struct RocksDbStore::Impl final : public rocksdb::EventListener {
   std::vector<SegmentKey> unwritten_tombstones PREHOC_GUARDED_BY(write_mutex);
   // After an I/O error nothing is written until reopened: RocksDB's state may be older than ours.
   Status write_error PREHOC_GUARDED_BY(write_mutex);
-  bool disk_was_full PREHOC_GUARDED_BY(write_mutex) = false;  // RocksDB refuses writes until it is told otherwise
   std::vector<Leaving> leaving PREHOC_GUARDED_BY(write_mutex);
 
   SegmentTable table{kMaxOpenFiles};
 
   mutable Mutex mutex;
-  Status listener_error PREHOC_GUARDED_BY(mutex);
+  Status background_error PREHOC_GUARDED_BY(mutex);    // of a flush; as write_error
+  bool disk_was_full PREHOC_GUARDED_BY(mutex) = false;  // a flush failed, and RocksDB waits to be told to try again
   std::vector<AlignedBuffer> scratch PREHOC_GUARDED_BY(mutex);  // not in use; as many as reads were under way at once
 
   // Statistics only: nothing is ordered by them.
@@ -113,6 +113,11 @@ struct RocksDbStore::Impl final : public rocksdb::EventListener {
   }
   void OnFlushBegin(rocksdb::DB*, const rocksdb::FlushJobInfo&) override { PREHOC_TEST_POINT("rocksdb_store.flush"); }
   void OnFlushCompleted(rocksdb::DB*, const rocksdb::FlushJobInfo& info) override;
+  void OnBackgroundError(rocksdb::BackgroundErrorReason, rocksdb::Status* error) override { NoteError(*error); }
+  void OnErrorRecoveryBegin(rocksdb::BackgroundErrorReason, rocksdb::Status, bool* auto_recovery) override {
+    *auto_recovery = false;  // when to try again is CheckDisk()'s to say
+  }
+  void NoteError(const rocksdb::Status& error);
 
   // --- reading ---
   // The record at `place`, unverified beyond what ParseRecord() checks with `verify`; its payload is copied to `out`.
@@ -127,7 +132,7 @@ struct RocksDbStore::Impl final : public rocksdb::EventListener {
 
   // --- writing ---
   Status CheckWritableLocked() PREHOC_REQUIRES(write_mutex);
-  Status CheckDiskLocked() PREHOC_REQUIRES(write_mutex);
+  Status CheckDisk();
   Status MakeRoomLocked(uint64_t bytes) PREHOC_REQUIRES(write_mutex);
   Status EvictOldestLocked() PREHOC_REQUIRES(write_mutex);
   void ReapLeavingLocked() PREHOC_REQUIRES(write_mutex);
@@ -160,7 +165,7 @@ Status RocksDbStore::Impl::OpenDb() {
       return {StatusCode::kBusy, where + ": is open in this process already"};
     }
     if (text.find("While lock file") != std::string::npos) {
-      return {StatusCode::kBusy, where + ": another process holds it (" + options.path +
+      return {StatusCode::kBusy, where + ": " + LockHolder(options.path) + " holds it (" + options.path +
                                      "/LOCK); stop it, use another directory, or open with read_only"};
     }
     Status ours = FromRocksDb(status, where);
@@ -192,11 +197,21 @@ void RocksDbStore::Impl::OnFlushCompleted(rocksdb::DB*, const rocksdb::FlushJobI
   const bool exists = ::stat(info.file_path.c_str(), &file) == 0;
   if (!keys.ok() || !exists) {
     MutexLock lock(mutex);
-    listener_error = {StatusCode::kIoError, where + ": flushed file " + info.file_path + " cannot be read back"};
+    background_error = {StatusCode::kIoError, where + ": flushed file " + info.file_path + " cannot be read back"};
     return;
   }
   table.AddSegment(info.file_number, info.file_path.substr(info.file_path.rfind('/')),
                    static_cast<uint64_t>(file.st_size), info.largest_seqno, std::move(*keys));
+}
+
+void RocksDbStore::Impl::NoteError(const rocksdb::Status& error) {
+  const Status ours = FromRocksDb(error, where);
+  MutexLock lock(mutex);
+  if (ours.code() == StatusCode::kOutOfSpace) {
+    disk_was_full = true;
+  } else if (background_error.ok()) {
+    background_error = ours;
+  }
 }
 
 // --- reading ---
@@ -285,24 +300,30 @@ Status RocksDbStore::Impl::CheckWritableLocked() {
   if (options.read_only) return {StatusCode::kUnsupported, where + ": is open read-only"};
   if (!write_error.ok()) return write_error;
   MutexLock lock(mutex);
-  return listener_error;
+  return background_error;
 }
 
-Status RocksDbStore::Impl::CheckDiskLocked() {
+Status RocksDbStore::Impl::CheckDisk() {
+  bool was_full = false;
+  {
+    MutexLock lock(mutex);
+    was_full = disk_was_full;
+  }
+  // After a flush that failed, two memtables wait to be written.
+  const uint64_t wanted = std::max(options.min_free_bytes, was_full ? 2 * segment_bytes : 0);
   struct statvfs file_system {};
   if (::statvfs(options.path.c_str(), &file_system) == 0) {
     const uint64_t free = uint64_t{file_system.f_bavail} * file_system.f_frsize;
-    if (free < options.min_free_bytes) {
+    if (free < wanted) {
       return {StatusCode::kOutOfSpace, where + ": the disk has " + FormatBytes(static_cast<double>(free)) + " left, " +
-                                           FormatBytes(static_cast<double>(options.min_free_bytes)) +
-                                           " are to stay free (min_free_bytes)"};
+                                           FormatBytes(static_cast<double>(wanted)) +
+                                           " are to stay free (min_free_bytes); free some, or lower it"};
     }
   }
-  if (disk_was_full) {
-    // There may be room again; RocksDB writes what a failed flush kept, or says that there is none.
-    PREHOC_RETURN_IF_ERROR(FromRocksDb(db->Resume(), where));
-    disk_was_full = false;
-  }
+  if (!was_full) return {};
+  PREHOC_RETURN_IF_ERROR(FromRocksDb(db->Resume(), where));  // writes what the flush could not
+  MutexLock lock(mutex);
+  disk_was_full = false;
   return {};
 }
 
@@ -399,7 +420,7 @@ Status RocksDbStore::Impl::WriteLocked(const ChunkKey& key, std::span<const std:
     table.AbortWrite(number);
     const Status ours = FromRocksDb(status, where);
     if (ours.code() == StatusCode::kOutOfSpace) {
-      disk_was_full = true;
+      NoteError(status);
     } else if (ours.code() != StatusCode::kBusy) {
       write_error = ours;
     }
@@ -507,7 +528,7 @@ Status RocksDbStore::DoPut(const ChunkKey& key, std::span<const std::byte> data)
   MutexLock write_lock(impl.write_mutex);
   if (impl.table.Find(key)) return {};
   Status status = impl.CheckWritableLocked();
-  if (status.ok()) status = impl.CheckDiskLocked();
+  if (status.ok()) status = impl.CheckDisk();
   if (status.ok()) status = impl.MakeRoomLocked(impl.record_cost());
   if (status.ok()) status = impl.WriteLocked(key, std::as_bytes(std::span(&header, 1)), data);
   if (!status.ok()) {
@@ -536,6 +557,7 @@ Status RocksDbStore::DoFlush() {
   {
     MutexLock write_lock(impl.write_mutex);
     PREHOC_RETURN_IF_ERROR(impl.CheckWritableLocked());
+    PREHOC_RETURN_IF_ERROR(impl.CheckDisk());
   }
   // Not under the lock: whoever puts does not wait for the disk.
   PREHOC_RETURN_IF_ERROR(FromRocksDb(impl.db->Flush(flush_options), impl.where));

@@ -103,6 +103,7 @@ std::string FormatStoreNote(const StoreNote& note) {
 }
 
 Result<StoreNote> ParseStoreNote(std::string_view text) {
+  const std::string_view whole = text;
   const auto take = [&](std::string_view label) -> Result<std::string> {
     const size_t end = text.find('\n');
     if (end == std::string_view::npos || !text.starts_with(label)) {
@@ -122,7 +123,7 @@ Result<StoreNote> ParseStoreNote(std::string_view text) {
   PREHOC_ASSIGN_OR_RETURN(note.identity.model_name, take("model_name "));
   PREHOC_ASSIGN_OR_RETURN(const std::string chunk, take("chunk_bytes "));
   if (!rest.empty() || !ParseInt(store, &note.store_version) || !ParseInt(format, &note.identity.format_version) ||
-      !ParseHex(model, &note.identity.model) || !ParseInt(chunk, &note.chunk_bytes)) {
+      !ParseHex(model, &note.identity.model) || !ParseInt(chunk, &note.chunk_bytes) || FormatStoreNote(note) != whole) {
     return {StatusCode::kCorrupt, "the note '" + std::string(kStoreNoteName) + "' has a malformed value"};
   }
   return note;
@@ -195,6 +196,19 @@ Status PrepareStoreDirectory(const std::string& path, const StoreNote& wanted, b
   }
   if (::chmod(path.c_str(), 0700) != 0) return Io(path, "cannot take it for ourselves", errno);
   return WriteNote(path, FormatStoreNote(wanted));
+}
+
+std::string LockHolder(const std::string& path) {
+  struct flock lock {};
+  lock.l_type = F_WRLCK;
+  lock.l_whence = SEEK_SET;
+  const int fd = ::open((path + "/LOCK").c_str(), O_RDONLY | O_CLOEXEC);
+  const bool asked = fd >= 0 && ::fcntl(fd, F_GETLK, &lock) == 0;
+  if (fd >= 0) ::close(fd);
+  if (!asked || lock.l_type == F_UNLCK || lock.l_pid <= 0) return "another process";
+  std::string name;
+  std::getline(std::ifstream("/proc/" + std::to_string(lock.l_pid) + "/comm"), name);
+  return "process " + std::to_string(lock.l_pid) + (name.empty() ? "" : " (" + name + ")");
 }
 
 void RestrictFiles(const std::string& path) {

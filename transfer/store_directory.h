@@ -26,6 +26,9 @@ Status CheckStoreNote(const StoreNote& found, const StoreNote& wanted);
 // `read_only`. Codes as RocksDbStore::Open().
 Status PrepareStoreDirectory(const std::string& path, const StoreNote& wanted, bool create_if_missing, bool read_only);
 
+// Who holds RocksDB's lock of the store at `path`: "process 4711 (prehoc)", or "another process" where that is unknown.
+std::string LockHolder(const std::string& path);
+
 // Takes access from group and others, for the directory's files. Best effort: 0700 on the directory holds anyway.
 void RestrictFiles(const std::string& path);
 

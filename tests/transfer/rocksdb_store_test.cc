@@ -1,6 +1,7 @@
 #include "transfer/rocksdb_store.h"
 
 #include <fcntl.h>
+#include <signal.h>
 #include <spawn.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -19,6 +20,7 @@
 #include "tests/support/seeded_rng.h"
 #include "tests/support/status_matchers.h"
 #include "tests/support/temp_dir.h"
+#include "transfer/direct_file.h"
 #include "transfer/record_format.h"
 #include "transfer/segment_keys.h"
 #include "transfer/store_directory.h"
@@ -219,58 +221,72 @@ TEST_F(RocksDbStoreTest, ASecondStoreInThisProcessIsBusy) {
   EXPECT_STATUS(StatusCode::kBusy, options_.path, TryOpen());
 }
 
-// A child that holds the store until Finish().
+// rocksdb_store_child, which stands beside this program.
 class Child {
  public:
-  Child(const std::string& path, int flushed, int more) {
+  explicit Child(std::vector<std::string> arguments) {
     int in[2], out[2];
     if (::pipe2(in, O_CLOEXEC) != 0 || ::pipe2(out, O_CLOEXEC) != 0) std::abort();
     posix_spawn_file_actions_t actions;
     posix_spawn_file_actions_init(&actions);
     posix_spawn_file_actions_adddup2(&actions, in[0], 0);
     posix_spawn_file_actions_adddup2(&actions, out[1], 1);
-    const std::string program = fs::read_symlink("/proc/self/exe").parent_path() / "rocksdb_store_child";
-    std::string flushed_text = std::to_string(flushed), more_text = std::to_string(more), path_text = path;
-    char* argv[] = {const_cast<char*>(program.c_str()), path_text.data(), flushed_text.data(), more_text.data(),
-                    nullptr};
-    const int error = ::posix_spawn(&pid_, program.c_str(), &actions, nullptr, argv, environ);
+    arguments.insert(arguments.begin(), fs::read_symlink("/proc/self/exe").parent_path() / "rocksdb_store_child");
+    std::vector<char*> argv;
+    for (std::string& argument : arguments) argv.push_back(argument.data());
+    argv.push_back(nullptr);
+    if (::posix_spawn(&pid_, argv[0], &actions, nullptr, argv.data(), environ) != 0) pid_ = -1;
     posix_spawn_file_actions_destroy(&actions);
     ::close(in[0]);
     ::close(out[1]);
     in_ = in[1];
-    char byte = 0;
-    ready_ = error == 0 && ::read(out[0], &byte, 1) == 1 && byte == 'r';
-    ::close(out[0]);
+    out_ = out[0];
   }
-  ~Child() { Finish(); }
-  void Finish() {
-    if (in_ < 0) return;
+  ~Child() {
+    if (pid_ > 0) Kill();
     ::close(in_);
-    in_ = -1;
+    ::close(out_);
+  }
+  pid_t pid() const { return pid_; }
+  bool WaitForByte() {
+    char byte = 0;
+    return ::read(out_, &byte, 1) == 1 && byte == 'r';
+  }
+  // Nothing that it holds is closed.
+  void Kill() {
+    ::kill(pid_, SIGKILL);
+    Join();
+  }
+  // Its exit code, -1 for a signal.
+  int Join() {
     int status = 0;
     ::waitpid(pid_, &status, 0);
+    pid_ = -1;
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
   }
-  bool ready() const { return ready_; }
 
  private:
   pid_t pid_ = -1;
-  int in_ = -1;
-  bool ready_ = false;
+  int in_ = -1, out_ = -1;
 };
 
-TEST_F(RocksDbStoreTest, SaysThatAnotherProcessHoldsIt) {
-  Child child(options_.path, 1, 0);
-  ASSERT_TRUE(child.ready());
-  EXPECT_STATUS(StatusCode::kBusy, "another process", TryOpen());
+TEST_F(RocksDbStoreTest, NamesTheProcessThatHoldsIt) {
+  Child child({"hold", options_.path, "1", "0"});
+  ASSERT_TRUE(child.WaitForByte());
+  EXPECT_STATUS(StatusCode::kBusy, "process " + std::to_string(child.pid()), TryOpen());
+  EXPECT_STATUS(StatusCode::kBusy, "rocksdb_store_c", TryOpen());  // the system keeps 15 characters of a name
   EXPECT_STATUS(StatusCode::kBusy, options_.path, TryOpen());
-  child.Finish();
+  options_.read_only = true;
+  EXPECT_OK(TryOpen());
+  options_.read_only = false;
+  child.Kill();
   EXPECT_OK(TryOpen());
 }
 
 TEST_F(RocksDbStoreTest, ACrashLosesOnlyWhatWasNotFlushed) {
-  Child child(options_.path, 10, 5);
-  ASSERT_TRUE(child.ready());
-  child.Finish();
+  Child child({"hold", options_.path, "10", "5"});
+  ASSERT_TRUE(child.WaitForByte());
+  child.Kill();
   auto store = Open();
   std::vector<std::byte> out(kBytes);
   for (int i = 0; i < 10; ++i) {
@@ -282,6 +298,145 @@ TEST_F(RocksDbStoreTest, ACrashLosesOnlyWhatWasNotFlushed) {
   ASSERT_OK(store->Put(TestKey(20), TestChunk(20)));
   ASSERT_OK(store->Get(TestKey(20), out));
   EXPECT_EQ(out, TestChunk(20));
+}
+
+TEST_F(RocksDbStoreTest, MayBeKilledAtAnyTime) {
+  for (int round = 0; round < 5; ++round) {
+    options_.path = dir_.path() + "/killed" + std::to_string(round);
+    Child child({"pump", options_.path});
+    const int flushes = 3 + 4 * round;
+    for (int i = 0; i < flushes; ++i) ASSERT_TRUE(child.WaitForByte());
+    child.Kill();  // somewhere in a write or a flush
+    auto store = Open();
+    ASSERT_NE(store, nullptr);
+    std::vector<std::byte> out(kBytes);
+    for (int i = 0; i < 10 * flushes; ++i) {
+      ASSERT_OK(store->Get(TestKey(i), out)) << round << " " << i;
+      ASSERT_EQ(out, TestChunk(i));
+    }
+    for (int i = 10 * flushes; i < 10 * flushes + 500; ++i) {
+      const Status status = store->Get(TestKey(i), out);
+      if (status.ok()) {
+        ASSERT_EQ(out, TestChunk(i));
+      } else {
+        ASSERT_EQ(status.code(), StatusCode::kNotFound) << status;
+      }
+    }
+    ASSERT_OK(store->Put(TestKey(100'000), TestChunk(1)));
+    ASSERT_OK(store->CheckInvariants());
+  }
+}
+
+TEST_F(RocksDbStoreTest, ADiskThatIsReallyFullRefusesPutsServesReadsAndGoesOnWhenThereIsRoom) {
+  Child child({"full-disk", dir_.path() + "/disk"});
+  const int code = child.Join();
+  if (code == 77) GTEST_SKIP() << "may not mount a small disk of its own here";
+  EXPECT_EQ(code, 0);
+}
+
+TEST_F(RocksDbStoreTest, AReaderSurvivesWhatAWriterDrops) {
+  options_.budget = 16 << 20;
+  options_.segment_bytes = 128 << 10;
+  options_.second_chance = false;
+  auto writer = Open();
+  constexpr int kRecords = 3000;
+  for (int n = 0; n < kRecords; ++n) ASSERT_OK(PutPatiently(*writer, n));
+  ASSERT_OK(writer->Flush());
+  RocksDbStore::Options reading = options_;
+  reading.read_only = true;
+  auto reader = std::move(RocksDbStore::Open(reading)).value();
+  EXPECT_EQ(reader->resident_bytes(), kRecords * (kBytes + sizeof(RecordHeader)));
+  for (int n = kRecords; n < 2 * kRecords; ++n) ASSERT_OK(PutPatiently(*writer, n));
+  ASSERT_FALSE(writer->Contains(TestKey(0)));
+  std::vector<std::byte> out(kBytes);
+  int found = 0, gone = 0;
+  for (int n = 0; n < kRecords; ++n) {
+    const Status status = reader->Get(TestKey(n), out);
+    if (status.ok()) {
+      ASSERT_EQ(out, TestChunk(n));
+      ++found;
+    } else {
+      ASSERT_EQ(status.code(), StatusCode::kNotFound) << status;
+      ASSERT_FALSE(reader->Contains(TestKey(n)));
+      ++gone;
+    }
+  }
+  EXPECT_GT(gone, 0);
+  EXPECT_EQ(CounterOf(*reader, "store.corrupt"), 0);
+  EXPECT_EQ(CounterOf(*reader, "store.misses"), gone);
+}
+
+TEST_F(RocksDbStoreTest, ReadsRecordsWhereTheyLieInTheirFiles) {
+  // If RocksDB laid its blocks out otherwise, every read would take the long way: right, and slow.
+  for (const size_t bytes : {kBytes, size_t{5000}, size_t{64} << 10, size_t{192} << 10}) {
+    for (const bool direct : {false, true}) {
+      options_.path = dir_.path() + "/shape" + std::to_string(bytes) + (direct ? "d" : "b");
+      options_.chunk_bytes = bytes;
+      options_.direct_io = direct;
+      auto store = Open();
+      constexpr int kRecords = 12;
+      for (int n = 0; n < kRecords; ++n) ASSERT_OK(PutPatiently(*store, n, bytes));
+      ASSERT_OK(store->Flush());
+      AlignedBuffer aligned;
+      ASSERT_TRUE(aligned.Reserve(bytes + 1));
+      for (const size_t shift : {0, 1}) {  // straight to where it is wanted, and by a copy
+        for (int n = 0; n < kRecords; ++n) {
+          const std::span<std::byte> out(aligned.data() + shift, bytes);
+          std::fill(out.begin(), out.end(), std::byte{0});
+          ASSERT_OK(store->Get(TestKey(n), out));
+          const auto expected = TestChunk(n, bytes);
+          ASSERT_TRUE(std::equal(out.begin(), out.end(), expected.begin()));
+        }
+      }
+      EXPECT_EQ(CounterOf(*store, "store.file_reads"), 2 * kRecords) << bytes;
+    }
+  }
+}
+
+TEST_F(RocksDbStoreTest, DamageInARecordThatIsReadInPlaceIsFound) {
+  options_.chunk_bytes = 64 << 10;
+  {
+    auto store = Open();
+    for (int n = 0; n < 3; ++n) ASSERT_OK(store->Put(TestKey(n), TestChunk(n, 64 << 10)));
+  }
+  const auto flip = [&](int64_t at) {
+    std::fstream file(Tables()[0], std::ios::binary | std::ios::in | std::ios::out);
+    file.seekg(at);
+    const char flipped = static_cast<char>(file.get() ^ 0x10);
+    file.seekp(at);
+    file.put(flipped);
+  };
+  flip(4096 + 12345);                      // payload of the first
+  flip(4096 + (64 << 10) + 4096 + 4000);   // header of the second: its block begins on the page after the first's
+  auto store = Open();
+  AlignedBuffer out;
+  ASSERT_TRUE(out.Reserve(64 << 10));
+  EXPECT_STATUS(StatusCode::kCorrupt, options_.path, store->Get(TestKey(0), {out.data(), 64 << 10}));
+  EXPECT_STATUS(StatusCode::kCorrupt, options_.path, store->Get(TestKey(1), {out.data(), 64 << 10}));
+  EXPECT_OK(store->Get(TestKey(2), {out.data(), 64 << 10}));
+  EXPECT_EQ(CounterOf(*store, "store.corrupt"), 2);
+}
+
+TEST_F(RocksDbStoreTest, FlushDoesNotHoldUpWriters) {
+#ifndef PREHOC_TEST_POINTS
+  GTEST_SKIP() << "needs test points";
+#else
+  auto store = Open();
+  ASSERT_OK(store->Put(TestKey(1), TestChunk(1)));
+  std::atomic<bool> flushing{false}, go{false};
+  TestPointHook hook("rocksdb_store.flush", [&] {
+    flushing = true;
+    while (!go) std::this_thread::yield();
+  });
+  std::thread flusher([&] { EXPECT_OK(store->Flush()); });
+  while (!flushing) std::this_thread::yield();
+  EXPECT_OK(store->Put(TestKey(2), TestChunk(2)));
+  EXPECT_OK(store->Delete(TestKey(1)));
+  std::vector<std::byte> out(kBytes);
+  EXPECT_OK(store->Get(TestKey(2), out));
+  go = true;
+  flusher.join();
+#endif
 }
 
 TEST_F(RocksDbStoreTest, FindsBytesThatRottedOnDisk) {
@@ -505,16 +660,20 @@ TEST_F(RocksDbStoreTest, ReadersAndEvictionDoNotMeet) {
       }
     });
   }
+  uint64_t most_on_disk = 0;
   for (int n = 0; n < 6000; ++n) {
     const Status status = PutPatiently(*store, n);
     if (!status.ok()) errors[0] = status.ToString();
     written = n;
+    if (n % 50 == 0) most_on_disk = std::max(most_on_disk, BytesOnDisk());
   }
   stop = true;
   for (std::thread& reader : readers) reader.join();
   for (const std::string& error : errors) EXPECT_EQ(error, "");
   EXPECT_EQ(CounterOf(*store, "store.corrupt"), 0);
   EXPECT_GT(CounterOf(*store, "store.evicted"), 0);
+  EXPECT_LE(most_on_disk, options_.budget);
+  EXPECT_LE(CounterOf(*store, "store.peak_bytes"), CounterOf(*store, "store.budget_bytes"));
   EXPECT_OK(store->CheckInvariants());
 }
 
