@@ -26,7 +26,8 @@ struct AttendCall {
 // What a method leaves out of prefill in one layer (METHODS 1.4, ETF).
 struct FreezeRule {
   int64_t frozen = 0;      // positions [0, frozen) pass through the layer unchanged
-  bool reuse_kv = false;   // frozen tokens take K and V of the last layer that computed them, instead of projecting
+  bool reuse_kv = false;   // frozen tokens take K and V of an earlier layer, instead of projecting:
+  int32_t reuse_layer = -1;  // of this one, which froze nothing; -1 = of the last that computed them, for each token its own
 };
 
 // One sequence. Not safe for two threads at once.

@@ -9,7 +9,9 @@ LayerInput InputOf(const AttendCall& call) {
   return {.q = call.q, .q_pre_rope = call.q_pre_rope, .k = call.k, .v = call.v, .out = call.out, .q_skip = call.q_skip};
 }
 
-FreezeRule RuleOf(const PrefillRule& rule) { return {.frozen = rule.frozen, .reuse_kv = rule.reuse_kv}; }
+FreezeRule RuleOf(const PrefillRule& rule) {
+  return {.frozen = rule.frozen, .reuse_kv = rule.reuse_kv, .reuse_layer = rule.reuse_layer};
+}
 
 // A chunk can be lost while another is made anew; more rounds than this mean that the tiers do not hold the sequence.
 constexpr int kMaxRepairRounds = 8;

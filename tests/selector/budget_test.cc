@@ -56,11 +56,13 @@ TEST(Budget, MiddleIsWhatSinksAndLocalLeave) {
   EXPECT_EQ(Parsed("2147483647").MiddleK(1), 2147483647 - 40);
 }
 
-// 0.1 is a little more than a tenth in doubles and 0.3 a little less; 30 of 100 must come out all the same.
+// 0.29 * 100 is 28.999999999999996 in doubles; it must come out as 29 all the same.
 TEST(Budget, DecimalSharesOfRoundNumbers) {
-  Budget budget = Parsed("0.3");
-  budget.sinks = budget.local = 0;
-  for (int64_t n = 10; n < 3'000'000; n += 10 * 997) EXPECT_EQ(budget.MiddleK(n), n / 10 * 3) << n;
+  for (int32_t hundredths = 1; hundredths < 100; ++hundredths) {
+    Budget budget = Parsed((hundredths < 10 ? "0.0" : "0.") + std::to_string(hundredths));
+    budget.sinks = budget.local = 0;
+    for (int64_t n = 100; n < 3'000'000; n += 100 * 997) ASSERT_EQ(budget.MiddleK(n), n / 100 * hundredths) << n;
+  }
 }
 
 TEST(Budget, MassHasNoLeastAndACap) {
