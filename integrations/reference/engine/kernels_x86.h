@@ -277,9 +277,10 @@ void AddScaled(float a, const float* x, int64_t n, float* y) {
 void Quantize(const float* x, int64_t cols, int16_t* codes, float* scale, float* sum) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   for (int64_t b = 0; b < cols / 32; ++b, x += 32, codes += 32) {
-    __m256 v[4], largest = _mm256_setzero_ps();
+    __m256 v[4], largest = _mm256_setzero_ps(), unordered = largest;
     for (int j = 0; j < 4; ++j) {
       v[j] = _mm256_loadu_ps(x + 8 * j);
+      unordered = _mm256_or_ps(unordered, _mm256_cmp_ps(v[j], v[j], _CMP_UNORD_Q));
       largest = _mm256_max_ps(largest, _mm256_andnot_ps(sign, v[j]));
     }
     __m128 m = _mm_max_ps(_mm256_castps256_ps128(largest), _mm256_extractf128_ps(largest, 1));
@@ -287,7 +288,8 @@ void Quantize(const float* x, int64_t cols, int16_t* codes, float* scale, float*
     const float max = _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
     // A reciprocal that overflows would make codes of infinity: such tiny blocks count as zero.
     const float inverse = max > 1e-33f ? 32767.0f / max : 0.0f;
-    scale[b] = max / 32767.0f;
+    // Codes cannot say NaN and a maximum may lose it: the scale carries it on, as infinity carries itself.
+    scale[b] = _mm256_movemask_ps(unordered) != 0 ? __builtin_nanf("") : max / 32767.0f;
     __m256i total = _mm256_setzero_si256();
     for (int j = 0; j < 4; j += 2) {
       const __m256i q0 = _mm256_cvtps_epi32(_mm256_mul_ps(v[j], _mm256_set1_ps(inverse)));

@@ -164,6 +164,26 @@ TEST_P(ProductsTest, RowsBeforeTheFirstAreNotNeeded) {
   EXPECT_EQ(out[0], -1) << "a whole tile before the first row is left out";
 }
 
+TEST_P(ProductsTest, NanAndInfinityAreNeverLost) {
+  SeededRng rng(8);
+  ManualExecutor executor;
+  const int64_t cols = 512, rows = 20;
+  const OwnedMatrix owned = RandomMatrix(rng, type(), rows, cols, 0.1);
+  for (const float poison : {NAN, INFINITY, -INFINITY}) {
+    for (const int64_t at : {0, 33, 300, 511}) {
+      for (const ProductMode mode : {ProductMode::kVector, ProductMode::kMatrix}) {
+        std::vector<float> x = rng.Normals(static_cast<size_t>(cols)), out(static_cast<size_t>(rows));
+        x[static_cast<size_t>(at)] = poison;
+        Products products(kernels(), executor, 1, cols);
+        products.SetInput(mode, 1, cols, [&](int64_t, float* to) { std::copy(x.begin(), x.end(), to); });
+        const Product product{.weights = &owned.matrix, .out = out.data(), .stride = rows};
+        products.Run({&product, 1});
+        for (int64_t r = 0; r < rows; ++r) EXPECT_FALSE(std::isfinite(out[static_cast<size_t>(r)])) << r << ", element " << at;
+      }
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(All, ProductsTest,
                          testing::Combine(testing::ValuesIn(AvailableLevels()), testing::ValuesIn(kTypes)),
                          [](const auto& param) {
