@@ -4,9 +4,11 @@
     python3 -m venv /tmp/venv
     /tmp/venv/bin/pip install torch transformers safetensors gguf    (torch's CPU build will do)
     /tmp/venv/bin/python scripts/make_engine_golden.py tiny
+    /tmp/venv/bin/python scripts/make_engine_golden.py rope
     /tmp/venv/bin/python scripts/make_engine_golden.py default --gguf SmolLM2-135M-Instruct.Q4_1.gguf
 
-`tiny` writes tests/golden/engine/<name>/{config.json,model.safetensors,golden.json}; `default` writes
+`tiny` writes tests/golden/engine/<name>/{config.json,model.safetensors,golden.json}; `rope` writes
+tests/golden/engine/rope.json, inverse frequencies and magnitudes of many RoPE settings; `default` writes
 tests/golden/engine/smollm2-135m-q4_1.json from the weights of the file, expanded to fp32 by the `gguf` package; its
 text is the beginning of Debian's `bible-kjv`. All arithmetic is fp32 with plain ("eager") attention. Seeded.
 
@@ -51,7 +53,7 @@ TINY = {
     "qwen3-qk-norm": ("qwen3", "BF16", {"head_dim": 16, "tie_word_embeddings": True, "rope_parameters": rope()}),
     "linear": ("llama", "BF16", {"rope_parameters": rope("linear", factor=4.0)}),
     "llama3": ("llama", "F16", {"rope_parameters": rope(
-        "llama3", theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        "llama3", theta=1000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
         original_max_position_embeddings=128)}),
     "yarn": ("llama", "BF16", {"rope_parameters": rope(
         "yarn", theta=500.0, factor=8.0, original_max_position_embeddings=128)}),
@@ -121,6 +123,50 @@ def make_tiny(name, kind, dtype, changes):
     print(f"{name}: {kind} {dtype}, largest logit {np.abs(logits).max():.3f}, spread between positions {spread:.2f}")
 
 
+# ---- RoPE --------------------------------------------------------------------------------------
+
+ROPE_CASES = [  # head_dim, max_positions, length of the sequence, settings
+    (64, 8192, 1, rope(theta=100000.0)),
+    (96, 4096, 1, rope("linear", factor=3.0)),
+    (128, 131072, 1, rope("llama3", theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                          original_max_position_embeddings=8192)),
+    (64, 131072, 1, rope("llama3", theta=500000.0, factor=32.0, low_freq_factor=2.0, high_freq_factor=6.0,
+                         original_max_position_embeddings=4096)),
+    (128, 131072, 1, rope("yarn", theta=1000000.0, factor=4.0, original_max_position_embeddings=32768)),
+    (64, 65536, 1, rope("yarn", factor=16.0, original_max_position_embeddings=4096, beta_fast=20.0, beta_slow=3.0)),
+    (64, 65536, 1, rope("yarn", factor=16.0, original_max_position_embeddings=4096, truncate=False)),
+    (64, 65536, 1, rope("yarn", factor=16.0, original_max_position_embeddings=4096, mscale=0.7, mscale_all_dim=1.2)),
+    (64, 65536, 1, rope("yarn", factor=16.0, original_max_position_embeddings=4096, attention_factor=0.9)),
+    (64, 2048, 1000, rope("dynamic", factor=4.0)),
+    (64, 2048, 2049, rope("dynamic", factor=4.0)),
+    (64, 2048, 7000, rope("dynamic", factor=4.0)),
+    (32, 32768, 4096, rope("longrope", factor=8.0, original_max_position_embeddings=4096,
+                           short_factor=factors(1.0, 1.3, 16), long_factor=factors(1.0, 40.0, 16))),
+    (32, 32768, 4097, rope("longrope", factor=8.0, original_max_position_embeddings=4096,
+                           short_factor=factors(1.0, 1.3, 16), long_factor=factors(1.0, 40.0, 16))),
+    (32, 32768, 4097, rope("longrope", factor=8.0, original_max_position_embeddings=4096, attention_factor=1.1,
+                           short_factor=factors(1.0, 1.3, 16), long_factor=factors(1.0, 40.0, 16))),
+]
+
+
+def make_rope():
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    cases = []
+    for head_dim, max_positions, length, settings in ROPE_CASES:
+        config = AutoConfig.for_model("llama", hidden_size=2 * head_dim, num_attention_heads=2, head_dim=head_dim,
+                                      max_position_embeddings=max_positions, rope_parameters=dict(settings))
+        kind = settings["rope_type"]
+        if kind == "default":
+            inverse, magnitude = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
+        else:
+            inverse, magnitude = ROPE_INIT_FUNCTIONS[kind](config, "cpu", seq_len=length)
+        cases.append({"head_dim": head_dim, "max_positions": max_positions, "length": length, **settings,
+                      "inverse": [float(f"{x:.9g}") for x in inverse.tolist()], "magnitude": float(magnitude)})
+    write_json(GOLDEN / "rope.json", cases)
+    print(f"rope: {len(cases)} settings")
+
+
 # ---- the default model ---------------------------------------------------------------------------
 
 GGUF_NAMES = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
@@ -186,13 +232,15 @@ def make_default(path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["tiny", "default"])
+    parser.add_argument("what", choices=["tiny", "rope", "default"])
     parser.add_argument("--gguf", help="the default model, SmolLM2-135M-Instruct.Q4_1.gguf")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.what == "tiny":
         for name, (kind, dtype, changes) in TINY.items():
             make_tiny(name, kind, dtype, changes)
+    elif arguments.what == "rope":
+        make_rope()
     else:
         if not arguments.gguf:
             parser.error("default needs --gguf FILE")

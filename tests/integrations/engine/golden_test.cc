@@ -6,9 +6,11 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <string>
 
+#include "integrations/reference/engine/rope.h"
 #include "tests/integrations/engine/engine_fixture.h"
 
 namespace prehoc::reference {
@@ -78,6 +80,47 @@ void ExpectGolden(const std::shared_ptr<const Model>& model, const Golden& g, Si
   const double decode = WorstError(g, logits, split, g.tokens.size(), vocab);
   EXPECT_LT(decode, tolerance) << "decode, " << SimdLevelName(level);
   testing::Test::RecordProperty("decode_error_e9_" + std::string(SimdLevelName(level)), static_cast<int>(decode * 1e9));
+}
+
+// The settings of a case of rope.json, as the loader would read them.
+ModelConfig RopeConfig(const nlohmann::json& json) {
+  using Type = RopeScaling::Type;
+  const std::map<std::string, Type> types = {{"default", Type::kNone}, {"linear", Type::kLinear},
+                                             {"dynamic", Type::kDynamic}, {"yarn", Type::kYarn},
+                                             {"llama3", Type::kLlama3}, {"longrope", Type::kLongRope}};
+  ModelConfig c;
+  c.head_dim = json.at("head_dim");
+  c.max_positions = json.at("max_positions");
+  c.rope_theta = json.at("rope_theta");
+  RopeScaling& s = c.rope_scaling;
+  s.type = types.at(json.at("rope_type"));
+  s.factor = json.value("factor", 1.0);
+  s.low_freq_factor = json.value("low_freq_factor", 1.0);
+  s.high_freq_factor = json.value("high_freq_factor", 4.0);
+  s.original_max_positions = json.value("original_max_position_embeddings", c.max_positions);
+  s.beta_fast = json.value("beta_fast", 32.0);
+  s.beta_slow = json.value("beta_slow", 1.0);
+  if (json.contains("attention_factor")) s.attention_factor = json.at("attention_factor").get<double>();
+  s.mscale = json.value("mscale", 0.0);
+  s.mscale_all_dim = json.value("mscale_all_dim", 0.0);
+  s.truncate = json.value("truncate", true);
+  s.short_factor = json.value("short_factor", std::vector<double>());
+  s.long_factor = json.value("long_factor", std::vector<double>());
+  return c;
+}
+
+TEST(RopeGoldenTest, FrequenciesAndMagnitudesAreThoseOfTransformers) {
+  std::ifstream file(GoldenDir() + "rope.json");
+  const nlohmann::json cases = nlohmann::json::parse(file, nullptr, false);
+  ASSERT_TRUE(cases.is_array() && cases.size() >= 15);
+  for (const nlohmann::json& json : cases) {
+    SCOPED_TRACE(json.dump().substr(0, 200));
+    const RopeFrequencies got = MakeRopeFrequencies(RopeConfig(json), json.at("length"));
+    const auto want = json.at("inverse").get<std::vector<double>>();
+    ASSERT_EQ(got.inverse.size(), want.size());
+    for (size_t i = 0; i < want.size(); ++i) EXPECT_NEAR(got.inverse[i], want[i], 1e-6 * want[i]) << "pair " << i;
+    EXPECT_NEAR(got.magnitude, json.at("magnitude").get<double>(), 1e-6);
+  }
 }
 
 class TinyModelTest : public testing::TestWithParam<const char*> {};
