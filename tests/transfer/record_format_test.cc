@@ -1,6 +1,7 @@
 #include "transfer/record_format.h"
 
 #include <cstring>
+#include <fstream>
 #include <string>
 #include <vector>
 
@@ -181,6 +182,17 @@ TEST_F(RecordFormatTest, TheHeaderLiesAsDocumented) {
   EXPECT_EQ(at(104, 8), checksum[1]);
   EXPECT_EQ(at(112, 8), 0u);
   EXPECT_EQ(at(120, 8), 0u);
+}
+
+// A record as version 1 wrote it. If this fails, stores of users are lost: raise the version.
+TEST_F(RecordFormatTest, ReadsAndWritesWhatVersionOneWrote) {
+  std::ifstream file(PREHOC_TESTDATA_DIR "/store/record-v1.bin", std::ios::binary);
+  const std::string bytes((std::istreambuf_iterator<char>(file)), {});
+  const auto golden = std::as_bytes(std::span(bytes));
+  auto payload = ParseRecord(context_, key_, golden);
+  ASSERT_OK(payload);
+  EXPECT_TRUE(std::equal(payload->begin(), payload->end(), payload_.begin(), payload_.end()));
+  EXPECT_EQ(Record(key_, payload_), std::vector<std::byte>(golden.begin(), golden.end()));
 }
 
 // Values of XXH3 itself, so that another library, or another vector path of it, would show.

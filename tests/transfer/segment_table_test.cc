@@ -38,6 +38,20 @@ TEST(SegmentKeysTest, ListsComeBackAsTheyWere) {
   EXPECT_OK(ParseSegmentKeys("", 0));
 }
 
+TEST(SegmentKeysTest, ReadsAndWritesWhatVersionOneWrote) {
+  std::ifstream file(PREHOC_TESTDATA_DIR "/store/segment-keys-v1.bin", std::ios::binary);
+  const std::string golden((std::istreambuf_iterator<char>(file)), {});
+  auto keys = ParseSegmentKeys(golden, 3);
+  ASSERT_OK(keys);
+  ASSERT_EQ(keys->records.size(), 2u);
+  EXPECT_EQ(keys->tombstones, std::vector<uint64_t>{3});
+  std::string written;
+  AppendListedKey(ListedKind::kRecord, View(MakeSegmentKey(7, TestKey(1, 5))), 4096, &written);
+  AppendListedKey(ListedKind::kTombstone, View(MakeSegmentKey(3, TestKey(2))), 0, &written);
+  AppendListedKey(ListedKind::kRecord, View(MakeSegmentKey(9, TestKey(3))), 212992, &written);
+  EXPECT_EQ(written, golden);
+}
+
 TEST(SegmentKeysTest, OtherLengthsAndKindsAreRefused) {
   std::string list;
   AppendListedKey(ListedKind::kRecord, View(MakeSegmentKey(7, TestKey(1))), 0, &list);

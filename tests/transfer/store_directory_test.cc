@@ -41,6 +41,14 @@ TEST(StoreNoteTest, IsTheTextThatIsDocumented) {
             "01080f161d242b323940474e555c636a71787f868d949ba2a9b0b7bec5ccd3da\nmodel_name test-model\nchunk_bytes 4096\n");
 }
 
+TEST(StoreNoteTest, ReadsAndWritesWhatVersionOneWrote) {
+  const std::string golden = ReadFile(PREHOC_TESTDATA_DIR "/store/note-v1.txt");
+  auto note = ParseStoreNote(golden);
+  ASSERT_OK(note);
+  EXPECT_OK(CheckStoreNote(*note, Note()));
+  EXPECT_EQ(FormatStoreNote(Note()), golden);
+}
+
 TEST(StoreNoteTest, ANameWithLineBreaksStaysOneField) {
   StoreNote note = Note();
   note.identity.model_name = "evil\nchunk_bytes 7\nmodel_name x\r\t";
