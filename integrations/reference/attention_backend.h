@@ -27,7 +27,9 @@ struct AttendCall {
 struct FreezeRule {
   int64_t frozen = 0;      // positions [0, frozen) pass through the layer unchanged
   bool reuse_kv = false;   // frozen tokens take K and V of an earlier layer, instead of projecting:
-  int32_t reuse_layer = -1;  // of this one, which froze nothing; -1 = of the last that computed them, for each token its own
+  // Of this one, whose own rule names it too and freezes nothing; -1 = of the last that computed them, for each token
+  // its own.
+  int32_t reuse_layer = -1;
 };
 
 // One sequence. Not safe for two threads at once.

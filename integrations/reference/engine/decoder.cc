@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <string>
 
 namespace prehoc::reference {
 namespace {
@@ -54,6 +55,7 @@ size_t Decoder::bytes() const {
 Status Decoder::Run(AttentionBackend& backend, std::span<const int32_t> tokens, int64_t prompt_tokens) {
   first_ = backend.length();
   count_ = static_cast<int64_t>(tokens.size());
+  kept_layer_ = -1;
   // A prompt's last token may be alone in its piece; it takes the same way as its neighbours, to the same bits.
   mode_ = count_ == 1 && prompt_tokens == 0 ? ProductMode::kVector : ProductMode::kMatrix;
   PREHOC_RETURN_IF_ERROR(
@@ -86,10 +88,10 @@ Status Decoder::RunLayer(AttentionBackend& backend, int32_t layer) {
   const int64_t skip = std::clamp<int64_t>(freeze.frozen - first_, 0, count_);
   // The first layer has no earlier one to take K and V from.
   const int64_t kv_from = freeze.reuse_kv && layer > 0 ? skip : 0;
-  Timed(&EngineSeconds::projections, [&] {
+  PREHOC_RETURN_IF_ERROR(Timed(&EngineSeconds::projections, [&] {
     if (kv_from < count_) ProjectQkv(w, kv_from, skip);
-    if (freeze.reuse_kv && freeze.reuse_layer >= 0) ReuseKv(freeze, layer, skip);
-  });
+    return freeze.reuse_kv && freeze.reuse_layer >= 0 ? ReuseKv(freeze, layer, skip) : Status();
+  }));
   const AttendCall call{.layer = layer,
                         .first = first_,
                         .count = count_,
@@ -108,16 +110,22 @@ Status Decoder::RunLayer(AttentionBackend& backend, int32_t layer) {
   return {};
 }
 
-void Decoder::ReuseKv(const FreezeRule& freeze, int32_t layer, int64_t frozen) {
+Status Decoder::ReuseKv(const FreezeRule& freeze, int32_t layer, int64_t frozen) {
   if (layer == freeze.reuse_layer) {
     const int64_t size = options_.max_batch_tokens * kv_width_;
     if (kept_k_.bytes() == 0) kept_k_ = AlignedFloats(size), kept_v_ = AlignedFloats(size);
     std::copy_n(k_.data(), count_ * kv_width_, kept_k_.data());
     std::copy_n(v_.data(), count_ * kv_width_, kept_v_.data());
-  } else if (layer > freeze.reuse_layer) {
+    kept_layer_ = layer;
+  } else if (layer > freeze.reuse_layer && frozen > 0) {
+    if (kept_layer_ != freeze.reuse_layer) {
+      return {StatusCode::kInvalid, "layer " + std::to_string(layer) + " reuses K and V of layer " +
+                                        std::to_string(freeze.reuse_layer) + ", whose own rule does not name it"};
+    }
     std::copy_n(kept_k_.data(), frozen * kv_width_, k_.data());
     std::copy_n(kept_v_.data(), frozen * kv_width_, v_.data());
   }
+  return {};
 }
 
 void Decoder::Norm(const float* x, const std::vector<float>& weight, float* out) const {

@@ -30,8 +30,9 @@ class Decoder {
   void Embed(std::span<const int32_t> tokens);
   void ProjectQkv(const LayerWeights& w, int64_t kv_from, int64_t q_from);
   void RotateHeads(const LayerWeights& w, int64_t kv_from, int64_t q_from);
-  // Keeps K and V of the layer that frozen tokens reuse; puts them back in the layers above it.
-  void ReuseKv(const FreezeRule& freeze, int32_t layer, int64_t frozen);
+  // Keeps K and V of the layer that frozen tokens reuse; puts them back in the layers above it. Returns kInvalid if
+  // that layer's own rule did not ask for it.
+  Status ReuseKv(const FreezeRule& freeze, int32_t layer, int64_t frozen);
   void AddAttention(const LayerWeights& w, int64_t from);
   void AddMlp(const LayerWeights& w, int64_t from);
   // The norm of `x` [hidden] times `weight`, as in RMSNorm.
@@ -54,6 +55,7 @@ class Decoder {
   AlignedFloats kept_k_, kept_v_;  // of reuse_layer; empty until a rule names one
   // The piece being run.
   int64_t first_ = 0, count_ = 0;
+  int32_t kept_layer_ = -1;
   ProductMode mode_ = ProductMode::kVector;
   EngineSeconds seconds_;
 };

@@ -68,12 +68,26 @@ TEST_P(FreezeTest, DecodeContinuesAFrozenPrompt) {
   }
 }
 
+TEST(FreezeRuleTest, ALayerThatDidNotKeepItsKeysCannotBeReused) {
+  SeededRng rng(3);
+  const auto model = RandomModel(rng, {});
+  ManualExecutor executor;
+  const auto engine = Engine::Create(model, {.executor = &executor, .max_batch_tokens = 16}).value();
+  RuledBackend backend(DenseFor(model->config), {{0, false}, {0, false}, {20, true, 1}, {20, true, 1}});
+  const std::vector<int32_t> tokens = RandomTokens(rng, model->config, kTokens);
+  EXPECT_STATUS(StatusCode::kInvalid, "layer 2 reuses K and V of layer 1", engine->Forward(backend, tokens, kTokens, {}));
+  EXPECT_EQ(backend.rollbacks, 1);
+  EXPECT_EQ(backend.length(), 0);
+}
+
 INSTANTIATE_TEST_SUITE_P(
     All, FreezeTest,
     testing::Values(FreezeCase{"Carry", {{0, false}, {9, false}, {20, false}, {33, false}}},
                     FreezeCase{"ReuseKv", {{0, true}, {9, true}, {20, true}, {33, true}}},
                     FreezeCase{"FromTheFirstLayer", {{30, true}, {30, true}, {30, false}, {40, true}}},
                     FreezeCase{"Shrinking", {{0, false}, {33, true}, {12, true}, {20, true}}},
+                    FreezeCase{"OfOneLayer", {{0, false}, {0, true, 1}, {20, true, 1}, {33, true, 1}}},
+                    FreezeCase{"OfTheFirstLayer", {{0, true, 0}, {33, true, 0}, {12, true, 0}, {20, true, 0}}},
                     FreezeCase{"Mixed", {{5, false}, {17, true}, {17, false}, {38, true}}}),
     [](const auto& param) { return param.param.name; });
 

@@ -22,6 +22,7 @@ class NaiveDecoder {
     const size_t n = tokens.size();
     frequencies_ = MakeRopeFrequencies(c_, static_cast<int64_t>(n));
     std::vector<Vector> h(n), k(n), v(n);
+    std::vector<std::vector<Vector>> all_k, all_v;  // by layer
     for (size_t t = 0; t < n; ++t) h[t] = Row(m_.embedding, tokens[t]);
     for (int32_t l = 0; l < c_.layers; ++l) {
       const LayerWeights& w = m_.layers[static_cast<size_t>(l)];
@@ -32,9 +33,14 @@ class NaiveDecoder {
           const Vector x = Norm(h[t], w.attention_norm);
           k[t] = Heads(Times(w.k, x, w.k_bias), w.k_norm, t);
           v[t] = Times(w.v, x, w.v_bias);
+        } else if (rule.reuse_layer >= 0) {
+          k[t] = all_k[static_cast<size_t>(rule.reuse_layer)][t];
+          v[t] = all_v[static_cast<size_t>(rule.reuse_layer)][t];
         }
         if (!frozen) RunToken(w, t, k, v, h[t]);
       }
+      all_k.push_back(k);
+      all_v.push_back(v);
     }
     std::vector<Vector> logits(n);
     for (size_t t = 0; t < n; ++t) logits[t] = Times(m_.output, Norm(h[t], m_.output_norm), {});
