@@ -72,13 +72,15 @@ class Choice {
   Choice(const VectorOps& ops, const ChooseTask& task, int64_t group, Room& room)
       : ops_(ops), task_(task), group_(group), middle_(task.hi - task.lo), room_(room) {}
 
-  // False: a logit or an error is not finite, so nothing was decided here and the reference should.
+  // False: a logit or an error is not finite, or masses were flushed that could decide: the reference should decide all of
+  // it. Then only `pooled` and lse_all may have been written, and writing them again gives the same.
   bool Run() {
     if (!SumAll() || !SumBounds()) return false;
     RankMiddle();
     KeepFirst();
     bool met = true;
     if (task_.target_drop >= 0) met = Widen();
+    if (doubtful_) return false;
     *task_.count = count_;
     WriteOutside();
     if (task_.met != nullptr) *task_.met = met ? 1 : 0;
@@ -230,6 +232,11 @@ class Choice {
     const double target = static_cast<double>(task_.target_drop);
     const double unit = std::exp(static_cast<double>(upper_tops_[h]) - lower_tops_[h]) * (1 - target);
     for (int64_t r = 0; r <= rest.count; ++r) {
+      const bool flushed = outside[r] < kSafeSum && inside * target < kSafeSum * std::max(1.0, unit);
+      if (flushed && target > 0 && r < middle_ - count_) {
+        doubtful_ = true;
+        return 0;
+      }
       if (outside[r] > 0 ? outside[r] * unit <= inside * target : target > 0 || r == middle_ - count_) return r;
       if (r < rest.count) inside += lower[rest.where[r] - task_.lo];
     }
@@ -283,6 +290,7 @@ class Choice {
   int32_t* keys_ = nullptr;  // [middle, padded]
   KeptKeys first_;           // the k best
   int32_t count_ = 0;        // chosen so far
+  bool doubtful_ = false;    // both sides of a target were too small to be told apart
 };
 
 }  // namespace
