@@ -1,5 +1,6 @@
 #include "transfer/record_format.h"
 
+#include <algorithm>
 #include <cstring>
 #include <fstream>
 #include <string>
@@ -22,7 +23,7 @@ class RecordFormatTest : public ::testing::Test {
   static std::vector<std::byte> Record(const RecordHeader& header, const std::vector<std::byte>& payload) {
     std::vector<std::byte> record(sizeof header + payload.size());
     std::memcpy(record.data(), &header, sizeof header);
-    std::memcpy(record.data() + sizeof header, payload.data(), payload.size());
+    std::copy(payload.begin(), payload.end(), record.begin() + sizeof header);
     return record;
   }
   Status Parse(const std::vector<std::byte>& record, VerifyPayload verify = VerifyPayload::kYes) const {
