@@ -1,6 +1,6 @@
-// What a reused choice can have lost at most, without reading a dropped key (METHODS 1.7). With dq = q - q_a, the query's
-// move since the choice was made, no logit of a dropped key grew by more than (c . dq + rad |dq|) / sqrt(d), because every
-// key lies within rad of c. Pure functions: the caller holds the numbers.
+// What a reused choice can have lost at most, without reading a dropped key (docs/selectors/cis.md). With dq = q - q_a,
+// the query's move since the choice was made, no logit of a dropped key grew by more than (c . dq + rad |dq|) /
+// sqrt(d), because every key lies within rad of c. Pure functions: the caller holds the numbers.
 #pragma once
 #include <cstdint>
 #include <span>
@@ -26,8 +26,8 @@ class KeyBall {
   float radius_ = 0;
 };
 
-// U_D: the most that the log-sum-exp of the dropped positions can be under query `q`, when it was `lse_dropped` (over the
-// dropped positions and those that may leave the local window since) under `anchor`. All [head_dim], after RoPE.
+// U_D: the most that the log-sum-exp of the dropped positions can be under query `q`, when it was `lse_dropped` (over
+// the dropped positions and those that may leave the local window since) under `anchor`. All [head_dim], after RoPE.
 // Includes 1e-3 for the rounding of fp32 logits. -inf if nothing was dropped; +inf if an input is not finite.
 double DroppedLseBound(double lse_dropped, const KeyBall& ball, std::span<const float> anchor, std::span<const float> q);
 

@@ -1,5 +1,5 @@
-// CIS, clustered index sharing over time (PrHS, arXiv 2602.08329; METHODS 1.1, 1.2): a head selects at the start of a block of
-// s steps and keeps the positions while its query stays near the one that selected them.
+// CIS, clustered index sharing over time (PrHS, arXiv 2602.08329; docs/selectors/cis.md): a head selects at the start
+// of a block of s steps and keeps the positions while its query stays near the one that selected them.
 #include "selector/methods.h"
 
 namespace prehoc::selector_internal {

@@ -1,4 +1,4 @@
-// CPE, all of PrHS together (METHODS 1.5): PSAW and ETF in prefill, CIS within PSAW's window in decode.
+// CPE, all of PrHS together (docs/selectors/cpe.md): PSAW and ETF in prefill, CIS within PSAW's window in decode.
 #include "selector/methods.h"
 
 namespace prehoc::selector_internal {

@@ -1,4 +1,4 @@
-// ETF, early token freezing (PrHS, arXiv 2602.08329; METHODS 1.4): in prefill, layer l leaves the first
+// ETF, early token freezing (PrHS, arXiv 2602.08329; docs/selectors/etf.md): in prefill, layer l leaves the first
 // E_l(n) = floor((1 - c^((l - l_s)/(N - l_s))) n) tokens as they are. Decode is dense.
 #include <algorithm>
 

@@ -1,4 +1,4 @@
-// Every open choice of the methods as a knob, with its default (METHODS 1.2, 1.3, 1.4, 1.11). One flat struct, so
+// Every open choice of the methods as a knob, with its default (docs/selectors/). One flat struct, so
 // that a run can be described, compared and repeated. Names in the comments are those of the command line.
 #pragma once
 #include <cstdint>
@@ -38,8 +38,8 @@ struct CisOptions {
   int32_t block = 16;          // cis.block s: an unconditional selection every s steps
   double tau = 0.8;            // cis.tau: share while cosine > tau; <= -1 always, >= 1 never
   enum class CosStage : uint8_t { kPostRope, kPreRope } cos_stage = CosStage::kPostRope;
-  // cis.gate_scope: whose cosines decide together. A set that a group shares is kept or replaced as a whole, so kQueryHead
-  // differs from kKvHead only with gqa_set = kPerQueryHead.
+  // cis.gate_scope: whose cosines decide together. A set that a group shares is kept or replaced as a whole, so
+  // kQueryHead differs from kKvHead only with gqa_set = kPerQueryHead.
   enum class GateScope : uint8_t { kKvHead, kQueryHead, kGroupMean, kLayer } gate_scope = GateScope::kKvHead;
   bool gate_batch = false;     // cis.gate_batch: sequence | batch (the least cosine of the sequences that step together)
   enum class OnFail : uint8_t { kReselect, kReselectOnce, kDense } fail = OnFail::kReselect;
@@ -74,13 +74,13 @@ struct EtfOptions : DepthOptions {
   static constexpr double kAsPsaw = -1;
   EtfOptions() { l_s = kAsPsaw; }  // etf.l_s: psaw (the same as psaw.l_s) or a share of its own
   enum class Mode : uint8_t { kCarry, kReuseKv } mode = Mode::kCarry;
-  // etf.reuse_from, with mode = kReuseKv: whose K and V a frozen token keeps: those of layer l_s, or of the last layer that
-  // computed it.
+  // etf.reuse_from, with mode = kReuseKv: whose K and V a frozen token keeps: those of layer l_s, or of the last layer
+  // that computed it.
   enum class ReuseFrom : uint8_t { kStart, kLast } reuse_from = ReuseFrom::kStart;
   enum class Extent : uint8_t { kPrompt, kChunk } n = Extent::kPrompt;  // etf.n: prompt | chunk
 };
 
-// The slow clock, and what a step may bring (METHODS 1.11).
+// The slow clock, and what a step may bring (docs/selectors/tc.md).
 struct TwoClockOptions {
   double tau = 0.8;          // tc.tau; <= -1 always inherits until max_age, >= 1 scans every step ("off")
   int32_t max_age = 16;      // tc.max_age: steps a choice may be inherited
@@ -112,8 +112,8 @@ struct SelectorOptions {
   double max_dropped_mass = -1;
   int32_t certify_every = 0;     // n > 0: a fresh scan at least every n steps
 
-  // Sets one knob by name: Set("cis.tau", "0.7"), Set("budget", "1/32"). kInvalid: an unknown name gives the nearest valid
-  // ones; a bad value gives what is accepted.
+  // Sets one knob by name: Set("cis.tau", "0.7"), Set("budget", "1/32"). kInvalid: an unknown name gives the nearest
+  // valid ones; a bad value gives what is accepted.
   Status Set(std::string_view knob, std::string_view value);
   Status Validate() const;  // kInvalid, naming the knob and its value
   // Every knob that this kind uses as "name=value", in a fixed order: for reports and for telling runs apart.

@@ -1,4 +1,5 @@
-// Oracle: the exact top k of every step. The ceiling for any selector with the same budget, and as slow as reading all of K.
+// Oracle: the exact top k of every step. The ceiling for any selector with the same budget, and as slow as reading all
+// of K.
 #include "selector/methods.h"
 
 namespace prehoc::selector_internal {

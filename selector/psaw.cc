@@ -1,5 +1,5 @@
-// PSAW, a window that shortens with depth (PrHS, arXiv 2602.08329; METHODS 1.3): layer l of N does not see the first
-// P_l(n) = floor((1 - c^((l - l_s)/(N - l_s))) n) of n positions, the sinks apart.
+// PSAW, a window that shortens with depth (PrHS, arXiv 2602.08329; docs/selectors/psaw.md): layer l of N does not see
+// the first P_l(n) = floor((1 - c^((l - l_s)/(N - l_s))) n) of n positions, the sinks apart.
 #include <algorithm>
 #include <cmath>
 

@@ -84,7 +84,7 @@ struct ReferenceTrace::Impl {
   bool is_sc() const { return options.kind == SelectorKind::kSharedCandidates; }
   bool is_tc() const { return options.kind == SelectorKind::kTwoClock; }
 
-  // METHODS 1.3. Layers count from 1, or from 0 by psaw.layer_base.
+  // PSAW's edge. Layers count from 1, or from 0 by psaw.layer_base.
   int32_t Edge(int64_t n) const {
     const PsawOptions& psaw = options.psaw;
     if (options.kind != SelectorKind::kPsaw && options.kind != SelectorKind::kCpe) return 0;
@@ -121,7 +121,7 @@ struct ReferenceTrace::Impl {
     return LogSumExp(values);
   }
 
-  // METHODS 1.1 SELECT 1-3, with the other group rules of cis.gqa_set. By position; only the middle is filled. Weights are
+  // What CIS ranks by, with the other group rules of cis.gqa_set. By position; only the middle is filled. Weights are
   // shares of the mass of `scored`.
   std::vector<double> Scores(const Unit& unit, const Sight& sight, const ReferenceInput& in,
                              const Positions& scored) const {
@@ -142,7 +142,7 @@ struct ReferenceTrace::Impl {
     return scores;
   }
 
-  // SELECT 4: best first, ties to the lower position.
+  // Best first, ties to the lower position.
   static Positions Rank(const std::vector<double>& scores, Positions candidates) {
     std::stable_sort(candidates.begin(), candidates.end(), [&](int32_t a, int32_t b) {
       return scores[static_cast<size_t>(a)] > scores[static_cast<size_t>(b)];
@@ -169,8 +169,8 @@ struct ReferenceTrace::Impl {
     return rest;
   }
 
-  // How many of `ranked` it takes, from `least` to `most`, until every head's dropped mass of `scored` is at most `target`:
-  // by estimate (errors = 0), or at worst (errors = 1).
+  // How many of `ranked` it takes, from `least` to `most`, until every head's dropped mass of `scored` is at most
+  // `target`: by estimate (errors = 0), or at worst (errors = 1).
   struct Goal {
     double target = 0, errors = 0;
     size_t least = 0, most = 0;
@@ -195,7 +195,7 @@ struct ReferenceTrace::Impl {
     return static_cast<size_t>(std::count_if(set.begin(), set.end(), [&](int32_t i) { return sight.InMiddle(i); }));
   }
 
-  // SELECT 5, and CIS* of 1.2.
+  // Dilation, and CIS*.
   Positions Dilate(const Sight& sight, const Positions& plain_ranked, const Positions& ranked, size_t k) const {
     const CisOptions& cis = options.cis;
     size_t m = 0;
@@ -238,7 +238,7 @@ struct ReferenceTrace::Impl {
     return result;
   }
 
-  // The slow clock of METHODS 1.11.2. True if it turned: everything in sight was scored.
+  // The slow clock of shared candidates. True if it turned: everything in sight was scored.
   bool Refresh(Unit* unit, const Sight& sight, const ReferenceInput& in) const {
     const SharedCandidatesOptions& sc = options.sc;
     if (in.step >= unit->next_at && unit->next_at >= 0) {
@@ -301,7 +301,8 @@ struct ReferenceTrace::Impl {
     return k;
   }
 
-  // SELECT 6. W of METHODS 1.7: the oldest local positions, which may leave the window within the block.
+  // The choice becomes the one in force. Its certificate counts the oldest local positions as dropped: they may leave
+  // the window within the block.
   void Keep(Unit* unit, const Sight& sight, const ReferenceInput& in, const Chosen& chosen) const {
     const size_t dim = static_cast<size_t>(shape.head_dim);
     const auto slice = [&](std::span<const float> q) {

@@ -1,4 +1,4 @@
-// The methods told a second time, from METHODS 1.1 to 1.11 and without rules or kernels: what one layer attends to, step by
+// The methods told a second time, from docs/selectors/ and without rules or kernels: what one layer attends to, step by
 // step, given the logits. Slow and plain on purpose: tests hold the rules and the whole pipeline against it.
 #pragma once
 #include <cstdint>
@@ -29,8 +29,8 @@ struct ReferenceInput {
   std::span<const float> q;     // [heads, head_dim], after RoPE
   std::span<const float> q_pre; // before RoPE; may be empty unless cis.cos_stage = pre_rope
   std::span<const KeyBall> balls;  // [kv_heads]; may be empty unless cis.gate = certified
-  // [heads], for cis.gate_batch = batch: the gate's figure (-2 = unusable) of the same head in the other sequences of the
-  // batch, the least of them. Empty = a batch of one.
+  // [heads], for cis.gate_batch = batch: the gate's figure (-2 = unusable) of the same head in the other sequences of
+  // the batch, the least of them. Empty = a batch of one.
   std::span<const double> batch;
 };
 
@@ -40,16 +40,18 @@ struct ReferenceDecision {
   // [heads]: a retrieval ran, that is, all positions in sight were scored in order to choose.
   //   oracle, CIS, CPE     a selection: no set yet, a block start, or the gate failed (with reselect_once too)
   //   two clocks           a scan: no choice yet, too old, or the gate failed. What is fetched after it does not matter
-  //   shared candidates    a refresh of the slow clock. Choosing k among the residents, as every step does, is none, also
-  //                        when everything is resident; with max_dropped_mass every step scores all, and is one
+  //   shared candidates    a refresh of the slow clock. Choosing k among the residents, as every step does, is none,
+  //                        even when everything is resident; with max_dropped_mass every step scores all, and is one
   //   not                  an inherited choice; a step that attends to all in sight, be it because n is small or by
   //                        cis.fail = dense; dense, window, PSAW and ETF
-  // Heads that choose together share the flag: count one head per group, or each with cis.gqa_set = per_query_head. Step 0
-  // can select; rho leaves it out.
+  // Heads that choose together share the flag: count one head per group, or each with cis.gqa_set = per_query_head.
+  // Step 0 can select; rho leaves it out.
   std::vector<bool> selected;
-  // [heads]: mass outside the set by z, of the positions in sight (PSAW's window). At step 0: of the set it would attend to.
+  // [heads]: mass outside the set by z, of the positions in sight (PSAW's window). At step 0: of the set it would
+  // attend to.
   std::vector<double> dropped;
-  // [heads]: the certificate on a step that kept its choice by the certified gate, else -1. Over the positions in sight.
+  // [heads]: the certificate on a step that kept its choice by the certified gate, else -1. Over the positions in
+  // sight.
   std::vector<double> bound;
 };
 
@@ -58,10 +60,11 @@ std::vector<double> ReferenceLogits(std::span<const float> q, std::span<const fl
 
 class ReferenceTrace {
  public:
-  // `all_resident` = false: shared candidates choose among what their slow clock has made resident. A refresh comes before
-  // the choice of its step, and with lag L its rows serve from L steps later on (the first ones at once). Weights are
-  // shares of what the step scored: everything at a refresh, else the residents, sinks and local included. No other method
-  // is changed by it here: two clocks attend to what they chose, as with tc.theta = 0. Requires valid options.
+  // `all_resident` = false: shared candidates choose among what their slow clock has made resident. A refresh comes
+  // before the choice of its step, and with lag L its rows serve from L steps later on (the first ones at once).
+  // Weights are shares of what the step scored: everything at a refresh, else the residents, sinks and local included.
+  // No other method is changed by it here: two clocks attend to what they chose, as with tc.theta = 0. Requires valid
+  // options.
   ReferenceTrace(const SelectorOptions& options, const ReferenceShape& shape, bool all_resident = true);
   ~ReferenceTrace();
 

@@ -37,7 +37,7 @@ struct StepRule {
   bool gate_batch = false;   // the cosine that counts is the least of all sequences that step together
   CisOptions::GateScope scope = CisOptions::GateScope::kKvHead;
   CisOptions::OnFail fail = CisOptions::OnFail::kReselect;
-  bool certified = false;    // gate on the bound of METHODS 1.7 instead of the cosine
+  bool certified = false;    // gate on the certificate (certificate.h) instead of the cosine
   double delta_max = 0;
 
   // Choice.
@@ -55,8 +55,8 @@ struct StepRule {
   bool filter_each_step = false;  // drop inherited positions below lo
 
   // Residency.
-  // Choose among device-resident positions (shared candidates), weighed as shares of what the step scored: the residents, or
-  // at a refresh everything. Only the latter, a scan of all positions, is a retrieval.
+  // Choose among device-resident positions (shared candidates), weighed as shares of what the step scored: the
+  // residents, or at a refresh everything. Only the latter, a scan of all positions, is a retrieval.
   bool residents_only = false;
   double theta = 0;          // with a device that does not hold everything: fetch missing positions heavier than this;
                              // 0 = fetch whatever is chosen
@@ -71,7 +71,7 @@ struct ResidencyRule {
   bool stagger = true;   // (layer, KV head) pairs refresh at different steps
 };
 
-// What prefill leaves out (METHODS 1.3, 1.4).
+// What prefill leaves out (PSAW, ETF).
 struct PrefillRule {
   int64_t frozen = 0;      // ETF: positions [0, frozen) pass this layer unchanged
   bool reuse_kv = false;   // their K and V are not computed either, but those of ...
@@ -101,8 +101,8 @@ class Selector {
   bool NeedsPages() const;      // ... page bounds
   bool NeedsErrorBounds() const;  // a proven bound has to include the error of the scores
   bool NeedsPreRope() const;    // the gate compares queries before RoPE
-  // Part of every persisted key: how prefill changes K and V. Empty when prefill is dense. With etf.n = chunk they also depend
-  // on where the pieces of prefill end: the caller adds that.
+  // Part of every persisted key: how prefill changes K and V. Empty when prefill is dense. With etf.n = chunk they also
+  // depend on where the pieces of prefill end: the caller adds that.
   std::string MethodTag(int64_t prompt_tokens) const { return DoMethodTag(prompt_tokens); }
 
  protected:
@@ -117,8 +117,8 @@ class Selector {
   const SelectorOptions options_;
 };
 
-// True if the gate is not asked: no choice yet (age < 0), a block start, or the choice is too old. A head for which this is
-// false, and Inherits() too, has failed the gate: rule.fail says what then.
+// True if the gate is not asked: no choice yet (age < 0), a block start, or the choice is too old. A head for which
+// this is false, and Inherits() too, has failed the gate: rule.fail says what then.
 bool MustSelect(const StepRule& rule, int64_t age);
 
 // True if a head keeps its choice: `cosine` as the gate reports it (-2 = unusable), `age` steps since it was made.

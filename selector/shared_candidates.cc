@@ -1,5 +1,5 @@
-// Shared candidates (METHODS 1.11): every `refresh` steps the factor * k best middle positions become resident; each step
-// chooses k among the residents alone. Cheap, and blind to a head that jumps to a new place.
+// Shared candidates (docs/selectors/sc.md): every `refresh` steps the factor * k best middle positions become resident;
+// each step chooses k among the residents alone. Cheap, and blind to a head that jumps to a new place.
 #include <algorithm>
 
 #include "selector/methods.h"

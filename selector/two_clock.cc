@@ -1,5 +1,5 @@
-// Two clocks (METHODS 1.11), the default: whenever the gate does not hold, a head looks at every position through the codes;
-// only what is resident changes slowly.
+// Two clocks (docs/selectors/tc.md), the default: whenever the gate does not hold, a head looks at every position
+// through the codes; only what is resident changes slowly.
 #include "selector/methods.h"
 
 namespace prehoc::selector_internal {

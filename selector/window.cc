@@ -1,5 +1,5 @@
-// Window: the sinks and the last positions, as many as the budget allows (StreamingLLM, arXiv 2309.17453). The floor that
-// any selector has to beat.
+// Window: the sinks and the last positions, as many as the budget allows (StreamingLLM, arXiv 2309.17453). The floor
+// that any selector has to beat.
 #include "selector/methods.h"
 
 namespace prehoc::selector_internal {

@@ -33,8 +33,8 @@ struct Case {
   std::vector<bool> kept;  // [keys]
 };
 
-// Scales from tiny to huge; now and then keys far from the origin, all on one ray, or equal; now and then a query that runs
-// straight at the farthest dropped key, which is where the bound is tight.
+// Scales from tiny to huge; now and then keys far from the origin, all on one ray, or equal; now and then a query that
+// runs straight at the farthest dropped key, which is where the bound is tight.
 Case RandomCase(Rng* rng) {
   Case c;
   c.dim = static_cast<int32_t>(rng->Int(1, 8));

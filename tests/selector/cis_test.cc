@@ -216,7 +216,8 @@ TEST(Cis, PreRopeQueriesCanBeCompared) {
   EXPECT_TRUE(layer.Step({Peaks(10, 5, 3)}, {0}, {60}).selected[0]);
 }
 
-// With cis.gate_batch = batch the least cosine of the batch decides; 0.7 of another sequence fails what 1 of this one passes.
+// With cis.gate_batch = batch the least cosine of the batch decides; 0.7 of another sequence fails what 1 of this one
+// passes.
 TEST(Cis, GateCanPoolOverABatch) {
   const SelectorOptions pooled = Small({"cis.gate_batch=batch"});
   EXPECT_TRUE(RuleOf(pooled, 1).gate_batch);
@@ -366,9 +367,10 @@ TEST(Cis, LocalEdgeSlidesOrIsHeld) {
 
 // --- the certified gate ---
 
-// Keys within radius 1 of the origin: no logit of a dropped key grew by more than |dq| / sqrt(2) (the head dimension is 2), and a
-// turn by 60 degrees is |dq| = 1. At the anchor, n = 8, all weights are 1 but those of the chosen 4 and 2: dropped are 1, 3, 5,
-// and with blocks of 2 steps one local position may leave: L_D = log 4. Kept one step later: 0, 2, 4, 7, 8, together 20.
+// Keys within radius 1 of the origin: no logit of a dropped key grew by more than |dq| / sqrt(2) (the head dimension is
+// 2), and a turn by 60 degrees is |dq| = 1. At the anchor, n = 8, all weights are 1 but those of the chosen 4 and 2:
+// dropped are 1, 3, 5, and with blocks of 2 steps one local position may leave: L_D = log 4. Kept one step later: 0, 2,
+// 4, 7, 8, together 20.
 //   u = log 4 + 1 / sqrt(2) + 0.001;   bound = 1 / (1 + 20 / exp(u)) = 0.289
 TEST(Cis, CertifiedGateKeepsWhatItCanProve) {
   for (const double delta_max : {0.25, 0.5}) {

@@ -1,4 +1,5 @@
-// The limits that every selector must reach exactly (evaluation plan of the methods, sanity limits), over random layers.
+// The limits that every selector must reach exactly (evaluation plan of the methods, sanity limits), over random
+// layers.
 #include <algorithm>
 #include <numeric>
 
@@ -54,7 +55,8 @@ void ExpectSameSets(const History& a, const History& b) {
   for (size_t u = 0; u < a.steps.size(); ++u) EXPECT_EQ(a.steps[u].attended, b.steps[u].attended) << "step " << u;
 }
 
-// The k heaviest of the middle by the maximum over the group of softmax weights: written once more, for the limits alone.
+// The k heaviest of the middle by the maximum over the group of softmax weights: written once more, for the limits
+// alone.
 Positions TopOfGroup(const ReferenceInput& input, int32_t kv_head, int32_t k) {
   const auto n = static_cast<size_t>(input.n);
   std::vector<double> best(n, 0);
@@ -189,7 +191,7 @@ TEST(Limits, RetainedAndDroppedMassAreOne) {
   }
 }
 
-// METHODS 1.7's certificate on every step that the certified gate let through, against the mass that was in fact dropped.
+// The certificate on every step that the certified gate let through, against the mass that was in fact dropped.
 TEST(Limits, TheCertificateIsNeverBelowTheDroppedMass) {
   for (const char* edge : {"slides", "held"}) {
     for (const char* delta : {"0.7", "0.9", "1"}) {
@@ -256,8 +258,8 @@ TEST(Limits, MaxDroppedMassHoldsForTheTrueLogits) {
   }
 }
 
-// Blocks of 5 over 40 steps: 8 starts for every layer, whatever its phase. With a gate the numbers differ by which queries
-// meet a block start; without one they must not.
+// Blocks of 5 over 40 steps: 8 starts for every layer, whatever its phase. With a gate the numbers differ by which
+// queries meet a block start; without one they must not.
 TEST(Limits, StaggeredBlocksGiveTheSameRho) {
   int64_t aligned = 0, staggered = 0, moved = 0;
   for (int32_t layer = 0; layer < 4; ++layer) {

@@ -1,5 +1,5 @@
-// Knobs: each has a name, a default, values that are accepted, values that are refused with what would be accepted, and an
-// effect on the options.
+// Knobs: each has a name, a default, values that are accepted, values that are refused with what would be accepted, and
+// an effect on the options.
 #include <algorithm>
 #include <cctype>
 #include <filesystem>

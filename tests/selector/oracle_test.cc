@@ -40,8 +40,8 @@ TEST(Oracle, AGroupSharesOneSetByTheMaximumOfItsWeights) {
   EXPECT_EQ(step.attended[1], step.attended[0]);
 }
 
-// Kept in any case: 0, 8, 9, together 6 of 20. mass(0.74) needs 14.8: with the 6 of position 4 it is 12, with the 3 of position 2
-// it is 15. The third heaviest is not needed.
+// Kept in any case: 0, 8, 9, together 6 of 20. mass(0.74) needs 14.8: with the 6 of position 4 it is 12, with the 3 of
+// position 2 it is 15. The third heaviest is not needed.
 TEST(Oracle, MassBudgetStopsWhenEnoughIsKept) {
   const SelectorOptions options = Options("oracle", {"budget=mass(0.74,cap=9)", "budget.sinks=1", "budget.local=2"});
   HandLayer layer(options);
@@ -65,9 +65,9 @@ TEST(Oracle, MassBudgetStopsAtTheCap) {
   EXPECT_NEAR(step.dropped[0], 0.5, 1e-12);
 }
 
-// Kept: 6 of 20 and nothing known exactly: each logit is off by up to log 1.5. To prove a dropped mass of at most 0.41, with K
-// kept and 20 - K dropped by estimate: 1.5 (20 - K) / (1.5 (20 - K) + K / 1.5) <= 0.41 means K >= 15.3 (by estimate K = 12
-// would do). With 4 and 2: 15, not enough; the next heaviest, position 1, makes it 16.
+// Kept: 6 of 20 and nothing known exactly: each logit is off by up to log 1.5. To prove a dropped mass of at most 0.41,
+// with K kept and 20 - K dropped by estimate: 1.5 (20 - K) / (1.5 (20 - K) + K / 1.5) <= 0.41 means K >= 15.3 (by
+// estimate K = 12 would do). With 4 and 2: 15, not enough; the next heaviest, position 1, makes it 16.
 TEST(Oracle, AProvenBoundCountsTheErrorOfTheScores) {
   const SelectorOptions options =
       Options("oracle", {"budget=3", "budget.sinks=1", "budget.local=2", "max_dropped_mass=0.41"});

@@ -60,7 +60,8 @@ TEST(Psaw, SinksCanGo) {
   const SelectorOptions options = Half({"psaw.keep_sink=false"});
   EXPECT_TRUE(RuleOf(options, 3, 100).cut_sinks);
   EXPECT_EQ(Attended(options, 3, 100), Range(50, 100));
-  // They go together, once the edge has passed the last of them: at n = 14 the guard holds the edge at 4, at n = 13 at 3.
+  // They go together, once the edge has passed the last of them: at n = 14 the guard holds the edge at 4, at n = 13 at
+  // 3.
   EXPECT_EQ(Attended(options, 3, 14), Range(4, 14));
   EXPECT_TRUE(RuleOf(options, 3, 14).cut_sinks);
   EXPECT_EQ(Attended(options, 3, 13), Range(0, 13));

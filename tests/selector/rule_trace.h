@@ -1,5 +1,5 @@
-// Rules carried out to the letter, over logits: what selector.h promises to those who apply it. Written from the contracts of
-// StepRule and ResidencyRule alone, so that rules and reference.h can be held against each other.
+// Rules carried out to the letter, over logits: what selector.h promises to those who apply it. Written from the
+// contracts of StepRule and ResidencyRule alone, so that rules and reference.h can be held against each other.
 #pragma once
 #include <deque>
 #include <memory>

@@ -1,5 +1,5 @@
-// The methods are told twice: as rules, carried out by RuleTrace, and step by step, in reference.cc. Random settings over
-// random layers must give the same decisions.
+// The methods are told twice: as rules, carried out by RuleTrace, and step by step, in reference.cc. Random settings
+// over random layers must give the same decisions.
 #include <map>
 
 #include "tests/selector/rule_trace.h"

@@ -88,8 +88,9 @@ TEST(SharedCandidates, ScansArePooled) {
   }
 }
 
-// Between refreshes nothing is known of what is away: shares are of the residents' mass. Nearly all of head 0's mass is away, at
-// position 1, so that over everything its share at 3 would be 0.0005, less than head 1's 0.4 / 5.1 = 0.08 at 5.
+// Between refreshes nothing is known of what is away: shares are of the residents' mass. Nearly all of head 0's mass is
+// away, at position 1, so that over everything its share at 3 would be 0.0005, less than head 1's 0.4 / 5.1 = 0.08 at
+// 5.
 TEST(SharedCandidates, ResidentsAreWeighedAgainstEachOther) {
   HandLayer layer(Small(), 1, 2, false);
   layer.Step({Peaks(8, 3, 5), Peaks(8, 3, 5)}, {0});

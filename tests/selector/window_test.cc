@@ -4,8 +4,8 @@
 namespace prehoc {
 namespace {
 
-// Of 20 visible positions, a budget of 8 with 2 sinks and a local window of 3 leaves 8 - 2 - 3 = 3 for the middle, which the
-// window spends on the positions before the local ones: 2 sinks and the last 6.
+// Of 20 visible positions, a budget of 8 with 2 sinks and a local window of 3 leaves 8 - 2 - 3 = 3 for the middle,
+// which the window spends on the positions before the local ones: 2 sinks and the last 6.
 TEST(Window, SpendsTheWholeBudgetOnTheEnd) {
   const SelectorOptions options = Options("window", {"budget=8", "budget.sinks=2", "budget.local=3"});
   const StepRule rule = MakeSelector(options)->Rule({.layer = 0, .layers = 1, .step = 1, .n = 20});
