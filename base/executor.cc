@@ -20,8 +20,8 @@ void Pause() {
 #endif
 }
 
-// Between two looks at a variable that another thread is about to change. Now and then gives the CPU to whoever else wants
-// it: with more threads than CPUs, that may be the very thread that is waited for.
+// Between two looks at a variable that another thread is about to change. Now and then gives the CPU to whoever else
+// wants it: with more threads than CPUs, that may be the very thread that is waited for.
 void Relax(int spin) { spin % 64 == 63 ? std::this_thread::yield() : Pause(); }
 
 constexpr int kLoopGap = 256;      // pauses of a worker before it thinks of others: the next loop is about to come
@@ -46,9 +46,9 @@ Status ThreadPool::Options::Validate() const {
 
 // One loop at a time, which is an object of its caller. Its life:
 //   idle --(caller: busy = true)--> filled --(remaining = count, release)--> running --(done == count)--> idle
-// An index is taken by whoever lowers `remaining` from i + 1 to i (acquire). That alone is the right to read `body`: the
-// loop cannot end before the taker has raised `done` (release), and the caller waits for that (acquire). A worker that comes
-// late finds `remaining` at 0 and has touched nothing. Each of the atomics has a cache line of its own.
+// An index is taken by whoever lowers `remaining` from i + 1 to i (acquire). That alone is the right to read `body`:
+// the loop cannot end before the taker has raised `done` (release), and the caller waits for that (acquire). A worker
+// that comes late finds `remaining` at 0 and has touched nothing. Each of the atomics has a cache line of its own.
 struct ThreadPool::Impl {
   Options options;
   std::vector<std::thread> workers;
@@ -75,13 +75,15 @@ struct ThreadPool::Impl {
   int running PREHOC_GUARDED_BY(job_mutex) = 0;
   bool closed PREHOC_GUARDED_BY(job_mutex) = false;
 
-  // Takes bodies until none is left and runs them; returns how many. A caller that has not counted what it took keeps the
-  // loop from ending, so all of them are of one loop.
+  // Takes bodies until none is left and runs them; returns how many. Whoever has not counted what it took keeps
+  // the loop from ending, so all of them are of one loop.
   int64_t TakeBodies() {
     int64_t taken = 0;
     int64_t left = remaining.load(std::memory_order_relaxed);
     while (left > 0) {
-      if (!remaining.compare_exchange_weak(left, left - 1, std::memory_order_acquire, std::memory_order_relaxed)) continue;
+      if (!remaining.compare_exchange_weak(left, left - 1, std::memory_order_acquire, std::memory_order_relaxed)) {
+        continue;
+      }
       (*body)(count - left);
       ++taken;
       left = remaining.load(std::memory_order_relaxed);

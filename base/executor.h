@@ -55,10 +55,11 @@ class Executor {
   virtual int DoConcurrency() const = 0;
 };
 
-// Real threads. Loop workers spin for a short while after a loop (a decode step has hundreds of them, a few microseconds
-// apart), giving way to other threads now and then, and sleep after that. A loop waits for nobody who has not begun a body
-// of it: where the workers' CPUs are taken, the caller does the work. While one loop runs, others (of other threads, or
-// from inside a body) run on their caller alone. Jobs have threads of their own and never delay a loop.
+// Real threads. Loop workers spin for a short while after a loop (a decode step has hundreds of them, a few
+// microseconds apart), giving way to other threads now and then, and sleep after that. A loop waits for nobody who has
+// not begun a body of it: where the workers' CPUs are taken, the caller does the work. While one loop runs, others (of
+// other threads, or from inside a body) run on their caller alone. Jobs have threads of their own and never delay a
+// loop.
 class ThreadPool final : public Executor {
  public:
   struct Options {

@@ -71,7 +71,8 @@ class ChunkStore {
   size_t chunk_bytes() const { return chunk_bytes_; }
   uint64_t resident_bytes() const { return DoResidentBytes(); }  // [bytes] of live records, headers included
   uint64_t budget() const { return DoBudget(); }                 // [bytes]; UINT64_MAX = unbounded
-  // store.{gets,hits,misses,corrupt,puts,put_dropped,evicted,read_bytes,written_bytes,resident_bytes,peak_bytes,budget_bytes}
+  // store.{gets,hits,misses,corrupt,puts,put_dropped,evicted,read_bytes,written_bytes,resident_bytes,peak_bytes,
+  // budget_bytes}
   void VisitCounters(const CounterVisitor& visit) const { DoVisitCounters(visit); }
 
  protected:

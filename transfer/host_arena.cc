@@ -278,12 +278,16 @@ Status HostArena::CheckInvariants() const {
   if (!impl.growing && impl.mapped != impl.ready) return bad("memory mapped and not ready");
   if (impl.peak_bytes > impl.options.budget) return bad("the budget was exceeded");
   const int64_t marked = std::count(impl.in_use.begin(), impl.in_use.end(), true);
-  if (marked != impl.used) return bad("used is " + std::to_string(impl.used) + ", marked are " + std::to_string(marked));
+  if (marked != impl.used) {
+    return bad("used is " + std::to_string(impl.used) + ", marked are " + std::to_string(marked));
+  }
   if (impl.used + static_cast<int64_t>(impl.free.size()) != impl.ready) return bad("blocks were lost or doubled");
   std::vector<bool> seen(static_cast<size_t>(impl.ready), false);
   for (const int64_t block : impl.free) {
     const auto index = static_cast<size_t>(block);
-    if (index >= seen.size() || seen[index] || impl.in_use[index]) return bad("block " + std::to_string(block) + " is free twice or in use");
+    if (index >= seen.size() || seen[index] || impl.in_use[index]) {
+      return bad("block " + std::to_string(block) + " is free twice or in use");
+    }
     seen[index] = true;
   }
   return {};

@@ -89,9 +89,8 @@ Status MemoryChunkStore::DoPut(const ChunkKey& key, std::span<const std::byte> d
 Status MemoryChunkStore::ReserveLocked() {
   ReapLocked();
   const uint64_t limit = budget_ / record_bytes();
-  const auto held = [&] { return lru_.size() + removed_.size() + reserved_; };
   auto victim = lru_.end();
-  while (held() >= limit && victim != lru_.begin()) {
+  while (HeldLocked() >= limit && victim != lru_.begin()) {
     --victim;
     // Readers take their copy under the mutex, so a count of one cannot grow behind our back.
     if (victim->record.use_count() > 1) continue;
@@ -100,12 +99,12 @@ Status MemoryChunkStore::ReserveLocked() {
     victim = next;
     ++counters_.evicted;
   }
-  if (held() >= limit) {
+  if (HeldLocked() >= limit) {
     ++counters_.put_dropped;
     return {StatusCode::kBusy, "memory store: all " + std::to_string(limit) + " records of the budget are in use"};
   }
   ++reserved_;
-  counters_.peak_bytes = std::max(counters_.peak_bytes, held() * record_bytes());
+  counters_.peak_bytes = std::max(counters_.peak_bytes, HeldLocked() * record_bytes());
   return {};
 }
 
@@ -177,7 +176,7 @@ Status MemoryChunkStore::CheckInvariants() const {
       return {StatusCode::kCorrupt, "chunk " + it->key.ToString() + " is in the list but not indexed"};
     }
   }
-  if ((lru_.size() + removed_.size() + reserved_) * record_bytes() > budget_) {
+  if (HeldLocked() * record_bytes() > budget_) {
     return {StatusCode::kCorrupt, "records exceed the budget"};
   }
   return {};

@@ -51,6 +51,8 @@ class MemoryChunkStore final : public ChunkStore {
   void DoVisitCounters(const CounterVisitor& visit) const override;
 
   uint64_t record_bytes() const { return sizeof(RecordHeader) + chunk_bytes(); }
+  // [records] whose memory counts.
+  uint64_t HeldLocked() const PREHOC_REQUIRES(mutex_) { return lru_.size() + removed_.size() + reserved_; }
   Status ReserveLocked() PREHOC_REQUIRES(mutex_);       // makes room for one record and counts it as held
   void EraseLocked(Lru::iterator it) PREHOC_REQUIRES(mutex_);
   void ReapLocked() PREHOC_REQUIRES(mutex_);            // forgets removed records whose readers are gone

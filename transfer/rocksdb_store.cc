@@ -58,8 +58,9 @@ Status RocksDbStore::Options::Validate() const {
 }
 
 // Threads: `write_mutex` serialises everything that changes RocksDB, so that numbers and eviction have one order. What
-// is known in memory has a lock of its own (SegmentTable), never held across I/O. RocksDB's flush thread comes in through
-// OnFlushCompleted() and takes no lock of ours but that one. Reads take it, and none for writing, unless they find damage.
+// is known in memory has a lock of its own (SegmentTable), never held across I/O. RocksDB's flush thread comes in
+// through OnFlushCompleted() and takes no lock of ours but that one. Reads take it, and none for writing, unless they
+// find damage.
 struct RocksDbStore::Impl final : public rocksdb::EventListener {
   // A file that was deleted; a flush or a reader that began before may keep its bytes on disk for a while.
   struct Leaving {
@@ -145,7 +146,8 @@ struct RocksDbStore::Impl final : public rocksdb::EventListener {
 Status RocksDbStore::Impl::OpenDb() {
   direct_io = options.direct_io;
   while (true) {
-    rocksdb::Options db_options = MakeRocksDbOptions({segment_bytes, ManifestBytes(options.budget), direct_io, shape.aligned});
+    rocksdb::Options db_options =
+        MakeRocksDbOptions({segment_bytes, ManifestBytes(options.budget), direct_io, shape.aligned});
     // RocksDB shares ownership of listeners; the store closes the database before it dies, so it need not.
     db_options.listeners.push_back(std::shared_ptr<rocksdb::EventListener>(std::shared_ptr<void>(), this));
     rocksdb::DB* opened = nullptr;
@@ -169,8 +171,8 @@ Status RocksDbStore::Impl::OpenDb() {
                                      "/LOCK); stop it, use another directory, or open with read_only"};
     }
     Status ours = FromRocksDb(status, where);
-    if (ours.code() == StatusCode::kCorrupt) return {ours.code(), ours.message() + "; delete the directory, it is a cache"};
-    return ours;
+    if (ours.code() != StatusCode::kCorrupt) return ours;
+    return {ours.code(), ours.message() + "; delete the directory, it is a cache"};
   }
 }
 
@@ -398,7 +400,8 @@ Status RocksDbStore::Impl::WriteLocked(const ChunkKey& key, std::span<const std:
   // This thread is the only writer, so the write gets the next sequence number; it serves as the record's own.
   const uint64_t number = db->GetLatestSequenceNumber() + 1;
   const SegmentKey db_key = MakeSegmentKey(number, key);
-  rocksdb::WriteBatch batch(shape.pad + header.size() + payload.size() + kSegmentKeyBytes * (unwritten_tombstones.size() + 1) + 64);
+  const size_t keys_bytes = kSegmentKeyBytes * (unwritten_tombstones.size() + 1);
+  rocksdb::WriteBatch batch(shape.pad + header.size() + payload.size() + keys_bytes + 64);
   uint64_t cost = unwritten_tombstones.size() * kTombstoneBytes;
   if (has_record) {
     cost += record_cost();

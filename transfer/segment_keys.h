@@ -40,9 +40,9 @@ inline constexpr size_t kListedKeyBytes = 1 + kSegmentKeyBytes + 8;
 // safe to pass.
 Result<SegmentKeys> ParseSegmentKeys(std::string_view list, uint64_t entries);
 
-// Where the value of a block with one entry begins, by RocksDB's format 5: bytes shared with the key before (0), bytes of
-// this key, bytes of the value as a varint, the key with RocksDB's own 8 bytes. Only a hint: whoever reads there compares
-// key and checksum, and asks RocksDB if they do not hold.
+// Where the value of a block with one entry begins, by RocksDB's format 5: bytes shared with the key before (0), bytes
+// of this key, bytes of the value as a varint, the key with RocksDB's own 8 bytes. Only a hint: whoever reads there
+// compares key and checksum, and asks RocksDB if they do not hold.
 constexpr uint64_t ValueOffsetInBlock(uint64_t value_bytes) {
   uint64_t length_bytes = 1;
   for (uint64_t rest = value_bytes; rest >= 128; rest /= 128) ++length_bytes;
@@ -61,7 +61,8 @@ struct ValueShape {
     ValueShape shape{0, false, header_bytes + payload_bytes};
     if (payload_bytes < 16 * kPage || payload_bytes % kPage != 0) return shape;  // padding would cost too much
     for (uint64_t pad = kPage - header_bytes; pad > 0; --pad) {
-      if (ValueOffsetInBlock(pad + shape.record_bytes) + pad + header_bytes == kPage) return {pad, true, shape.record_bytes};
+      const uint64_t payload_offset = ValueOffsetInBlock(pad + shape.record_bytes) + pad + header_bytes;
+      if (payload_offset == kPage) return {pad, true, shape.record_bytes};
     }
     return shape;
   }

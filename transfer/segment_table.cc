@@ -152,7 +152,8 @@ void SegmentTable::KeepFile(uint64_t segment, std::shared_ptr<const DirectFile> 
   found->second.file = std::move(file);
   open_files_.push_back(segment);
   while (open_files_.size() > max_open_files_) {
-    if (const auto old = segments_.find(open_files_.front()); old != segments_.end()) closed = std::move(old->second.file);
+    const auto old = segments_.find(open_files_.front());
+    if (old != segments_.end()) closed = std::move(old->second.file);
     open_files_.pop_front();
   }
 }

@@ -19,10 +19,10 @@ namespace prehoc {
 
 // Safe from any thread; never waits. About 200 bytes a record.
 //
-// Life of a record: BeginWrite -> Publish (in a memtable; counted at what it will cost on disk) -> AddSegment (in a file,
-// whose real size counts) -> DropOldest with its file, or published again under a new number, which leaves the old copy
-// without an entry. Numbers are given in the order of writing.
-// Life of a file: AddSegment -> DropOldest -> leaving (deleted, but a reader may keep its bytes on disk) -> gone.
+// Life of a record: BeginWrite -> Publish (in a memtable; counted at what it will cost on disk) -> AddSegment (in a
+// file, whose real size counts) -> DropOldest with its file, or published again under a new number, which leaves the
+// old copy without an entry. Numbers are given in the order of writing. Life of a file: AddSegment -> DropOldest ->
+// leaving (deleted, but a reader may keep its bytes on disk) -> gone.
 class SegmentTable {
  public:
   struct Place {
@@ -73,7 +73,8 @@ class SegmentTable {
   };
   void Load(std::vector<Found> files);
 
-  // The oldest file, and up to `most` of its records that deserve a second chance, those counted by CountMoved() included.
+  // The oldest file, and up to `most` of its records that deserve a second chance, those counted by CountMoved()
+  // included.
   std::optional<Oldest> FindOldest(uint64_t most) const;
   void CountMoved(uint64_t segment);
   // Forgets the oldest file and the records that are live in it. Its bytes count as leaving.

@@ -107,7 +107,8 @@ Result<StoreNote> ParseStoreNote(std::string_view text) {
   const auto take = [&](std::string_view label) -> Result<std::string> {
     const size_t end = text.find('\n');
     if (end == std::string_view::npos || !text.starts_with(label)) {
-      return {StatusCode::kCorrupt, "the note '" + std::string(kStoreNoteName) + "' lacks '" + std::string(label) + "'"};
+      return {StatusCode::kCorrupt,
+              "the note '" + std::string(kStoreNoteName) + "' lacks '" + std::string(label) + "'"};
     }
     std::string value(text.substr(label.size(), end - std::min(end, label.size())));
     text.remove_prefix(end + 1);

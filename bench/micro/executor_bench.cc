@@ -1,8 +1,9 @@
 // What does a ParallelFor cost beyond its bodies?
 //
-// A decode step runs hundreds of small loops, a few microseconds apart. For 2 to 6 bodies: empty bodies (the cost alone)
-// and bodies of about 4 microseconds (what is left of the speed-up), loop after loop and with a pause between them, on an
-// idle machine and beside threads that want the CPUs, too. `serial` runs the same bodies on the caller alone.
+// A decode step runs hundreds of small loops, a few microseconds apart. For 2 to 6 bodies: empty bodies (the cost
+// alone) and bodies of about 4 microseconds (what is left of the speed-up), loop after loop and with a pause between
+// them, on an idle machine and beside threads that want the CPUs, too. `serial` runs the same bodies on the caller
+// alone.
 //
 //   executor_bench [Google Benchmark flags]
 #include <benchmark/benchmark.h>

@@ -1,10 +1,10 @@
 // How fast do blocks come back from disk, verified?
 //
-// Writes --gib of random blocks to a RocksDbStore and the same number of bytes to a plain file beside it, then reads all
-// of them with 1, 2, 4 and 8 threads, in the order of writing and in random order: the plain file with O_DIRECT and one
-// pread a block (the floor), the same and then one load from every cache line (what the bytes cost whoever first looks at
-// them), the store with and without checking its checksums. Bytes moved are those of the blocks. Direct I/O everywhere, so
-// that nothing comes from the page cache; --dir must lie on a disk, not on tmpfs.
+// Writes --gib of random blocks to a RocksDbStore and the same number of bytes to a plain file beside it, then reads
+// all of them with 1, 2, 4 and 8 threads, in the order of writing and in random order: the plain file with O_DIRECT and
+// one pread a block (the floor), the same and then one load from every cache line (what the bytes cost whoever first
+// looks at them), the store with and without checking its checksums. Bytes moved are those of the blocks. Direct I/O
+// everywhere, so that nothing comes from the page cache; --dir must lie on a disk, not on tmpfs.
 //
 //   store_bench --dir=DIR [--gib=2] [--block_kib=192] [--buffered] [Google Benchmark flags]
 //
@@ -44,7 +44,9 @@ struct Settings {
   double gib = 2;
   uint64_t block_bytes = 192 * kKiB;
   bool direct_io = true;
-  int64_t blocks() const { return static_cast<int64_t>(gib * static_cast<double>(kGiB)) / static_cast<int64_t>(block_bytes); }
+  int64_t blocks() const {
+    return static_cast<int64_t>(gib * static_cast<double>(kGiB)) / static_cast<int64_t>(block_bytes);
+  }
 };
 
 [[noreturn]] void Die(const std::string& what) {
@@ -115,7 +117,8 @@ class World {
     options.path = path_ + "/store";
     options.identity.layout = "bench";
     options.chunk_bytes = settings_.block_bytes;
-    options.budget = std::max<uint64_t>(64 * kMiB, 2 * static_cast<uint64_t>(settings_.blocks()) * settings_.block_bytes);
+    const uint64_t data = static_cast<uint64_t>(settings_.blocks()) * settings_.block_bytes;
+    options.budget = std::max(64 * kMiB, 2 * data);
     options.direct_io = settings_.direct_io;
     options.verify = verify;
     auto store = RocksDbStore::Open(options);

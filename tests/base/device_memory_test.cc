@@ -1,4 +1,5 @@
-// The contract of DeviceMemory, over every implementation, plain and behind its fault decorator, and the decorator itself.
+// The contract of DeviceMemory, over every implementation, plain and behind its fault decorator, and the decorator
+// itself.
 #include "base/device_memory.h"
 
 #include <cstring>

@@ -7,8 +7,8 @@
 
 namespace prehoc {
 
-// As a process sees time that was stopped, or moved to another machine: it may stand still and leap ahead, but, as every
-// Clock, never goes back. Without faults it only forwards. Safe from any thread.
+// As a process sees time that was stopped, or moved to another machine: it may stand still and leap ahead, but, as
+// every Clock, never goes back. Without faults it only forwards. Safe from any thread.
 class FaultyClock final : public Clock {
  public:
   explicit FaultyClock(const Clock* base) : base_(base) {}

@@ -10,7 +10,8 @@
 
 namespace prehoc {
 
-// Faults count posted batches from 1, after they were set; 0 = none. Without faults it only forwards. Safe from any thread.
+// Faults count posted batches from 1, after they were set; 0 = none. Without faults it only forwards. Safe from any
+// thread.
 class FaultyTransferEngine final : public TransferEngine {
  public:
   explicit FaultyTransferEngine(TransferEngine* base) : base_(base) {}
@@ -27,7 +28,8 @@ class FaultyTransferEngine final : public TransferEngine {
     fail_half_ = posts_ + nth;
     half_status_ = std::move(with);
   }
-  // Of every batch from now on, the first `polls` calls of Poll() say kBusy, whatever the copies do. Wait() is not late.
+  // Of every batch from now on, the first `polls` calls of Poll() say kBusy, whatever the copies do. Wait() is not
+  // late.
   void CompleteLate(int polls) {
     MutexLock lock(mutex_);
     late_polls_ = polls;

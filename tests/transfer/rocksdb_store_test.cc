@@ -452,8 +452,8 @@ TEST_F(RocksDbStoreTest, FindsBytesThatRottedOnDisk) {
     options_.direct_io = round % 2 == 0;
     fs::copy(pristine, options_.path, fs::copy_options::recursive);
     ASSERT_EQ(Tables().size(), 1u);
-    // First rounds: RocksDB's own lengths and key of the first record, which are not needed to read it. Then its header,
-    // then anywhere in the payload of any.
+    // First rounds: RocksDB's own lengths and key of the first record, which are not needed to read it. Then its
+    // header, then anywhere in the payload of any.
     const auto first = static_cast<int64_t>(ValueShape::For(sizeof(RecordHeader), kBytes).RecordOffset(0));
     const int64_t record = rng.Int(0, kRecords - 1);
     const int64_t at = round < 10   ? rng.Int(0, first - 1)
