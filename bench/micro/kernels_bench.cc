@@ -13,10 +13,13 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <random>
+#include <span>
 #include <string>
 #include <vector>
 
+#include "base/device_memory.h"
 #include "base/executor.h"
 #include "kernels/function_table.h"
 
@@ -39,18 +42,35 @@ class Source {
   std::normal_distribution<float> normal_{0, 1};
 };
 
+void Require(const Status& status) {
+  if (status.ok()) return;
+  std::fprintf(stderr, "kernels_bench: %s\n", status.ToString().c_str());
+  std::abort();
+}
+
+// The memory that the device tier of the CPU build uses.
+DeviceBuffer Memory(size_t bytes) {
+  static HostDeviceMemory memory(SIZE_MAX / 2);
+  Result<DeviceBuffer> buffer = memory.Allocate(bytes, "bench");
+  Require(buffer.status());
+  return std::move(buffer).value();
+}
+
 // One layer: rows and queries of its KV heads.
 struct Layer {
-  std::vector<Half> rows;   // [heads, n, 2, dim]
-  std::vector<float> q;     // [heads, group, dim]
-  std::vector<std::byte> codes;
+  DeviceBuffer memory;        // of rows
+  std::span<Half> rows;       // [heads, n, 2, dim]
+  std::vector<float> q;       // [heads, group, dim]
+  DeviceBuffer code_memory;
+  std::span<std::byte> codes;
   std::vector<float> z, err;  // [heads, group, n]
   const Half* head(int h, int64_t n) const { return rows.data() + h * n * kRowHalves; }
 };
 
 Layer MakeLayer(int64_t n, Source& source) {
   Layer layer;
-  layer.rows.resize(static_cast<size_t>(kHeads * n * kRowHalves));
+  layer.memory = Memory(static_cast<size_t>(kHeads * n * kRowBytes));
+  layer.rows = {layer.memory.as<Half>(), static_cast<size_t>(kHeads * n * kRowHalves)};
   // Normal numbers are slow to draw: draw some and walk through them with a stride.
   std::vector<float> pool_of_numbers(8191);
   for (float& x : pool_of_numbers) x = source.Normal();
@@ -91,12 +111,6 @@ std::vector<Layer>& LayersOf(int64_t n) {
     of = n;
   }
   return layers;
-}
-
-void Require(const Status& status) {
-  if (status.ok()) return;
-  std::fprintf(stderr, "kernels_bench: %s\n", status.ToString().c_str());
-  std::abort();
 }
 
 // Runs call(layer index) in turn and reports bytes.
@@ -203,7 +217,8 @@ void ScoreRows(benchmark::State& state, const KernelTable* table) {
 std::vector<EncodeTask> EncodeTasks(const KernelTable* table, Layer& layer, int64_t n, const CodeFormat& format) {
   const size_t block = table->code_block_bytes(format, kDim);
   const int64_t groups = n / format.group_tokens;
-  layer.codes.resize(static_cast<size_t>(kHeads * groups) * block);
+  layer.code_memory = Memory(static_cast<size_t>(kHeads * groups) * block);
+  layer.codes = {layer.code_memory.data(), static_cast<size_t>(kHeads * groups) * block};
   std::vector<EncodeTask> tasks;
   for (int64_t g = 0; g < kHeads * groups; ++g) {
     tasks.push_back({layer.rows.data() + g * format.group_tokens * kRowHalves, layer.codes.data() + static_cast<size_t>(g) * block,
