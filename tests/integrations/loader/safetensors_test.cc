@@ -13,10 +13,17 @@ namespace {
 
 using loader::TensorTable;
 
-Status Add(Bytes bytes, TensorTable* table) { return loader::AddSafetensors(InMemory(std::move(bytes)), table); }
+// A table with the file that its tensors lie in.
+struct Opened {
+  std::shared_ptr<const loader::MappedFile> file;
+  TensorTable table{"test"};
+  Status status;
+
+  explicit Opened(Bytes bytes) : file(InMemory(std::move(bytes))), status(loader::AddSafetensors(file, &table)) {}
+};
+Status DamageOf(Bytes bytes) { return Opened(std::move(bytes)).status; }
 Status AddHeader(std::string_view header, size_t data_bytes) {
-  TensorTable table("test");
-  return Add(SafetensorsWithHeader(header, Bytes(data_bytes)), &table);
+  return DamageOf(SafetensorsWithHeader(header, Bytes(data_bytes)));
 }
 
 TEST(SafetensorsTest, TensorsLieInPlace) {
@@ -42,33 +49,32 @@ TEST(SafetensorsTest, TensorsLieInPlace) {
 
 TEST(SafetensorsTest, OddAddressesAreCopied) {
   // 3 bytes in front leave the F32 tensor at an odd address.
-  TensorTable table("test");
-  ASSERT_OK(Add(Safetensors({{"a", "U8", {3}, Bytes(3)}, Floats("b", {1, 2}, {7, 8})}), &table));
-  const auto matrix = table.Matrix("b", 1, 2);
+  Opened open(Safetensors({{"a", "U8", {3}, Bytes(3)}, Floats("b", {1, 2}, {7, 8})}));
+  ASSERT_OK(open.status);
+  const auto matrix = open.table.Matrix("b", 1, 2);
   ASSERT_OK(matrix);
   EXPECT_EQ(reinterpret_cast<uintptr_t>(matrix->data) % 4, 0u);
   EXPECT_EQ(Bytes(matrix->data, matrix->data + 8), BytesOf({7, 8}));
-  EXPECT_EQ(table.TakeOwners().size(), 1u);
+  EXPECT_EQ(open.table.TakeOwners().size(), 1u);
 }
 
 TEST(SafetensorsTest, UnknownTypesAreOnlyRefusedWhenUsed) {
-  TensorTable table("test");
-  ASSERT_OK(Add(Safetensors({{"a", "F6_E9M9", {4}, Bytes(3)}}), &table));
-  EXPECT_STATUS(StatusCode::kUnsupported, "'a' has type F6_E9M9; supported: F32, F16, BF16", table.Vector("a", 4));
+  Opened open(Safetensors({{"a", "F6_E9M9", {4}, Bytes(3)}}));
+  ASSERT_OK(open.status);
+  EXPECT_STATUS(StatusCode::kUnsupported, "'a' has type F6_E9M9; supported: F32, F16, BF16", open.table.Vector("a", 4));
 }
 
 TEST(SafetensorsTest, HeaderDamage) {
-  TensorTable table("test");
-  EXPECT_STATUS(StatusCode::kCorrupt, "not a safetensors file", Add({}, &table));
-  EXPECT_STATUS(StatusCode::kCorrupt, "not a safetensors file", Add(Bytes(9), &table));
+  EXPECT_STATUS(StatusCode::kCorrupt, "not a safetensors file", DamageOf(Bytes()));
+  EXPECT_STATUS(StatusCode::kCorrupt, "not a safetensors file", DamageOf(Bytes(9)));
   Bytes huge;
   Append(&huge, UINT64_MAX);
   AppendText(&huge, "{}");
-  EXPECT_STATUS(StatusCode::kCorrupt, "header of 18446744073709551615 bytes", Add(huge, &table));
+  EXPECT_STATUS(StatusCode::kCorrupt, "header of 18446744073709551615 bytes", DamageOf(huge));
   Bytes longer;
   Append(&longer, uint64_t{100});
   AppendText(&longer, "{}");
-  EXPECT_STATUS(StatusCode::kCorrupt, "truncated", Add(longer, &table));
+  EXPECT_STATUS(StatusCode::kCorrupt, "truncated", DamageOf(longer));
   EXPECT_STATUS(StatusCode::kCorrupt, "not a JSON object", AddHeader("{\"a\": ", 0));
   EXPECT_STATUS(StatusCode::kCorrupt, "expected JSON", AddHeader("[]", 0));
   EXPECT_STATUS(StatusCode::kCorrupt, "nests deeper", AddHeader("{\"a\":" + std::string(100000, '['), 0));
@@ -111,10 +117,10 @@ TEST(SafetensorsTest, TensorsTileTheFile) {
 }
 
 TEST(SafetensorsTest, ValuesThatAreNotFinite) {
-  TensorTable table("test");
-  ASSERT_OK(Add(Safetensors({Floats("a", {3}, {1, 2, NAN}), Floats("b", {1}, {INFINITY})}), &table));
-  EXPECT_STATUS(StatusCode::kCorrupt, "'a' is not finite at index 2", table.Vector("a", 3));
-  EXPECT_STATUS(StatusCode::kCorrupt, "'b' is not finite at index 0", table.Vector("b", 1));
+  Opened open(Safetensors({Floats("a", {3}, {1, 2, NAN}), Floats("b", {1}, {INFINITY})}));
+  ASSERT_OK(open.status);
+  EXPECT_STATUS(StatusCode::kCorrupt, "'a' is not finite at index 2", open.table.Vector("a", 3));
+  EXPECT_STATUS(StatusCode::kCorrupt, "'b' is not finite at index 0", open.table.Vector("b", 1));
 }
 
 class ShardsTest : public testing::Test {
