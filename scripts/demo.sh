@@ -32,7 +32,7 @@ run() {
   echo "\$ prehoc $*"
   "$prehoc" "$@"
 }
-run answer "${budgets[@]}" --compare dense
+run answer "${budgets[@]}" --audit-every 16 --compare dense
 echo
 say "once more: the KV of the document now comes from disk"
-run answer "${budgets[@]}"
+run answer "${budgets[@]}" --audit-every 16

@@ -2,6 +2,10 @@
 
 namespace prehoc::cli {
 
+double RunFigures::first_token_seconds() const {
+  return generated.decisions.empty() ? 0 : open_seconds + generated.prefill_seconds;
+}
+
 double RunFigures::prefill_rate() const {
   if (generated.prefill_tokens == 0 || generated.prefill_seconds <= 0) return 0;
   return static_cast<double>(generated.prefill_tokens) / generated.prefill_seconds;

@@ -26,7 +26,7 @@ struct RunFigures {
   Sequence::Residency residency;   // at the end
   std::map<std::string, double> counters;  // of cache, tiers and engine, by their own names
 
-  double first_token_seconds() const { return open_seconds + generated.prefill_seconds; }
+  double first_token_seconds() const;  // 0 if there was none
   double prefill_rate() const;     // computed tokens/s; 0 if none
   double decode_rate() const;      // tokens/s, audits not counted
   double per_step(int64_t total) const;  // of a decode step; 0 without any

@@ -52,7 +52,7 @@ ordered_json Run(const RunFigures& run) {
                     {"open_seconds", run.open_seconds},
                     {"prefill_seconds", run.generated.prefill_seconds},
                     {"prefill_tokens_per_second", run.prefill_rate()},
-                    {"first_token_seconds", run.first_token_seconds()}};
+                    {"first_token_seconds", run.generated.decisions.empty() ? ordered_json(nullptr) : ordered_json(run.first_token_seconds())}};
   json["decode"] = {{"steps", run.generated.decode_steps},
                     {"seconds", run.generated.decode_seconds},
                     {"audit_seconds", r.times.audit},

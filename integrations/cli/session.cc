@@ -1,5 +1,6 @@
 #include "integrations/cli/session.h"
 
+#include <string_view>
 #include <utility>
 
 #include "base/units.h"
@@ -33,7 +34,29 @@ std::string WithSize(const char* flag, uint64_t bytes) {
   return std::string(flag) + " " + FormatBytes(static_cast<double>(bytes));
 }
 
-// The facade names its options; people know them as flags.
+// The libraries say what to do in terms of their options; people have flags.
+Status InFlagWords(const Status& status) {
+  constexpr std::pair<std::string_view, std::string_view> kWords[] = {
+      {"open it with read_only", "give a directory that can be written to"},
+      {" (min_free_bytes); free some, or lower it", "; free some"},
+      {"raise the host budget", "give more with --host-budget, or a disk tier with --store and --store-budget"},
+  };
+  std::string message = status.message();
+  for (const auto& [from, to] : kWords) {
+    const size_t at = message.find(from);
+    if (at != std::string::npos) message.replace(at, from.size(), to);
+  }
+  return status.ok() ? status : Status(status.code(), std::move(message));
+}
+
+Status StoreError(const Status& status, const std::string& directory) {
+  const std::string own = "store " + directory + ": ";
+  const Status told = InFlagWords(status);
+  const bool named = told.message().starts_with(own);
+  return RuntimeError(named ? Status(told.code(), told.message().substr(own.size())) : told, "--store " + directory);
+}
+
+// The facade names its options.
 Status CreateError(const Status& status, const SessionOptions& options) {
   const std::string host = WithSize("--host-budget", options.host_budget);
   if (status.code() != StatusCode::kInvalid) return status.WithContext(host);
@@ -47,11 +70,6 @@ Status OpenError(const Status& status, const SessionOptions& options) {
   const bool host = status.message().find("host budget") != std::string::npos;
   const std::string flag = host ? WithSize("--host-budget", options.host_budget) : WithSize("--device-budget", options.device_budget);
   return UsageError(flag + ": " + status.message());
-}
-
-Status StepError(const Status& status) {
-  if (status.code() != StatusCode::kOutOfSpace) return RuntimeError(status, "");
-  return {status.code(), status.message() + "; give more with --host-budget, or a disk tier with --store and --store-budget"};
 }
 
 }  // namespace
@@ -87,7 +105,7 @@ Result<std::unique_ptr<Session>> Session::Create(std::shared_ptr<const reference
 Status Session::OpenStore() {
   if (options_.store.empty()) return {};
   auto store = RocksDbStore::Open(StoreOptions(options_, geometry_, *model_));
-  if (!store.ok()) return RuntimeError(store.status(), "--store " + options_.store);
+  if (!store.ok()) return StoreError(store.status(), options_.store);
   store_ = std::move(store).value();
   return {};
 }
@@ -136,13 +154,13 @@ Status Session::Open(std::span<const int32_t> prompt) {
 
 Forward Session::forward() {
   return [this](std::span<const int32_t> tokens, int64_t prompt_tokens, std::span<float> logits) {
-    return StepError(reference::RunWithRepair(*engine_, *sequence_, tokens, prompt_tokens, logits));
+    return RuntimeError(InFlagWords(reference::RunWithRepair(*engine_, *sequence_, tokens, prompt_tokens, logits)), "");
   };
 }
 
 Status Session::Flush() {
   const Status status = cache_->Flush();
-  return status.ok() || options_.store.empty() ? status : RuntimeError(status, "--store " + options_.store);
+  return status.ok() || options_.store.empty() ? status : StoreError(status, options_.store);
 }
 
 std::map<std::string, double> Session::Counters() const {

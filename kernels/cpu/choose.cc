@@ -79,8 +79,7 @@ class Choice {
     RankMiddle();
     KeepFirst();
     bool met = true;
-    if (task_.target_drop >= 0) met = Widen();
-    if (doubtful_) return false;
+    if (task_.target_drop >= 0 && !Widen(met)) return false;
     *task_.count = count_;
     WriteOutside();
     if (task_.met != nullptr) *task_.met = met ? 1 : 0;
@@ -197,22 +196,25 @@ class Choice {
     }
   }
 
-  // On down the ranks until every head is within target_drop, or cap are kept.
-  bool Widen() {
+  // On down the ranks until every head is within target_drop, or cap are kept; `met` says which. False: undecided.
+  bool Widen(bool& met) {
     for (int32_t i = 0; i < count_; ++i) keys_[task_.chosen[i] - task_.lo] = kNoCandidate;
     const int64_t most = std::max<int64_t>(0, int64_t{task_.cap} - count_);
     KeptKeys rest = room_.top.Select(ops_, keys_, padded(), most, task_.lo);
     room_.top.Sort(rest);
     int64_t needed = 0;
-    bool met = true;
-    for (int64_t h = 0; h < group_; ++h) needed = std::max(needed, RanksNeeded(h, rest, met));
+    for (int64_t h = 0; h < group_; ++h) {
+      const int64_t of_head = RanksNeeded(h, rest, met);
+      if (of_head == kUndecided) return false;
+      needed = std::max(needed, of_head);
+    }
     std::copy_n(rest.where, needed, task_.chosen + count_);
     count_ += static_cast<int32_t>(needed);
     std::sort(task_.chosen, task_.chosen + count_);
-    return met;
+    return true;
   }
 
-  // How many of `rest` head h needs; clears `met` if all are not enough.
+  // How many of `rest` head h needs, or kUndecided; clears `met` if all are not enough.
   int64_t RanksNeeded(int64_t h, const KeptKeys& rest, bool& met) {
     float* upper = upper_ + h * middle_;
     const float* lower = lower_ + h * middle_;
@@ -227,17 +229,14 @@ class Choice {
     double* outside = room_.suffix.data();
     outside[rest.count] = SumWithout(upper, rest);
     for (int64_t r = rest.count; r-- > 0;) outside[r] = outside[r + 1] + upper[rest.where[r] - task_.lo];
-    // dropped = U / (U + L) <= t, as U (1 - t) <= L t; U and L are in units of exp(their top). A U of 0 may be a flushed
-    // mass: with a target of 0 only an empty outside counts.
+    // dropped = U / (U + L) <= t, as U (1 - t) <= L t; U and L are in units of exp(their top), and flushed terms may
+    // have kept up to `flushed` from each of them. Where that decides, the reference does.
     const double target = static_cast<double>(task_.target_drop);
     const double unit = std::exp(static_cast<double>(upper_tops_[h]) - lower_tops_[h]) * (1 - target);
+    const double flushed = 2e-38 * task_.n;
     for (int64_t r = 0; r <= rest.count; ++r) {
-      const bool flushed = outside[r] < kSafeSum && inside * target < kSafeSum * std::max(1.0, unit);
-      if (flushed && target > 0 && r < middle_ - count_) {
-        doubtful_ = true;
-        return 0;
-      }
-      if (outside[r] > 0 ? outside[r] * unit <= inside * target : target > 0 || r == middle_ - count_) return r;
+      if (r == middle_ - count_ || (outside[r] + flushed) * unit <= inside * target) return r;
+      if (!(outside[r] * unit > (inside + flushed) * target)) return kUndecided;
       if (r < rest.count) inside += lower[rest.where[r] - task_.lo];
     }
     met = false;
@@ -278,6 +277,7 @@ class Choice {
     return static_cast<float>(top + std::log(ops_.exp_sum(row, nullptr, 0, top, middle_, nullptr)));
   }
 
+  static constexpr int64_t kUndecided = -1;
   static constexpr int64_t kMaxGroup = 256;
   const VectorOps& ops_;
   const ChooseTask& task_;
@@ -290,7 +290,6 @@ class Choice {
   int32_t* keys_ = nullptr;  // [middle, padded]
   KeptKeys first_;           // the k best
   int32_t count_ = 0;        // chosen so far
-  bool doubtful_ = false;    // both sides of a target were too small to be told apart
 };
 
 }  // namespace

@@ -9,3 +9,9 @@ set_source_files_properties(cpu/avx2_ops.cc PROPERTIES COMPILE_OPTIONS
 set_source_files_properties(cpu/avx512_ops.cc PROPERTIES COMPILE_OPTIONS
   "-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx512vnni;-ffp-contract=off;-fno-math-errno;-Wno-uninitialized;-Wno-maybe-uninitialized")
 target_compile_definitions(prehoc_kernels PRIVATE PREHOC_VECTOR_KERNELS)
+
+# Sanitizers add weak symbols of their own.
+if(PREHOC_BUILD_TESTS AND NOT PREHOC_SANITIZE)
+  add_test(NAME kernels_vector_objects COMMAND ${CMAKE_COMMAND} -DNM=${CMAKE_NM}
+    "-DOBJECTS=$<TARGET_OBJECTS:prehoc_kernels>" -P ${CMAKE_CURRENT_LIST_DIR}/check_objects.cmake)
+endif()

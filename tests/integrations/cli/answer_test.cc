@@ -236,11 +236,19 @@ TEST_F(AnswerTest, StoresThatCannotBeUsedAreRefused) {
   ExpectRefused(o, kExitRuntime, {"--store " + o.store});
 }
 
+// Neither all of the KV in memory nor a disk tier to take the rest.
+TEST_F(AnswerTest, BudgetsThatRunOutSayWhichFlagsHelp) {
+  AnswerOptions o = options_;
+  o.store.clear();
+  o.host_budget = 256 * kKiB;
+  ExpectRefused(o, kExitRuntime, {"--host-budget", "--store"});
+}
+
 TEST_F(AnswerTest, AStoreThatMayNotBeWrittenIsRefused) {
   if (geteuid() == 0) GTEST_SKIP() << "root may write everywhere";
   Run();
   std::filesystem::permissions(options_.store, std::filesystem::perms::owner_read | std::filesystem::perms::owner_exec);
-  ExpectRefused(options_, kExitRuntime, {"--store " + options_.store});
+  ExpectRefused(options_, kExitRuntime, {"--store " + options_.store, "give a directory that can be written to"});
   std::filesystem::permissions(options_.store, std::filesystem::perms::owner_all);
 }
 

@@ -1,0 +1,21 @@
+# Fails if an object built with vector flags defines a weak symbol: an inline function or template that the linker may keep
+# for the whole program, and that a CPU without AVX would then run into.
+#   cmake -DNM=nm "-DOBJECTS=a.o;b.o" -P check_objects.cmake
+set(found 0)
+foreach(object IN LISTS OBJECTS)
+  if(NOT object MATCHES "avx[0-9]+_ops")
+    continue()
+  endif()
+  math(EXPR found "${found} + 1")
+  execute_process(COMMAND ${NM} -C ${object} OUTPUT_VARIABLE symbols RESULT_VARIABLE failed)
+  if(failed)
+    message(FATAL_ERROR "${NM} ${object} failed: ${failed}")
+  endif()
+  string(REGEX MATCHALL "[0-9a-f]+ [WVu] [^\n]*" weak "${symbols}")
+  if(weak)
+    message(FATAL_ERROR "${object} defines symbols that other files may end up with: ${weak}")
+  endif()
+endforeach()
+if(found LESS 2)
+  message(FATAL_ERROR "expected the objects of avx2_ops.cc and avx512_ops.cc, found ${found}")
+endif()
