@@ -240,7 +240,7 @@ TEST_F(AnswerTest, StoresThatCannotBeUsedAreRefused) {
 TEST_F(AnswerTest, BudgetsThatRunOutSayWhichFlagsHelp) {
   AnswerOptions o = options_;
   o.store.clear();
-  o.host_budget = 256 * kKiB;
+  o.host_budget = 224 * kKiB;
   ExpectRefused(o, kExitRuntime, {"--host-budget", "--store"});
 }
 
