@@ -176,7 +176,7 @@ float Sequence::Impl::GroupCosine(const std::vector<Unit>& units, int32_t kv_hea
   return mean && least > -2 && num > 0 ? sum / static_cast<float>(num) : least;
 }
 
-// With the certified gate a choice is kept if what it can have lost is at most delta_max (METHODS 1.7). The bound needs the
+// With the certified gate a choice is kept if what it can have lost is at most delta_max (selector/certificate.h). The bound needs the
 // log-sum-exp of the kept rows under the new query: they are attended to first, and again with others if that was too much.
 Status Sequence::Impl::CheckCertificates(FastStep& s) {
   if (!s.rule.certified || !s.rule.may_inherit) return {};

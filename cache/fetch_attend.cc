@@ -8,7 +8,7 @@
 
 namespace prehoc {
 namespace {
-// Bounds come from fp32 logits; METHODS 1.7 allows this much in the log domain for their rounding.
+// Bounds come from fp32 logits; this much is allowed in the log domain for their rounding.
 constexpr double kLogSlack = 1e-3;
 
 // Share of the mass outside, from the log-sum-exp outside and inside.

@@ -1,4 +1,4 @@
-// What a sequence did, in the terms of METHODS 1.8. Plain data: it merges, prints as JSON and compares in a test.
+// What a sequence did, in the terms of docs/selectors/README.md. Plain data: it merges, prints as JSON and compares in a test.
 #pragma once
 #include <array>
 #include <cstdint>

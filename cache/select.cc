@@ -1,4 +1,4 @@
-// How a head looks and chooses: logits of everything in sight, then the best k (METHODS 1.1 SELECT, 1.11).
+// How a head looks and chooses: logits of everything in sight, then the best k (docs/selectors/cis.md, tc.md).
 #include <algorithm>
 #include <cmath>
 #include <limits>

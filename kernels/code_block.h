@@ -1,4 +1,4 @@
-// How a code block lies in memory (METHODS 1.12): low-bit codes of K, per channel over a group of tokens. The same for
+// How a code block lies in memory: low-bit codes of K, per channel over a group of tokens. The same for
 // every CPU backend, so that blocks written by one can be read by another.
 //
 //   lo   [head_dim] fp16    k[t, c] ~ lo[c] + code[t, c] * step[c]

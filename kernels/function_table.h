@@ -2,7 +2,7 @@
 // so the whole pipeline runs on any of them and can be compared. Kernels know rows, codes and scores; they
 // know no policy. A call covers any number of (sequence, KV head) tasks of one layer.
 //
-// Notation as in METHODS 0: q [group, head_dim] fp32 after RoPE, logits z = q.k / sqrt(head_dim), n visible positions.
+// q [group, head_dim] fp32 after RoPE, logits z = q.k / sqrt(head_dim), n visible positions.
 // A row is K[head_dim] then V[head_dim], fp16. Pointers are of the backend's device. Everywhere: head_dim is a multiple of
 // 16 in [16, 256], group in [1, 256], counts may be 0 (pointers to nothing may then be null), outputs of one call do not
 // overlap each other or its inputs, and the calling thread may hold no loop of the same executor.
@@ -30,7 +30,7 @@ struct RowRun {
   int32_t count = 0;
 };
 
-// Low-bit codes of K, per channel over a group of tokens: k ~ lo[c] + code * step[c]. METHODS 1.12.
+// Low-bit codes of K, per channel over a group of tokens: k ~ lo[c] + code * step[c].
 struct CodeFormat {
   int32_t bits = 4;          // 2, 3, 4 or 8
   int32_t group_tokens = 64; // 16 or 64
@@ -128,7 +128,7 @@ struct ScorePagesParams {
   int32_t group = 0, head_dim = 0;
 };
 
-// --- choose: which positions of the middle a step attends to (METHODS 1.1 SELECT, 1.11 TC) ----------------------
+// --- choose: which positions of the middle a step attends to (docs/selectors/) ------------------------------
 // In sight are [0, sinks) and [lo, n); of these [0, sinks) and [hi, n) are kept always, and the middle [lo, hi) is chosen
 // from. [sinks, lo) is out of the window (PSAW; without sinks: sinks = 0) and counts nowhere.
 // 1. lse_all[h] = LSE of z[h, i] over what is in sight.

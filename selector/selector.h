@@ -1,6 +1,6 @@
 // What a step attends to, decided before attention is scored. A selector is a pure function from (layer, step, visible
 // positions) to a rule; the cache applies the rule per KV head with kernels, so every method runs through one pipeline
-// (two clocks, DESIGN.md) and a rule can be compared in a test, printed, or captured in a graph.
+// (two clocks, cache/README.md) and a rule can be compared in a test, printed, or captured in a graph.
 #pragma once
 #include <cstdint>
 #include <memory>

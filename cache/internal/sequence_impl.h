@@ -40,7 +40,7 @@ struct Unit {
   std::vector<float> anchor, anchor_pre;  // [heads, head_dim]: the queries that chose
   std::vector<int32_t> chosen;        // middle positions, sorted
   std::vector<float> dropped, dropped_bound;  // [heads] at that step, as shares; bound < 0 = none
-  std::vector<double> lse_dropped;    // [heads] for the certified gate (METHODS 1.7)
+  std::vector<double> lse_dropped;    // [heads] for the certified gate (selector/certificate.h)
   // Pooled scores of the middle, for the slow clock [stride].
   float* pooled = nullptr;
   int32_t pooled_scans = 0;           // since the pool was started

@@ -23,7 +23,7 @@ struct AttendCall {
   float* out = nullptr;      // [count - q_skip, heads, head_dim]
 };
 
-// What a method leaves out of prefill in one layer (METHODS 1.4, ETF).
+// What a method leaves out of prefill in one layer (docs/selectors/etf.md).
 struct FreezeRule {
   int64_t frozen = 0;      // positions [0, frozen) pass through the layer unchanged
   bool reuse_kv = false;   // frozen tokens take K and V of an earlier layer, instead of projecting:

@@ -1,4 +1,4 @@
-// Frozen prefixes (METHODS 1.4): carry and reuse_kv against the naive decoder, in pieces and at once.
+// Frozen prefixes (docs/selectors/etf.md): carry and reuse_kv against the naive decoder, in pieces and at once.
 #include <gtest/gtest.h>
 
 #include "tests/integrations/engine/engine_fixture.h"
