@@ -7,7 +7,7 @@ target_sources(prehoc_kernels PRIVATE
 set_source_files_properties(cpu/avx2_ops.cc PROPERTIES COMPILE_OPTIONS
   "-mavx2;-mfma;-mf16c;-ffp-contract=off;-fno-math-errno")
 set_source_files_properties(cpu/avx512_ops.cc PROPERTIES COMPILE_OPTIONS
-  "-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx512vnni;-ffp-contract=off;-fno-math-errno;-Wno-uninitialized;-Wno-maybe-uninitialized")
+  "-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx512vnni;-ffp-contract=off;-fno-math-errno;-Wno-uninitialized;$<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>")
 target_compile_definitions(prehoc_kernels PRIVATE PREHOC_VECTOR_KERNELS)
 
 # Sanitizers add weak symbols of their own.

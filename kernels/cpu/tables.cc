@@ -1,4 +1,5 @@
 // Which backend this CPU runs, and the tables.
+#include "base/cpu_features.h"
 #include "kernels/code_block.h"
 #include "kernels/cpu/cpu_kernels.h"
 #include "kernels/cpu/drivers.h"
@@ -35,27 +36,17 @@ constexpr KernelTable TableOf(std::string_view name) {
   };
 }
 
-// The compiler's run-time check covers both the CPU and whether the system saves the registers (XCR0).
-bool HasAvx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
-bool HasAvx512() {
-  return HasAvx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vnni");
-}
-
 }  // namespace
 
 const KernelTable* Avx2Kernels() {
   static constexpr KernelTable kTable = TableOf<kAvx2Ops>("avx2");
-  static const bool runs_here = HasAvx2();
+  static const bool runs_here = CpuHasAvx2();
   return runs_here ? &kTable : nullptr;
 }
 
 const KernelTable* Avx512Kernels() {
   static constexpr KernelTable kTable = TableOf<kAvx512Ops>("avx512");
-  static const bool runs_here = HasAvx512();
+  static const bool runs_here = CpuHasAvx512();
   return runs_here ? &kTable : nullptr;
 }
 

@@ -1,39 +1,20 @@
 #include "integrations/reference/engine/simd_level.h"
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
 #include "base/check.h"
+#include "base/cpu_features.h"
 #include "integrations/reference/engine/kernel_table.h"
 
 namespace prehoc::reference {
 namespace {
 
-#if defined(__x86_64__)
-// clang 14 has no name for F16C.
-bool CpuHasF16c() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
-}
-
-// The compiler's check includes that the operating system saves the wide registers.
 bool CpuHas(SimdLevel level) {
-  __builtin_cpu_init();
   switch (level) {
     case SimdLevel::kPlain: return true;
-    case SimdLevel::kAvx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && CpuHasF16c();
-    case SimdLevel::kAvx512:
-      return CpuHas(SimdLevel::kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-             __builtin_cpu_supports("avx512vnni");
+    case SimdLevel::kAvx2: return CpuHasAvx2();
+    case SimdLevel::kAvx512: return CpuHasAvx512();
   }
   return false;
 }
-#else
-bool CpuHas(SimdLevel level) { return level == SimdLevel::kPlain; }
-#endif
 
 const EngineKernels* TableOf(SimdLevel level) {
   switch (level) {
