@@ -42,6 +42,7 @@ Result<std::unique_ptr<KvCache>> KvCache::Create(const CacheOptions& options, co
   impl->resources = resources;
   CacheResources& own = impl->resources;
   if (own.background == nullptr) own.background = own.executor;
+  if (own.io == nullptr) own.io = own.executor;
   if (own.kernels == nullptr) own.kernels = &BestCpuKernels();
   if (own.clock == nullptr) own.clock = &SteadyClock::Get();
   if (own.transfer == nullptr) {

@@ -47,6 +47,8 @@ struct CacheOptions {
 struct CacheResources {
   Executor* executor = nullptr;        // parallel loops; required
   Executor* background = nullptr;      // write-behind jobs; null = `executor`
+  Executor* io = nullptr;              // loops that wait for the store (a prefix coming back); null = `executor`. More
+                                       // threads than CPUs pay: while one waits, another verifies and indexes
   DeviceMemory* device = nullptr;      // its budget is the device budget; required
   ChunkStore* store = nullptr;         // disk tier, or null
   const KernelTable* kernels = nullptr;  // null = BestCpuKernels()

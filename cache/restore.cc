@@ -1,6 +1,7 @@
 // A stored prefix comes back, and lost chunks are made anew.
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 
 #include "cache/internal/fast_step.h"
 #include "cache/internal/sequence_impl.h"
@@ -36,6 +37,16 @@ Status Sequence::Impl::EncodeBlock(int32_t layer_index, int64_t chunk, std::span
   return kernels().encode({.tasks = tasks, .format = format, .head_dim = geometry().head_dim}, Launch{});
 }
 
+// Where everything is resident a whole block has its place in the ring, whatever becomes of the others.
+void Sequence::Impl::CopyToRing(int32_t layer_index, int64_t chunk, std::span<const std::byte> bytes) {
+  const int64_t first_row = chunk * geometry().chunk_tokens * static_cast<int64_t>(row_halfs());
+  for (int32_t h = 0; h < geometry().kv_heads; ++h) {
+    Half* ring = layers[static_cast<size_t>(layer_index)].heads[static_cast<size_t>(h)].ring;
+    std::memcpy(ring + first_row, bytes.data() + static_cast<size_t>(h) * geometry().head_block_bytes(),
+                geometry().head_block_bytes());
+  }
+}
+
 // Every block of the longest known prefix is read and verified once, and indexed while it is in the CPU's cache.
 Result<int64_t> Sequence::Impl::LoadPrefix(std::span<const int32_t> wanted) {
   const int64_t size = geometry().chunk_tokens;
@@ -56,7 +67,7 @@ Result<int64_t> Sequence::Impl::LoadPrefix(std::span<const int32_t> wanted) {
 
   std::atomic<int64_t> good{chunks};
   std::atomic<int64_t> loaded{0}, corrupt{0}, missing{0};
-  cache->resources.executor->ParallelFor(chunks * num_layers, [&](int64_t i) {
+  cache->resources.io->ParallelFor(chunks * num_layers, [&](int64_t i) {
     const int64_t chunk = i / num_layers;
     if (chunk >= good.load(std::memory_order_relaxed)) return;
     auto pin = cache->host->Pin(found[static_cast<size_t>(i)], BlockUse::kStream);
@@ -64,6 +75,7 @@ Result<int64_t> Sequence::Impl::LoadPrefix(std::span<const int32_t> wanted) {
     if (pin.ok()) {
       loaded += pin->loaded();
       status = EncodeBlock(static_cast<int32_t>(i % num_layers), chunk, pin->bytes());
+      if (complete()) CopyToRing(static_cast<int32_t>(i % num_layers), chunk, pin->bytes());
     }
     if (status.ok()) return;
     corrupt += status.code() == StatusCode::kCorrupt;
@@ -95,7 +107,7 @@ Status Sequence::Impl::RestorePrefix(std::span<const int32_t> wanted) {
   for (int32_t l = 0; l < geometry().layers && end > 0; ++l) {
     LayerState& layer = layers[static_cast<size_t>(l)];
     LayerBlocks rows(cache->host.get(), geometry(), layer.blocks, BlockUse::kStream);
-    PREHOC_RETURN_IF_ERROR(FillRing(l, rows, 0, end));
+    PREHOC_RETURN_IF_ERROR(FillRing(l, rows, 0, complete() ? std::min<int64_t>(end, sinks) : end));
     PREHOC_RETURN_IF_ERROR(AddKeysToBalls(l, rows, 0, end));
     layer.coded = end;
     for (HeadState& head : layer.heads) {

@@ -168,6 +168,7 @@ struct Sequence::Impl {
   Status RestorePrefix(std::span<const int32_t> prompt);
   Result<int64_t> LoadPrefix(std::span<const int32_t> prompt);  // chunks
   Status EncodeBlock(int32_t layer, int64_t chunk, std::span<const std::byte> bytes);
+  void CopyToRing(int32_t layer, int64_t chunk, std::span<const std::byte> bytes);
   std::vector<ChunkIndex> LostChunks() const;
   Status BeginRepair(ChunkIndex chunk);
   Status EndRepair();

@@ -25,9 +25,9 @@ RocksDbStore::Options StoreOptions(const SessionOptions& options, const KvGeomet
 }
 
 // With RoPE scaling that depends on the prompt's length, equal tokens have other keys; they must not meet.
-std::string TenantSalt(const SessionOptions& options, const reference::Engine& engine) {
+std::string Variant(const SessionOptions& options, const reference::Engine& engine) {
   const int64_t variant = engine.RopeVariant(options.prompt_tokens);
-  return variant == 0 ? options.tenant : options.tenant + "/rope" + std::to_string(variant);
+  return variant == 0 ? "" : "rope=" + std::to_string(variant) + ";";
 }
 
 std::string WithSize(const char* flag, uint64_t bytes) {
@@ -95,6 +95,11 @@ Result<std::unique_ptr<Session>> Session::Create(std::shared_ptr<const reference
   auto executor = ThreadPool::Create({.loop_threads = options.threads});
   if (!executor.ok()) return RuntimeError(executor.status(), "--threads");
   session->executor_ = std::move(executor).value();
+  // A disk serves several requests at once, and whoever waits for one takes no CPU.
+  constexpr int kIoThreadsPerCpu = 3;
+  auto io = ThreadPool::Create({.loop_threads = kIoThreadsPerCpu * session->executor_->concurrency(), .spin_iterations = 0});
+  if (!io.ok()) return RuntimeError(io.status(), "--threads");
+  session->io_ = std::move(io).value();
   session->device_ = std::make_unique<HostDeviceMemory>(options.device_budget);
   PREHOC_RETURN_IF_ERROR(session->OpenStore());
   PREHOC_RETURN_IF_ERROR(session->CreateEngine());
@@ -131,10 +136,11 @@ Status Session::CreateCache() {
   cache.selector = options_.selector;
   cache.codes = options_.codes;
   cache.audit_every = options_.audit_every;
-  cache.tenant_salt = TenantSalt(options_, *engine_);
+  cache.tenant_salt = options_.tenant;
 
   CacheResources resources;
   resources.executor = executor_.get();
+  resources.io = io_.get();
   resources.device = device_.get();
   resources.store = store_.get();
   resources.kernels = options_.kernels;
@@ -146,7 +152,7 @@ Status Session::CreateCache() {
 
 Status Session::Open(std::span<const int32_t> prompt) {
   sequence_.reset();
-  auto opened = cache_->OpenWithPrefix({.max_tokens = options_.max_tokens}, prompt);
+  auto opened = cache_->OpenWithPrefix({.max_tokens = options_.max_tokens, .variant = Variant(options_, *engine_)}, prompt);
   if (!opened.ok()) return OpenError(opened.status(), options_);
   sequence_ = std::move(opened).value();
   return {};

@@ -68,6 +68,7 @@ class Session {
   const SessionOptions options_;
   const KvGeometry geometry_;
   std::unique_ptr<ThreadPool> executor_;
+  std::unique_ptr<ThreadPool> io_;  // threads that mostly wait for the disk
   std::unique_ptr<HostDeviceMemory> device_;
   std::unique_ptr<ChunkStore> store_;
   std::unique_ptr<reference::Engine> engine_;
