@@ -28,7 +28,7 @@ cmake --build "$ROOT/build/bench" --target model_bench -j "$(build_jobs)" >/dev/
 say "llama.cpp"
 "$out/llama/bin/llama-bench" -m "$MODEL_FILE" -t "$threads" -r 3 -p 512 -n 48 -d 0,4096,7168 -o json >"$out/llama_cpp.json"
 say "prehoc"
-rm -rf -- "$out/store" && mkdir -p "$out/store"
+rm -rf -- "${out:?}/store" && mkdir -p "$out/store"
 "$ROOT/build/bench/bin/model_bench" --model="$MODEL_FILE" --document="$DOCUMENT_FILE" --dir="$out/store" --threads="$threads" \
   --benchmark_repetitions=3 --benchmark_out="$out/model_bench.json" --benchmark_out_format=json
 rm -rf -- "$out/store"

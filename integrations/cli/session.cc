@@ -27,7 +27,7 @@ RocksDbStore::Options StoreOptions(const SessionOptions& options, const KvGeomet
 // With RoPE scaling that depends on the prompt's length, equal tokens have other keys; they must not meet.
 std::string Variant(const SessionOptions& options, const reference::Engine& engine) {
   const int64_t variant = engine.RopeVariant(options.prompt_tokens);
-  return variant == 0 ? "" : "rope=" + std::to_string(variant) + ";";
+  return variant == 0 ? std::string() : std::string("rope=").append(std::to_string(variant)).append(";");
 }
 
 std::string WithSize(const char* flag, uint64_t bytes) {
