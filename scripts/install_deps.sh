@@ -8,8 +8,7 @@ set -euo pipefail
 
 packages=(
   g++ cmake ninja-build ccache ca-certificates python3 python3-pip
-  librocksdb-dev libtbb-dev libxxhash-dev libssl-dev nlohmann-json3-dev libcli11-dev libfmt-dev libspdlog-dev
-  libopenblas-dev libdnnl-dev bible-kjv
+  librocksdb-dev libxxhash-dev libssl-dev nlohmann-json3-dev libcli11-dev libfmt-dev bible-kjv
 )
 for argument in "$@"; do
   case $argument in
