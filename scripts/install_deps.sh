@@ -12,7 +12,7 @@ packages=(
 )
 for argument in "$@"; do
   case $argument in
-    --test) packages+=(libgtest-dev libbenchmark-dev clang) ;;
+    --test) packages+=(libgtest-dev libbenchmark-dev clang chromium fonts-dejavu-core) ;;
     *) die "unknown argument $argument; give --test or nothing" ;;
   esac
 done
