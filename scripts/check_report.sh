@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Opens a report of `prehoc fidelity` in headless chromium and fails if the page does.
 #   scripts/check_report.sh [--plots N] [--dark] FILE.html [SCREENSHOT.png]
-# Exit code 1, saying what: a message on the console, an error that the page shows, a plot without marks, fewer than
+# Exit code 1, saying what: a message on the console, an error that the page shows, NaN and the like, a plot without marks, fewer than
 # N plots (1 if not given). 77 where chromium is not installed: nothing was checked.
 set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
@@ -49,6 +49,9 @@ if grep -a 'CONSOLE' "$work/log" >"$work/console"; then
 fi
 if shown=$(grep -a -o '<[a-z]* id="error"[^>]*>[^<]*' "$work/dom"); then
   fault "the page shows an error: ${shown#*>}"
+fi
+if nonsense=$(grep -a -o -E '(="[^"]*|>[^<]*)(NaN|\[object |undefined)[^"<]{0,40}' "$work/dom" | grep -a -v -E 'typeof|===' | head -n 3) && [ -n "$nonsense" ]; then
+  fault "the page holds no number where one belongs: $nonsense"
 fi
 # One line per drawn plot: its id and how many marks it has.
 awk 'BEGIN { RS = "<svg " }
