@@ -44,8 +44,8 @@ visit "$work/dom" --dump-dom
 wrong=0
 fault() { say "$*"; wrong=1; }
 if grep -a 'CONSOLE' "$work/log" >"$work/console"; then
-  cat "$work/console" >&2
-  fault "the page wrote to the console"
+  head -n 10 "$work/console" >&2
+  fault "the page wrote $(wc -l <"$work/console") lines to the console"
 fi
 if shown=$(grep -a -o '<[a-z]* id="error"[^>]*>[^<]*' "$work/dom"); then
   fault "the page shows an error: ${shown#*>}"
