@@ -103,11 +103,11 @@ struct Judge {
     const std::string given = std::to_string(first.units);
     const int64_t least = UnitsNeeded(claim);
     if (first.units < least) {
-      return Refused(promise + ": needs at least " + std::to_string(least) + " units, and more with any violation; " + given +
-                     " given");
+      return Refused(promise + ": needs at least " + std::to_string(least) +
+                     " units, and more with any violation; " + given + " given");
     }
-    std::string text = promise + ": the most conservative grid point has an upper limit of " + PrintNumber(first.upper_limit) +
-                       " (" + std::to_string(first.violations) + " violations in " + given + " units)";
+    std::string text = promise + ": the most conservative grid point has an upper limit of " +
+                       PrintNumber(first.upper_limit) + " (" + std::to_string(first.violations) + " violations in " + given + " units)";
     const int64_t needed = table.kind == LossKind::kViolation ? UnitsNeeded(claim, first.mean_loss) : 0;
     if (needed > first.units) {
       return Refused(text + "; with the same share of violations about " + std::to_string(needed) + " units would do");
@@ -158,7 +158,8 @@ bool IsProbability(double value) { return value > 0 && value < 1; }
 
 // One word of a claim. False: unknown, or a value that is no number.
 bool ReadWord(std::string_view word, CalibrationClaim* claim, std::string_view* name) {
-  constexpr std::string_view kMass = "max_dropped_mass<=", kAlpha = "alpha=", kConfidence = "confidence=", kMethod = "method=";
+  constexpr std::string_view kMass = "max_dropped_mass<=", kAlpha = "alpha=";
+  constexpr std::string_view kConfidence = "confidence=", kMethod = "method=";
   const auto number = [&](std::string_view prefix, double* out) {
     *name = prefix;
     const auto value = ParseNumber<double>(word.substr(prefix.size()));
@@ -233,11 +234,11 @@ std::string CalibrationClaim::Guarantee() const {
   const std::string what = "a protected head drops more than " + PrintNumber(delta_max) +
                            " of its attention mass at a decode step drawn at random";
   if (method == CalibrationMethod::kRcps) {
-    return "with confidence " + PrintNumber(confidence) + " over the calibration requests, in at most " + PrintNumber(alpha) +
-           " of requests like them " + what;
+    return "with confidence " + PrintNumber(confidence) + " over the calibration requests, in at most " +
+           PrintNumber(alpha) + " of requests like them " + what;
   }
-  return "on average over calibration requests and the next one like them, with probability at most " + PrintNumber(alpha) + " " +
-         what;
+  return "on average over calibration requests and the next one like them, with probability at most " +
+         PrintNumber(alpha) + " " + what;
 }
 
 Result<Calibration> Calibrate(const LossTable& table, const CalibrationClaim& claim) {
@@ -249,7 +250,8 @@ Result<Calibration> Calibrate(const LossTable& table, const CalibrationClaim& cl
   return result;
 }
 
-Result<std::vector<BucketCalibration>> CalibrateBuckets(std::span<const LossBucket> buckets, const CalibrationClaim& claim) {
+Result<std::vector<BucketCalibration>> CalibrateBuckets(std::span<const LossBucket> buckets,
+                                                        const CalibrationClaim& claim) {
   std::vector<BucketCalibration> results;
   for (const LossBucket& bucket : buckets) {
     Result<Calibration> calibration = Calibrate(bucket.table, claim);
@@ -259,8 +261,8 @@ Result<std::vector<BucketCalibration>> CalibrateBuckets(std::span<const LossBuck
   return results;
 }
 
-Result<HeldOut> CheckHeldOut(const LossTable& table, const CalibrationClaim& claim, int64_t calibration_units, int64_t splits,
-                             uint64_t seed) {
+Result<HeldOut> CheckHeldOut(const LossTable& table, const CalibrationClaim& claim, int64_t calibration_units,
+                             int64_t splits, uint64_t seed) {
   PREHOC_RETURN_IF_ERROR(claim.Validate());
   PREHOC_RETURN_IF_ERROR(CheckTable(table));
   if (calibration_units < 1 || calibration_units >= table.units) {

@@ -25,8 +25,8 @@ struct CalibrationClaim {
   double confidence = 0.9;  // (0, 1); kRcps only
   CalibrationMethod method = CalibrationMethod::kRcps;
 
-  // "max_dropped_mass<=0.05 alpha=0.1 [confidence=0.9] [method=rcps|conformal]", words in any order. kInvalid, naming the
-  // word and what is accepted.
+  // "max_dropped_mass<=0.05 alpha=0.1 [confidence=0.9] [method=rcps|conformal]", words in any order. kInvalid, naming
+  // the word and what is accepted.
   static Result<CalibrationClaim> Parse(std::string_view text);
   Status Validate() const;           // kInvalid, naming the field and its value
   std::string ToString() const;      // reads back as the same claim
@@ -40,9 +40,9 @@ enum class LossKind : uint8_t {
   kGraded,     // losses in [0, 1] as they are (delta_max is not looked at): the betting bound WSR
 };
 
-// One unit = one request, one decode step of it drawn at random: units must be independent. The grid goes from the most
-// conservative value of the knob to the most aggressive one. A loss that is not finite counts as the worst: a unit that no
-// value can make safe, dense fallback included, stays in the sample with an infinite loss.
+// One unit = one request, one decode step of it drawn at random: units must be independent. The grid goes from the
+// most conservative value of the knob to the most aggressive one. A loss that is not finite counts as the worst: a
+// unit that no value can make safe, dense fallback included, stays in the sample with an infinite loss.
 struct LossTable {
   int64_t units = 0;
   int64_t grid = 0;
@@ -63,14 +63,15 @@ struct Calibration {
   std::vector<GridPoint> points;  // [grid], those beyond the first failure too
 };
 
-// From the most conservative point on, until the first whose upper limit exceeds alpha; the one before it is chosen. One
-// fixed order and the first failure: no correction for the size of the grid, and losses need not be monotone. (kConformal
-// makes them so: a unit's loss at a point is its largest up to there.) kInvalid: a claim or table that makes no sense, such
-// as a graded loss outside [0, 1]. O(units grid).
+// From the most conservative point on, until the first whose upper limit exceeds alpha; the one before it is chosen.
+// One fixed order and the first failure: no correction for the size of the grid, and losses need not be monotone.
+// (kConformal makes them so: a unit's loss at a point is its largest up to there.) kInvalid: a claim or table that
+// makes no sense, such as a graded loss outside [0, 1]. O(units grid).
 Result<Calibration> Calibrate(const LossTable& table, const CalibrationClaim& claim);
 
-// Buckets (a layer group at a length band) are calibrated apart: a promise holds per bucket, from its own units alone, and
-// not for all of them at once. kInvalid names the bucket; a bucket that is refused does not touch the others.
+// Buckets (a layer group at a length band) are calibrated apart: a promise holds per bucket, from its own units
+// alone, and not for all of them at once. kInvalid names the bucket; a bucket that is refused does not touch the
+// others.
 struct LossBucket {
   std::string name;
   LossTable table;
@@ -79,18 +80,20 @@ struct BucketCalibration {
   std::string name;
   Calibration calibration;
 };
-Result<std::vector<BucketCalibration>> CalibrateBuckets(std::span<const LossBucket> buckets, const CalibrationClaim& claim);
+Result<std::vector<BucketCalibration>> CalibrateBuckets(std::span<const LossBucket> buckets,
+                                                        const CalibrationClaim& claim);
 
-// Calibrates on `calibration_units` of the units, drawn at random `splits` times, and looks at the rest: the check of a
-// promise on data. Held-out shares scatter around the risk, so `splits_over_alpha` may exceed 1 - confidence by that much.
+// Calibrates on `calibration_units` of the units, drawn at random `splits` times, and looks at the rest: the check of
+// a promise on data. Held-out shares scatter around the risk, so `splits_over_alpha` may exceed 1 - confidence by
+// that much.
 struct HeldOut {
   int64_t splits = 0, refused = 0;  // a refused split means dense attention: no loss
   double mean_share = 0;            // mean loss held out, over the splits that chose a point
   double worst_share = 0;
   int64_t splits_over_alpha = 0;
 };
-Result<HeldOut> CheckHeldOut(const LossTable& table, const CalibrationClaim& claim, int64_t calibration_units, int64_t splits,
-                             uint64_t seed);
+Result<HeldOut> CheckHeldOut(const LossTable& table, const CalibrationClaim& claim, int64_t calibration_units,
+                             int64_t splits, uint64_t seed);
 
 // --- the numbers behind it --------------------------------------------------------------------------------------
 
@@ -100,8 +103,8 @@ double BinomialCdf(int64_t x, int64_t n, double p);
 // The p with BinomialCdf(x, n, p) = delta_c, rounded up; 1 if x >= n. Requires n >= 1, x >= 0, delta_c in (0, 1).
 double ClopperPearsonUpper(int64_t x, int64_t n, double delta_c);
 
-// Upper limit of the mean of i.i.d. losses in [0, 1] by betting (Waudby-Smith and Ramdas), in the order given, which must
-// not depend on their values. 1 if there are none.
+// Upper limit of the mean of i.i.d. losses in [0, 1] by betting (Waudby-Smith and Ramdas), in the order given, which
+// must not depend on their values. 1 if there are none.
 double WsrUpper(std::span<const double> losses, double delta_c);
 
 // r = ceil((1 - alpha)(n + 1)): the r-th smallest critical knob is the conformal one; r > n means dense.

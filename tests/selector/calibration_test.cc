@@ -1,4 +1,5 @@
-// Calibration: the exact numbers of its bounds, the order in which a grid is walked, refusals, and coverage by simulation.
+// Calibration: the exact numbers of its bounds, the order in which a grid is walked, refusals, and coverage by
+// simulation.
 #include "selector/calibration.h"
 
 #include <gtest/gtest.h>
@@ -282,7 +283,8 @@ TEST(WsrTest, KnownValuesAndEnds) {
   EXPECT_LT(many, 0.03);
 }
 
-// Losses that are 0 but for a share of them: the mean is known, and the bound may lie below it in delta_c of the rounds.
+// Losses that are 0 but for a share of them: the mean is known, and the bound may lie below it in delta_c of the
+// rounds.
 TEST(WsrTest, CoversTheMean) {
   SeededRng rng;
   constexpr int kRounds = 600;
