@@ -137,8 +137,32 @@ def write_tokenizers():
     (out / "smollm2.json").write_text(json.dumps(smol, ensure_ascii=False) + "\0" + json.dumps(config))
 
 
+def write_calibrations():
+    out = folder("calibration")
+    head = "a protected head drops more than 0.05 of its attention mass at a decode step drawn at random"
+    good = {"schema": "prehoc.calibration/1", "model": {"fingerprint": "0123456789abcdef" * 4, "name": "tiny"},
+            "text": {"path": "verses.txt", "sha256": "fedcba9876543210" * 4},
+            "selector": {"name": "window", "knobs": ["selector=window", "budget=1/16", "budget.sinks=8", "budget.local=32"],
+                         "codes": "4/64"},
+            "calibrated": {"knob": "budget", "value": "1/16"}, "method": "rcps", "alpha": 0.05, "confidence": 0.9,
+            "delta_max": 0.05, "units": 500, "violations": 0, "upper_limit": 1 - 0.1 ** (1 / 500),
+            "guarantee": f"with confidence 0.9 over the calibration requests, in at most 0.05 of requests like them {head}",
+            "prompt_tokens": {"from": 512, "to": 8192}}
+    average = dict(good, method="conformal", confidence=None, units=99, violations=1, upper_limit=0.02, guarantee=(
+        f"on average over calibration requests and the next one like them, with probability at most 0.05 {head}"))
+    seeds = {"good": good, "conformal": average, "next-schema": dict(good, schema="prehoc.calibration/2"),
+             "hostile-number": dict(good, upper_limit=1e300, units=2**63), "control": dict(good, method="\x1b[2J\n"),
+             "more-violations": dict(good, violations=40), "unknown": dict(good, more=[{}] * 3)}
+    for name, value in seeds.items():
+        (out / name).write_text(json.dumps(value, indent=2) + "\n")
+    (out / "missing").write_text(json.dumps({k: v for k, v in good.items() if k != "units"}))
+    (out / "short").write_text(json.dumps(good)[:-40])
+    (out / "twice").write_text(json.dumps(good)[:-1] + ', "units": 5}')
+
+
 if __name__ == "__main__":
     write_gguf()
     write_safetensors()
     write_configs()
     write_tokenizers()
+    write_calibrations()

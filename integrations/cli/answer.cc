@@ -6,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "integrations/cli/calibration_file.h"
 #include "integrations/cli/document.h"
 #include "integrations/cli/exit_code.h"
 #include "integrations/cli/figures.h"
@@ -48,13 +49,16 @@ class AnswerJob {
   Status Run() {
     PREHOC_RETURN_IF_ERROR(CheckAnswerOptions(options_, environment_.memory_bytes));
     PREHOC_RETURN_IF_ERROR(ChooseKernels());
+    PREHOC_RETURN_IF_ERROR(ReadPromise());
     PREHOC_ASSIGN_OR_RETURN(const ModelPaths paths, ResolveModel(options_, environment_));
     PREHOC_ASSIGN_OR_RETURN(const Document document, ReadDocument(options_.document, environment_));
     if (!options_.json.empty()) {
       PREHOC_ASSIGN_OR_RETURN(json_, OpenJson());
     }
     PREHOC_RETURN_IF_ERROR(Load(paths));
+    PREHOC_RETURN_IF_ERROR(CheckPromisedModel());
     PREHOC_RETURN_IF_ERROR(MakePrompt(document));
+    DescribePromise();
     PREHOC_RETURN_IF_ERROR(RunAll({options_, environment_, model_, *tokenizer_, prompt_, kernels_, out_, err_, clock_}, &figures_));
     out_ << "\n" << FormatFigures(figures_) << std::flush;
     return json_ ? (*json_)->Commit(FormatJson(figures_)) : Status();
@@ -72,6 +76,29 @@ class AnswerJob {
     if (kernels_) return {};
     return UsageError("--kernels " + options_.kernels + ": this CPU cannot run them; leave the flag out for " +
                       std::string(BestCpuKernels().name));
+  }
+
+  // The calibration's selector, knobs and codes take the place of the defaults.
+  Status ReadPromise() {
+    if (options_.calibration.empty()) return {};
+    auto file = ReadCalibration(options_.calibration);
+    if (!file.ok()) return RuntimeError(file.status(), "");
+    calibration_ = std::move(file).value();
+    return ApplyCalibration(*calibration_, &options_);
+  }
+
+  Status CheckPromisedModel() const {
+    if (!calibration_) return {};
+    return CheckCalibratedModel(*calibration_, options_.calibration, figures_.fingerprint, "--model " + options_.model);
+  }
+
+  void DescribePromise() {
+    if (!calibration_) return;
+    figures_.calibration = calibration_->claim.Guarantee();
+    const std::string outside = OutsideBand(*calibration_, figures_.prompt_tokens);
+    if (outside.empty()) return;
+    err_ << "prehoc: warning: --calibration " << options_.calibration << ": " << outside << std::endl;
+    figures_.calibration = "none: " + outside;
   }
 
   Status Load(const ModelPaths& paths) {
@@ -119,7 +146,8 @@ class AnswerJob {
     return {};
   }
 
-  const AnswerOptions& options_;
+  AnswerOptions options_;
+  std::optional<CalibrationFile> calibration_;
   const Environment& environment_;
   std::ostream& out_;
   std::ostream& err_;

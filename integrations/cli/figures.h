@@ -41,6 +41,7 @@ struct AnswerFigures {
   std::string document_path;
   int64_t document_tokens = 0, context = 0, prompt_tokens = 0;
   std::string question, answer, store;
+  std::string calibration;          // what was promised, or why it does not cover this prompt; empty = nothing
   std::string cpu;
   int threads = 0;
   int64_t peak_resident_bytes = 0;  // of the process, before a comparison

@@ -97,6 +97,7 @@ std::string FormatJson(const AnswerFigures& f) {
   json["document"] = {{"path", f.document_path}, {"tokens", f.document_tokens}, {"context", f.context}};
   json["prompt_tokens"] = f.prompt_tokens;
   json["store"] = f.store.empty() ? ordered_json(nullptr) : ordered_json(f.store);
+  json["calibration"] = f.calibration.empty() ? ordered_json(nullptr) : ordered_json(f.calibration);
   json["question"] = f.question;
   json["answer"] = f.answer;
   json["answer_tokens"] = f.selected.generated.answer_tokens;

@@ -18,7 +18,7 @@ namespace {
 // Values as typed. CLI11 only cuts the line into flags; reading values here gives every error the same shape.
 struct RawAnswer {
   std::string model, lora, document, context, question, max_new_tokens;
-  std::string selector, budget, max_dropped_mass, codes, audit_every;
+  std::string selector, budget, max_dropped_mass, codes, audit_every, calibration;
   std::vector<std::string> set;
   std::string device_budget, host_budget, store, store_budget, tenant;
   std::string threads, kernels, compare, json;
@@ -60,6 +60,7 @@ void AddAnswerFlags(CLI::App& app, RawAnswer& raw) {
   app.add_flag("--show-knobs", raw.show_knobs, "print the selector's knobs with their values, and stop")->group(method);
   AddText(app, "--codes", raw.codes, "BITS/TOKENS", "index codes: 2, 3, 4 or 8 bits over 16 or 64 tokens, "
           "+norms for tighter bounds; default 4/64", method);
+  AddText(app, "--calibration", raw.calibration, "FILE", "selector, knobs and codes as calibrated there", method);
   AddText(app, "--audit-every", raw.audit_every, "N",
           "steps between audits of the dropped mass with exact scores; default 64, 0 = never", method);
 
@@ -157,6 +158,30 @@ Status ReadSelector(const Flags& flags, const RawAnswer& raw, SelectorOptions* o
   return valid.ok() ? valid : UsageError("--selector " + std::string(SelectorKindName(options->kind)) + ": " + valid.message());
 }
 
+// Beside --calibration: whether the flags agree with it is known once the file has been read.
+Status ReadPinned(const Flags& flags, const RawAnswer& raw, AnswerOptions* options) {
+  PREHOC_RETURN_IF_ERROR(ReadText(flags, "--calibration", raw.calibration, &options->calibration));
+  if (raw.show_knobs) return UsageError("--show-knobs: with --calibration the knobs are those of the file; leave one out");
+  const auto pin = [&](const char* flag, const char* knob, const std::string& value) {
+    if (flags.Given(flag)) options->pinned.push_back({flag, knob, value});
+  };
+  pin("--selector", "selector", raw.selector);
+  pin("--budget", "budget", raw.budget);
+  pin("--max-dropped-mass", "max_dropped_mass", raw.max_dropped_mass);
+  for (const std::string& assignment : raw.set) {
+    const size_t equals = assignment.find('=');
+    if (equals == std::string::npos) return Bad("--set", assignment, "KNOB=VALUE, such as tc.tau=0.7");
+    options->pinned.push_back({"--set", assignment.substr(0, equals), assignment.substr(equals + 1)});
+  }
+  for (const PinnedFlag& flag : options->pinned) {
+    if (flag.flag == "--set" && flag.knob == "selector") return UsageError("--set selector: choose it with --selector");
+    const Status status = SelectorOptions().Set(flag.knob, flag.value);
+    if (!status.ok()) return UsageError(flag.flag + ": " + status.message());
+  }
+  pin("--codes", "codes", raw.codes);
+  return {};
+}
+
 Status ReadKernels(const Flags& flags, const RawAnswer& raw, AnswerOptions* options) {
   if (!flags.Given("--kernels")) return {};
   constexpr std::string_view kNames[] = {"reference", "avx2", "avx512"};
@@ -185,7 +210,8 @@ Result<AnswerOptions> ReadAnswer(const Flags& flags, const RawAnswer& raw) {
   PREHOC_RETURN_IF_ERROR(ReadBytes(flags, "--device-budget", raw.device_budget, kMiB, &options.device_budget));
   PREHOC_RETURN_IF_ERROR(ReadBytes(flags, "--host-budget", raw.host_budget, kMiB, &options.host_budget));
   PREHOC_RETURN_IF_ERROR(ReadBytes(flags, "--store-budget", raw.store_budget, 16 * kMiB, &options.store_budget));
-  PREHOC_RETURN_IF_ERROR(ReadSelector(flags, raw, &options.selector));
+  PREHOC_RETURN_IF_ERROR(flags.Given("--calibration") ? ReadPinned(flags, raw, &options)
+                                                      : ReadSelector(flags, raw, &options.selector));
   PREHOC_RETURN_IF_ERROR(ReadKernels(flags, raw, &options));
   if (flags.Given("--codes")) {
     const Result<CodeFormat> codes = ParseCodes(raw.codes);

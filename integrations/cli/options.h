@@ -16,6 +16,11 @@ inline constexpr int64_t kDefaultContext = 6000;
 inline constexpr std::string_view kDefaultModel = "smollm2-135m";
 inline constexpr std::string_view kDefaultQuestion = "Who killed Abel?";
 
+// A flag that says something about the selector, kept to be compared with what a calibration says.
+struct PinnedFlag {
+  std::string flag, knob, value;  // knob "codes" for --codes
+};
+
 struct AnswerOptions {
   std::string model = std::string(kDefaultModel);  // a name, a .gguf file or a directory
   std::string lora;
@@ -25,6 +30,8 @@ struct AnswerOptions {
   int64_t max_new_tokens = 64;
   SelectorOptions selector;
   CodeFormat codes;
+  std::string calibration;     // file; then selector and codes come from it, and `pinned` has the flags given beside it
+  std::vector<PinnedFlag> pinned;
   int64_t audit_every = 64;
   uint64_t device_budget = uint64_t{256} << 20;
   uint64_t host_budget = uint64_t{1} << 30;

@@ -48,6 +48,7 @@ std::string Heading(const AnswerFigures& f) {
                       f.selected.generated.stop == StopReason::kLimit         ? ", cut at --max-new-tokens"
                       : f.selected.generated.stop == StopReason::kInterrupted ? ", interrupted"
                                                                               : "");
+  if (!f.calibration.empty()) text += fmt::format("promise   {}\n", f.calibration);
   return text;
 }
 

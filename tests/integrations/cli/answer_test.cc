@@ -12,6 +12,7 @@
 
 #include "base/units.h"
 #include "integrations/cli/exit_code.h"
+#include "tests/integrations/cli/calibration_test_files.h"
 #include "tests/integrations/cli/cli_test_util.h"
 #include "tests/integrations/cli/tiny_model.h"
 
@@ -218,6 +219,39 @@ TEST_F(AnswerTest, BadInputIsRefusedInOneLine) {
   o = options_;
   o.json = path("no/such/run.json");
   ExpectRefused(o, kExitRuntime, {"--json " + o.json});
+}
+
+TEST_F(AnswerTest, ACalibrationDecidesAndShowsItsPromise) {
+  EXPECT_TRUE(Run().figures["calibration"].is_null());
+  CalibrationFile file = GoodCalibration();
+  file.model_fingerprint = Run().figures["model"]["fingerprint"];
+  options_.calibration = path("c.json");
+  WriteFile(options_.calibration, FormatCalibration(file));
+  const Outcome outcome = Run();
+  ASSERT_EQ(outcome.exit_code, kExitOk) << outcome.err;
+  EXPECT_EQ(outcome.err, "");
+  EXPECT_EQ(outcome.figures["calibration"], file.claim.Guarantee());
+  EXPECT_NE(outcome.out.find("\npromise   with confidence 0.9"), std::string::npos) << outcome.out;
+  EXPECT_EQ(outcome.figures["run"]["selector"]["knobs"], file.selector.Describe());
+  EXPECT_EQ(outcome.figures["run"]["selector"]["codes"], "8/16+norms");
+  // Outside of the band: it answers, and promises nothing.
+  file.least_prompt_tokens = 1500;
+  WriteFile(options_.calibration, FormatCalibration(file));
+  const Outcome outside = Run();
+  ASSERT_EQ(outside.exit_code, kExitOk) << outside.err;
+  EXPECT_TRUE(outside.err.starts_with("prehoc: warning: --calibration " + options_.calibration + ": the prompt has ")) << outside.err;
+  EXPECT_TRUE(outside.figures["calibration"].get<std::string>().starts_with("none: the prompt has "));
+}
+
+TEST_F(AnswerTest, CalibrationsThatCannotBeUsedAreRefused) {
+  options_.calibration = path("c.json");
+  ExpectRefused(options_, kExitRuntime, {"--calibration " + options_.calibration});
+  WriteFile(options_.calibration, "{}");
+  ExpectRefused(options_, kExitRuntime, {"--calibration " + options_.calibration, "schema"});
+  WriteFile(options_.calibration, FormatCalibration(GoodCalibration()));
+  ExpectRefused(options_, kExitRuntime, {GoodCalibration().model_fingerprint, "--model " + options_.model + " has "});
+  options_.pinned = {{"--budget", "budget", "1/32"}};
+  ExpectRefused(options_, kExitUsage, {"--budget 1/32 contradicts --calibration " + options_.calibration});
 }
 
 TEST_F(AnswerTest, StoresThatCannotBeUsedAreRefused) {
