@@ -5,6 +5,7 @@
 #include <limits>
 #include <numbers>
 #include <numeric>
+#include <random>
 #include <utility>
 
 #include "base/check.h"
@@ -138,22 +139,6 @@ std::vector<int64_t> AllUnits(int64_t units) {
   return order;
 }
 
-// SplitMix64.
-struct SplitRandom {
-  uint64_t state;
-  uint64_t Next() {
-    uint64_t x = state += 0x9e3779b97f4a7c15u;
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-    return x ^ (x >> 31);
-  }
-  // [0, bound), for a bound far below 2^53.
-  size_t Below(size_t bound) {
-    const double share = static_cast<double>(Next() >> 11) * 0x1p-53;
-    return std::min(bound - 1, static_cast<size_t>(share * static_cast<double>(bound)));
-  }
-};
-
 bool IsProbability(double value) { return value > 0 && value < 1; }
 
 // One word of a claim. False: unknown, or a value that is no number.
@@ -274,9 +259,9 @@ Result<HeldOut> CheckHeldOut(const LossTable& table, const CalibrationClaim& cla
   HeldOut result;
   result.splits = splits;
   std::vector<int64_t> order = AllUnits(table.units);
-  SplitRandom random{seed};
+  std::mt19937_64 random(seed);
   for (int64_t split = 0; split < splits; ++split) {
-    for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random.Below(i)]);
+    for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random() % i]);
     const std::span<const int64_t> all(order);
     const Calibration calibration = judge.Run(all.first(static_cast<size_t>(calibration_units)), false);
     if (calibration.chosen < 0) {
