@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Opens a report of `prehoc fidelity` in headless chromium and fails if the page does.
+# Opens a report (integrations/cli/fidelity_report.h) in headless chromium and fails if the page does.
 #   scripts/check_report.sh [--plots N] [--dark] FILE.html [SCREENSHOT.png]
 # Exit code 1, saying what: a message on the console, an error that the page shows, NaN and the like, a plot without marks, fewer than
 # N plots (1 if not given). 77 where chromium is not installed: nothing was checked.
