@@ -27,23 +27,50 @@ bool Sequence::Impl::AuditDue() const {
   return every > 0 && (step - 1) % every == 0;
 }
 
+// What needs no scores.
+AuditedUnit Sequence::Impl::Audited(const FastStep& s, size_t index) const {
+  const Unit& unit = layers[static_cast<size_t>(s.layer)].units[index];
+  const int64_t dim = geometry().head_dim;
+  AuditedUnit result;
+  result.step = s.u;
+  result.layer = s.layer;
+  result.kv_head = unit.kv_head;
+  result.first_head = unit.first_head;
+  result.heads = unit.heads;
+  result.n = s.n;
+  result.q = s.in.q + unit.first_head * dim;
+  if (s.in.q_pre_rope) result.q_pre_rope = s.in.q_pre_rope + unit.first_head * dim;
+  result.cut_begin = s.rule.cut_sinks ? 0 : s.rule.sinks;
+  result.cut_end = std::max(s.rule.lo, result.cut_begin);
+  result.sinks = unit.attended.sinks;
+  result.left = unit.attended.left;
+  result.scanned = unit.selected;
+  result.age = unit.selected || !unit.has_choice ? 0 : s.u - unit.chosen_at;
+  return result;
+}
+
 Status Sequence::Impl::Audit(FastStep& s) {
-  if (s.rule.attend_all) return {};  // nothing was dropped
   ScopedTimer timer(*cache->resources.clock, &step_report.times.audit);
   LayerState& layer = layers[static_cast<size_t>(s.layer)];
+  if (s.rule.attend_all) {  // nothing was dropped
+    for (size_t i = 0; observer && i < layer.units.size(); ++i) observer->OnUnit(Audited(s, i));
+    return {};
+  }
   LayerBlocks blocks(cache->host.get(), geometry(), layer.blocks, BlockUse::kStream);
   const int64_t dim = geometry().head_dim;
   if (s.layer == 0) ++step_report.audited_steps;
 
-  for (const Unit& unit : layer.units) {
+  for (size_t index = 0; index < layer.units.size(); ++index) {
+    const Unit& unit = layer.units[index];
     std::vector<RowRun> runs;
     PREHOC_RETURN_IF_ERROR(SightRuns(s, unit.kv_head, blocks, &runs).status());
     // Positions in the order of the runs.
-    const int32_t kept_sinks = s.rule.cut_sinks ? 0 : s.rule.sinks;
-    const int32_t gap = std::max(0, s.rule.lo - kept_sinks);
+    AuditedUnit audited = Audited(s, index);
+    const int32_t gap = audited.cut_end - audited.cut_begin;
     const int64_t num = s.n - gap;
     std::vector<float> logits(static_cast<size_t>(unit.heads * num));
     std::vector<float> exact(static_cast<size_t>(unit.heads * dim)), lse(static_cast<size_t>(unit.heads));
+    std::vector<double> dropped(static_cast<size_t>(unit.heads)), error(static_cast<size_t>(unit.heads));
     const float* q = s.in.q + unit.first_head * dim;
     const ScoreTask score{.q = q, .runs = runs, .z = logits.data(), .z_stride = num};
     const AttendTask attend{.q = q, .runs = runs, .out = exact.data(), .lse = lse.data()};
@@ -54,20 +81,28 @@ Status Sequence::Impl::Audit(FastStep& s) {
     for (int32_t h = 0; h < unit.heads; ++h) {
       const auto at = static_cast<size_t>(h);
       const float* of_head = logits.data() + h * num;
-      double dropped = 0;
       size_t next = 0;
       for (int64_t i = 0; i < num; ++i) {
-        const int64_t position = i < kept_sinks ? i : i + gap;
+        const int64_t position = i < audited.cut_begin ? i : i + gap;
         while (next < attended.size() && attended[next] < position) ++next;
         if (next < attended.size() && attended[next] == position) continue;
-        dropped += std::exp(static_cast<double>(of_head[i]) - lse[at]);
+        dropped[at] += std::exp(static_cast<double>(of_head[i]) - lse[at]);
       }
-      step_report.dropped_audited.Add(dropped);
-      if (s.rule.scorer != Scorer::kNone) step_report.estimate_error.Add(std::abs(dropped - unit.dropped[at]));
-      if (unit.dropped_bound[at] >= 0 && dropped > unit.dropped_bound[at] + kTolerance) ++step_report.bound_violations;
-      step_report.output_error.Add(
-          std::min(1.0, RelativeError(s.in.out + (unit.first_head + h) * dim, exact.data() + h * dim, dim)));
+      error[at] = RelativeError(s.in.out + (unit.first_head + h) * dim, exact.data() + h * dim, dim);
+      step_report.dropped_audited.Add(dropped[at]);
+      if (s.rule.scorer != Scorer::kNone) step_report.estimate_error.Add(std::abs(dropped[at] - unit.dropped[at]));
+      if (unit.dropped_bound[at] >= 0 && dropped[at] > unit.dropped_bound[at] + kTolerance) ++step_report.bound_violations;
+      step_report.output_error.Add(std::min(1.0, error[at]));
     }
+    if (!observer) continue;
+    audited.logits = logits;
+    audited.lse = lse;
+    audited.attended = attended;
+    audited.dropped = dropped;
+    audited.output_error = error;
+    if (s.rule.scorer != Scorer::kNone) audited.estimate = unit.dropped;
+    audited.bound = unit.dropped_bound;
+    observer->OnUnit(audited);
   }
   return {};
 }

@@ -56,11 +56,41 @@ struct CacheResources {
   const Clock* clock = nullptr;        // null = SteadyClock
 };
 
+// One unit (query heads that choose together) of one audited step, with the truth beside what was done. Everything is
+// only valid during the call.
+struct AuditedUnit {
+  int64_t step = 0;               // u
+  int32_t layer = 0, kv_head = 0, first_head = 0, heads = 0;
+  int32_t n = 0;                  // visible positions, the current one included
+  int32_t cut_begin = 0, cut_end = 0;  // [cut_begin, cut_end) is out of sight (PSAW); no logits are given for it
+  const float* q = nullptr;           // [heads, head_dim]
+  const float* q_pre_rope = nullptr;  // [heads, head_dim], or null where the engine does not keep it
+  // The rest is empty where the layer attends to everything by rule: nothing was dropped.
+  std::span<const float> logits;      // [heads, in sight], exact
+  std::span<const float> lse;         // [heads], of all in sight
+  std::span<const int32_t> attended;  // sorted positions
+  int32_t sinks = 0, left = 0;        // attended at any rate: [0, sinks) and [left, n)
+  std::span<const double> dropped;    // [heads], the exact share left out
+  std::span<const float> estimate, bound;  // [heads], what the step knew of it; bound < 0 = nothing
+  std::span<const double> output_error;    // [heads], |o_S - o| / |o|
+  bool scanned = false;               // chose in this very step
+  int64_t age = 0;                    // steps since the choice in force
+};
+
+class AuditObserver {
+ public:
+  virtual ~AuditObserver() = default;
+  virtual void OnUnit(const AuditedUnit& unit) = 0;  // from the thread that steps the sequence
+};
+
 struct SequenceOptions {
   int64_t max_tokens = 0;       // prompt and answer together; required; the index and the ring are sized by it
   uint64_t device_bytes = 0;    // of the device budget; 0 = all that is left
   std::string variant;          // what decides K and V besides model, tokens and method (a RoPE that depends on length);
                                 // part of every key
+  int64_t device_slots = 0;     // most rows of the middle per (layer, KV head) on the device, whatever else would fit, but
+                                // no fewer than one choice takes; 0 = as many as fit
+  AuditObserver* observer = nullptr;  // sees every audited unit; outlives the sequence
 };
 
 // fp32, contiguous, row-major, K and Q after RoPE.

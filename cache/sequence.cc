@@ -71,6 +71,9 @@ std::vector<int32_t> AttendedSet::Positions() const {
 Result<std::unique_ptr<Sequence::Impl>> Sequence::Impl::Open(CacheShared* shared, const SequenceOptions& options) {
   const KvGeometry& geometry = shared->geometry();
   const Selector& selector = *shared->selector;
+  if (options.device_slots < 0) {
+    return {StatusCode::kInvalid, "device_slots = " + std::to_string(options.device_slots) + " is negative; 0 means as many as fit"};
+  }
   if (options.max_tokens < 1 || options.max_tokens > INT32_MAX / 2) {
     return {StatusCode::kInvalid, "max_tokens = " + std::to_string(options.max_tokens) + " is not between 1 and 2^30"};
   }
@@ -96,6 +99,7 @@ Result<std::unique_ptr<Sequence::Impl>> Sequence::Impl::Open(CacheShared* shared
   request.ring_min = extent.local + shared->options.codes.group_tokens +
                      (residency.factor > 0 ? residency.refresh + residency.lag + 1 : 0);
   request.slots_min = extent.chooses ? std::max(extent.middle, 1) : 0;
+  request.slots_max = static_cast<int32_t>(std::min<int64_t>(options.device_slots, options.max_tokens));
   request.units = static_cast<int32_t>(MakeUnits(*shared).size());
   request.code_group = shared->options.codes.group_tokens;
   if (selector.NeedsCodes()) {
@@ -116,7 +120,7 @@ Result<std::unique_ptr<Sequence::Impl>> Sequence::Impl::Open(CacheShared* shared
 Sequence::Impl::Impl(CacheShared* shared, const DeviceLayout& device_layout, DeviceBuffer buffer,
                      const SequenceOptions& sequence_options, ChunkKeyChain root)
     : cache(shared), layout(device_layout), max_tokens(sequence_options.max_tokens),
-      sinks(shared->options.selector.budget.sinks), memory(std::move(buffer)), variant(sequence_options.variant),
+      observer(sequence_options.observer), sinks(shared->options.selector.budget.sinks), memory(std::move(buffer)), variant(sequence_options.variant),
       branch(NewBranch()), chain(root),
       next_chain(std::move(root)), scratch(std::make_unique<FastStep>()) {}
 

@@ -56,7 +56,8 @@ Result<DeviceLayout> DeviceLayout::Fit(const DeviceRequest& r) {
   const auto ring = std::min(whole, static_cast<int32_t>(RoundUp(static_cast<uint64_t>(r.ring_min), 64)));
   DeviceRequest resident = r;
   resident.pool = false;  // nothing is ever fetched
-  if (const DeviceLayout all = Lay(resident, whole, 0); all.bytes <= r.bytes) return all;
+  const bool limited = r.slots_min > 0 && r.slots_max > 0 && ring + std::max(r.slots_max, r.slots_min) < whole;
+  if (const DeviceLayout all = Lay(resident, whole, 0); all.bytes <= r.bytes && !limited) return all;
 
   const DeviceLayout least = Lay(r, ring, r.slots_min);
   if (least.bytes > r.bytes) {
@@ -72,7 +73,8 @@ Result<DeviceLayout> DeviceLayout::Fit(const DeviceRequest& r) {
   const uint64_t a_row_each = static_cast<uint64_t>(r.geometry.layers) * static_cast<uint64_t>(r.geometry.kv_heads) *
                               r.geometry.row_bytes();
   const auto more = static_cast<int32_t>(std::min<uint64_t>(spare / a_row_each, static_cast<uint64_t>(whole)));
-  DeviceLayout layout = r.slots_min > 0 ? Lay(r, ring, std::min(whole, r.slots_min + more))
+  const int32_t most = limited ? std::max(r.slots_max, r.slots_min) : whole;
+  DeviceLayout layout = r.slots_min > 0 ? Lay(r, ring, std::min(most, r.slots_min + more))
                                         : Lay(r, std::min(whole, ring + more / 64 * 64), 0);
   // Rounding each part up can cost a row per head.
   while (layout.bytes > r.bytes && layout.slots > r.slots_min) layout = Lay(r, layout.ring, layout.slots - 1);

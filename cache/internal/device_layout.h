@@ -17,6 +17,7 @@ struct DeviceRequest {
   int32_t sinks = 0;
   int32_t ring_min = 0;         // rows that must be found in the ring: local window, uncoded tail, what a refresh may need
   int32_t slots_min = 0;        // one choice; 0 = the method chooses nothing
+  int32_t slots_max = 0;        // even if more would fit; 0 = no such limit; below slots_min = slots_min
   int32_t units = 0;            // (layer): heads or groups of heads that choose on their own
   size_t code_block_bytes = 0;  // 0 = no codes
   int32_t code_group = 64;

@@ -163,6 +163,7 @@ struct Sequence::Impl {
   // audit.cc
   bool AuditDue() const;
   Status Audit(FastStep& s);
+  AuditedUnit Audited(const FastStep& s, size_t index) const;
 
   // restore.cc
   Status RestorePrefix(std::span<const int32_t> prompt);
@@ -194,6 +195,7 @@ struct Sequence::Impl {
   CacheShared* const cache;
   const DeviceLayout layout;
   const int64_t max_tokens;
+  AuditObserver* const observer;
   const int32_t sinks;  // rows kept apart; Budget::sinks
   DeviceBuffer memory;
   float *z_ = nullptr, *err_ = nullptr;

@@ -14,6 +14,8 @@ Examples
       your own document, your own question
   prehoc answer --help
       every flag, with more examples
+  prehoc fidelity --html report.html
+      what each selector saves and loses on the default model and text, against dense attention
   prehoc doctor
       what this machine offers, and what of it will be used)";
 
@@ -34,6 +36,19 @@ Examples
 
 Sizes are 64MiB, 1.5GB or plain bytes. Exit code: 0 done, 1 something failed, 2 the command line is
 wrong, 130 stopped with Ctrl-C (what is whole has been stored). docs/cli.md has the rest.)";
+
+inline constexpr char kFidelityFooter[] = R"(
+Examples
+  prehoc fidelity --document notes.txt --html report.html
+      dense, window, oracle, cis and tc over the last 128 tokens of the first 8,192
+  prehoc fidelity --budgets 1/32,1/16,1/8 --json run.json --html report.html
+      three budgets; stopped and started again with the same flags, it goes on where it was
+  prehoc fidelity --selectors dense,cis --sweep cis.tau=0.5:0.9:0.1
+      one knob after the other, the rest at their defaults
+  prehoc fidelity --model smollm2-128k --context 32768 --tasks needle,multikey,multivalue,extract
+      facts hidden in the text and asked for; the prompt is computed once and kept on disk
+
+Exit codes as for answer. docs/fidelity.md explains every number and plot.)";
 
 inline constexpr char kDoctorFooter[] = R"(
 Examples

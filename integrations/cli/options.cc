@@ -2,12 +2,13 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <charconv>
 #include <optional>
 #include <utility>
 
 #include "base/units.h"
 #include "integrations/cli/exit_code.h"
+#include "integrations/cli/fidelity_flags.h"
+#include "integrations/cli/flag_values.h"
 #include "integrations/cli/help_text.h"
 #include "integrations/cli/nearest.h"
 #include "integrations/cli/version.h"
@@ -15,7 +16,7 @@
 namespace prehoc::cli {
 namespace {
 
-// Values as typed. CLI11 only cuts the line into flags; reading values here gives every error the same shape.
+// Values as typed.
 struct RawAnswer {
   std::string model, lora, document, context, question, max_new_tokens;
   std::string selector, budget, max_dropped_mass, codes, audit_every, calibration;
@@ -27,16 +28,6 @@ struct RawAnswer {
 struct RawDoctor {
   std::string store, test_size;
 };
-
-struct Flags {
-  const CLI::App* app;
-  bool Given(const char* flag) const { return app->get_option(flag)->count() > 0; }
-};
-
-CLI::Option* AddText(CLI::App& app, const char* flag, std::string& value, const char* type, std::string help,
-                     const char* group) {
-  return app.add_option(flag, value, std::move(help))->type_name(type)->group(group);
-}
 
 void AddAnswerFlags(CLI::App& app, RawAnswer& raw) {
   const char* what = "What to answer";
@@ -84,42 +75,6 @@ void AddDoctorFlags(CLI::App& app, RawDoctor& raw) {
 }
 
 // --- values -----------------------------------------------------------------------------------------------------
-
-Status Bad(std::string_view flag, std::string_view value, std::string_view accepted) {
-  constexpr size_t kShown = 60;
-  std::string shown(value.substr(0, kShown));
-  if (value.size() > kShown) shown += "...";
-  return UsageError(std::string(flag) + " \"" + shown + "\": give " + std::string(accepted));
-}
-
-// Leaves `out` alone if the flag was not given.
-template <class T>
-Status ReadWhole(const Flags& flags, const char* flag, const std::string& text, T least, T most, T* out) {
-  if (!flags.Given(flag)) return {};
-  T value{};
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc() || end != text.data() + text.size() || value < least || value > most) {
-    return Bad(flag, text, "a whole number from " + std::to_string(least) + " to " + std::to_string(most));
-  }
-  *out = value;
-  return {};
-}
-
-Status ReadBytes(const Flags& flags, const char* flag, const std::string& text, uint64_t least, uint64_t* out) {
-  if (!flags.Given(flag)) return {};
-  const Result<uint64_t> value = ParseBytes(text);
-  if (!value.ok()) return Bad(flag, text, "a size such as 64MiB, 1.5GB or 1048576");
-  if (*value < least) return Bad(flag, text, "at least " + FormatBytes(static_cast<double>(least)));
-  *out = *value;
-  return {};
-}
-
-Status ReadText(const Flags& flags, const char* flag, const std::string& text, std::string* out) {
-  if (!flags.Given(flag)) return {};
-  if (text.empty()) return UsageError(std::string(flag) + " is empty: give a value, or leave the flag out");
-  *out = text;
-  return {};
-}
 
 // True if the selector's kind looks at `knob`.
 bool UsesKnob(const SelectorOptions& options, std::string_view knob) {
@@ -182,16 +137,6 @@ Status ReadPinned(const Flags& flags, const RawAnswer& raw, AnswerOptions* optio
   return {};
 }
 
-Status ReadKernels(const Flags& flags, const RawAnswer& raw, AnswerOptions* options) {
-  if (!flags.Given("--kernels")) return {};
-  constexpr std::string_view kNames[] = {"reference", "avx2", "avx512"};
-  if (std::find(std::begin(kNames), std::end(kNames), raw.kernels) == std::end(kNames)) {
-    return Bad("--kernels", raw.kernels, "reference, avx2 or avx512");
-  }
-  options->kernels = raw.kernels;
-  return {};
-}
-
 Result<AnswerOptions> ReadAnswer(const Flags& flags, const RawAnswer& raw) {
   AnswerOptions options;
   PREHOC_RETURN_IF_ERROR(ReadText(flags, "--model", raw.model, &options.model));
@@ -212,7 +157,10 @@ Result<AnswerOptions> ReadAnswer(const Flags& flags, const RawAnswer& raw) {
   PREHOC_RETURN_IF_ERROR(ReadBytes(flags, "--store-budget", raw.store_budget, 16 * kMiB, &options.store_budget));
   PREHOC_RETURN_IF_ERROR(flags.Given("--calibration") ? ReadPinned(flags, raw, &options)
                                                       : ReadSelector(flags, raw, &options.selector));
-  PREHOC_RETURN_IF_ERROR(ReadKernels(flags, raw, &options));
+  if (flags.Given("--kernels")) {
+    PREHOC_RETURN_IF_ERROR(CheckKernelsName(raw.kernels));
+    options.kernels = raw.kernels;
+  }
   if (flags.Given("--codes")) {
     const Result<CodeFormat> codes = ParseCodes(raw.codes);
     if (!codes.ok()) return codes.status();
@@ -252,7 +200,7 @@ std::vector<std::string> FlagNames(const CLI::App& app) {
 Status UnknownArgument(const CLI::App& app, const std::string& argument) {
   const std::string help = "; see " + (app.get_parent() ? "prehoc " + app.get_name() : std::string("prehoc")) + " --help";
   if (!argument.starts_with("-")) {
-    const std::vector<std::string> commands = {"answer", "doctor"};
+    const std::vector<std::string> commands = {"answer", "fidelity", "doctor"};
     if (app.get_parent()) return UsageError("unexpected argument \"" + argument + "\": values follow their flag" + help);
     return UsageError("unknown command \"" + argument + "\": did you mean " + std::string(Nearest(argument, commands)) + "?" + help);
   }
@@ -267,6 +215,12 @@ std::string OneLine(std::string text) {
 }
 
 }  // namespace
+
+Status CheckKernelsName(const std::string& name) {
+  constexpr std::string_view kNames[] = {"reference", "avx2", "avx512"};
+  if (std::find(std::begin(kNames), std::end(kNames), name) != std::end(kNames)) return {};
+  return Bad("--kernels", name, "reference, avx2 or avx512");
+}
 
 Result<CodeFormat> ParseCodes(std::string_view text) {
   constexpr std::string_view kNorms = "+norms";
@@ -318,6 +272,11 @@ Result<Command> ParseCommandLine(std::span<const std::string> args) {
   answer->allow_extras();
   AddAnswerFlags(*answer, raw_answer);
   RawDoctor raw_doctor;
+  RawFidelity raw_fidelity;
+  CLI::App* fidelity = app.add_subcommand("fidelity", "Measure what selection saves and what it costs, on your model and text");
+  fidelity->footer(kFidelityFooter);
+  fidelity->allow_extras();
+  AddFidelityFlags(*fidelity, raw_fidelity);
   CLI::App* doctor = app.add_subcommand("doctor", "Show what this machine offers, and what will be used and why");
   doctor->footer(kDoctorFooter);
   doctor->allow_extras();
@@ -330,12 +289,12 @@ Result<Command> ParseCommandLine(std::span<const std::string> args) {
     command.text = std::string(version.what()) + "\n";
     return command;
   } catch (const CLI::CallForHelp&) {
-    command.text = answer->parsed() ? answer->help() : doctor->parsed() ? doctor->help() : app.help();
+    command.text = answer->parsed() ? answer->help() : fidelity->parsed() ? fidelity->help() : doctor->parsed() ? doctor->help() : app.help();
     return command;
   } catch (const CLI::ParseError& error) {
     return UsageError(OneLine(error.what()) + "; see prehoc --help");
   }
-  for (const CLI::App* part : std::initializer_list<const CLI::App*>{&app, answer, doctor}) {
+  for (const CLI::App* part : std::initializer_list<const CLI::App*>{&app, answer, fidelity, doctor}) {
     const std::vector<std::string> extras = part->remaining();
     if (!extras.empty()) return UnknownArgument(*part, extras.front());
   }
@@ -345,12 +304,17 @@ Result<Command> ParseCommandLine(std::span<const std::string> args) {
     if (raw_answer.show_knobs) command.text = KnobsText(command.answer.selector);
     return command;
   }
+  if (fidelity->parsed()) {
+    PREHOC_ASSIGN_OR_RETURN(command.fidelity, ReadFidelity({fidelity}, raw_fidelity));
+    command.kind = CommandKind::kFidelity;
+    return command;
+  }
   if (doctor->parsed()) {
     PREHOC_ASSIGN_OR_RETURN(command.doctor, ReadDoctor({doctor}, raw_doctor));
     command.kind = CommandKind::kDoctor;
     return command;
   }
-  return UsageError("no command: give answer or doctor; see prehoc --help");
+  return UsageError("no command: give answer, fidelity or doctor; see prehoc --help");
 }
 
 }  // namespace prehoc::cli

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "base/result.h"
+#include "integrations/cli/fidelity_plan.h"
 #include "kernels/function_table.h"
 #include "selector/options.h"
 
@@ -49,12 +50,13 @@ struct DoctorOptions {
   uint64_t test_bytes = uint64_t{256} << 20;
 };
 
-enum class CommandKind { kPrintText, kAnswer, kDoctor };
+enum class CommandKind { kPrintText, kAnswer, kFidelity, kDoctor };
 
 struct Command {
   CommandKind kind = CommandKind::kPrintText;
   std::string text;  // kPrintText: help, version or the knobs; for stdout
   AnswerOptions answer;
+  FidelityOptions fidelity;
   DoctorOptions doctor;
 };
 
@@ -63,6 +65,9 @@ Result<Command> ParseCommandLine(std::span<const std::string> args);
 
 // Memory and combinations: what one flag alone cannot know. `memory_bytes` of the machine, 0 = unknown.
 Status CheckAnswerOptions(const AnswerOptions& options, uint64_t memory_bytes);
+
+// kInvalid if `name` is no --kernels at all; whether this CPU runs them is another question.
+Status CheckKernelsName(const std::string& name);
 
 // "4/64", "2/16+norms": bits, tokens of a group, error norms. kInvalid with what is accepted.
 Result<CodeFormat> ParseCodes(std::string_view text);

@@ -121,7 +121,7 @@ Status Session::CreateEngine() {
   engine.executor = executor_.get();
   engine.max_tokens = options_.max_tokens;
   engine.max_batch_tokens = kPieceTokens;
-  engine.keep_q_pre_rope = selector->NeedsPreRope();
+  engine.keep_q_pre_rope = selector->NeedsPreRope() || options_.observer;
   auto created = reference::Engine::Create(model_, engine);
   if (!created.ok()) return RuntimeError(created.status(), "--model");
   engine_ = std::move(created).value();
@@ -137,6 +137,7 @@ Status Session::CreateCache() {
   cache.codes = options_.codes;
   cache.audit_every = options_.audit_every;
   cache.tenant_salt = options_.tenant;
+  cache.persist_decode = options_.persist_decode;
 
   CacheResources resources;
   resources.executor = executor_.get();
@@ -152,7 +153,12 @@ Status Session::CreateCache() {
 
 Status Session::Open(std::span<const int32_t> prompt) {
   sequence_.reset();
-  auto opened = cache_->OpenWithPrefix({.max_tokens = options_.max_tokens, .variant = Variant(options_, *engine_)}, prompt);
+  SequenceOptions sequence;
+  sequence.max_tokens = options_.max_tokens;
+  sequence.variant = Variant(options_, *engine_);
+  sequence.device_slots = options_.device_slots;
+  sequence.observer = options_.observer;
+  auto opened = cache_->OpenWithPrefix(sequence, prompt);
   if (!opened.ok()) return OpenError(opened.status(), options_);
   sequence_ = std::move(opened).value();
   return {};

@@ -33,6 +33,9 @@ struct SessionOptions {
   int64_t prompt_tokens = 0;
   const KernelTable* kernels = nullptr;
   int threads = 0;
+  bool persist_decode = true;
+  int64_t device_slots = 0;     // SequenceOptions::device_slots
+  AuditObserver* observer = nullptr;  // then the engine keeps queries before RoPE, too
 };
 
 KvGeometry GeometryOf(const reference::ModelConfig& config);

@@ -339,6 +339,74 @@ TEST(PipelineTiers, SharedCandidatesChooseAmongWhatIsResident) {
   EXPECT_EQ(report.retrievals, int64_t{3} * 2 * (kSteps / options.cache.selector.sc.refresh));
 }
 
+// Recomputes what was dropped from the stream alone.
+class CheckingObserver : public AuditObserver {
+ public:
+  explicit CheckingObserver(const Stream& stream) : stream_(stream) {}
+  void OnUnit(const AuditedUnit& unit) override {
+    ++units;
+    scanned += unit.scanned;
+    if (unit.logits.empty()) return;
+    const KvGeometry& geometry = stream_.geometry();
+    const int64_t t = unit.n - 1;
+    const auto in_sight = unit.n - (unit.cut_end - unit.cut_begin);
+    ASSERT_EQ(unit.logits.size(), static_cast<size_t>(unit.heads * in_sight));
+    EXPECT_TRUE(std::is_sorted(unit.attended.begin(), unit.attended.end()));
+    for (int32_t h = 0; h < unit.heads; ++h) {
+      const float* q = stream_.q(unit.layer, t) + (unit.first_head + h) * geometry.head_dim;
+      double all = 0, kept = 0;
+      for (int32_t i = 0; i < unit.n; ++i) {
+        if (i >= unit.cut_begin && i < unit.cut_end) continue;
+        double dot = 0;
+        for (int32_t c = 0; c < geometry.head_dim; ++c) dot += static_cast<double>(q[c]) * stream_.key(unit.layer, i, unit.kv_head)[c];
+        const double weight = std::exp(dot / std::sqrt(static_cast<double>(geometry.head_dim)));
+        all += weight;
+        kept += std::binary_search(unit.attended.begin(), unit.attended.end(), i) ? weight : 0;
+      }
+      EXPECT_NEAR(unit.dropped[static_cast<size_t>(h)], 1 - kept / all, 1e-4);
+      if (kept < all) ++dropped;
+    }
+  }
+  int64_t units = 0, scanned = 0, dropped = 0;
+
+ private:
+  const Stream& stream_;
+};
+
+TEST(PipelineTiers, AnObserverSeesTheTruthOfEveryAuditedUnit) {
+  for (const SelectorKind kind : {SelectorKind::kTwoClock, SelectorKind::kPsaw, SelectorKind::kDense}) {
+    WorldOptions options = WorldOptions::Default();
+    options.cache.selector.kind = kind;
+    World world(options);
+    const Stream stream(options.cache.geometry, kPrompt + kSteps, 11);
+    CheckingObserver observer(stream);
+    auto opened = world.cache().Open({.max_tokens = kPrompt + kSteps, .observer = &observer});
+    ASSERT_TRUE(opened.ok()) << opened.status();
+    ASSERT_OK(PrefillAll(**opened, stream, kPrompt, 128));
+    Decode(**opened, stream, kSteps);
+    const SequenceReport& report = (*opened)->Report();
+    EXPECT_EQ(observer.units, kSteps * options.cache.geometry.layers * options.cache.geometry.kv_heads);
+    EXPECT_EQ(observer.scanned, report.retrievals);
+    EXPECT_EQ(observer.dropped > 0, kind == SelectorKind::kTwoClock) << SelectorKindName(kind);
+  }
+}
+
+TEST(PipelineTiers, DeviceSlotsLimitWhatIsResidentAndNothingElse) {
+  WorldOptions options = WorldOptions::Default();
+  options.cache.selector.tc.theta = 0;
+  const std::vector<float> resident = RunWith(options);
+  World world(options);
+  const Stream stream(options.cache.geometry, kPrompt + kSteps, 11);
+  auto opened = world.cache().Open({.max_tokens = kPrompt + kSteps, .device_slots = 40});
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  ASSERT_OK(PrefillAll(**opened, stream, kPrompt, 128));
+  EXPECT_TRUE(AllClose(Decode(**opened, stream, kSteps), resident, {1e-5, 1e-5}));
+  const KvGeometry& geometry = options.cache.geometry;
+  EXPECT_EQ((*opened)->CountResidency().device_slots, 40 * geometry.layers * geometry.kv_heads);
+  EXPECT_GT((*opened)->Report().rows_host, 0);
+  EXPECT_TRUE(HasStatus(world.cache().Open({.max_tokens = kPrompt, .device_slots = -1}), StatusCode::kInvalid, "device_slots"));
+}
+
 TEST(PipelineTiers, MisuseIsRefused) {
   World world(WorldOptions::Default());
   const Stream stream(SmallGeometry(), 64, 1);
