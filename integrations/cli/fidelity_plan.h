@@ -25,6 +25,7 @@ struct Sweep {
 };
 
 struct FidelityOptions {
+  std::string command;         // the line as typed, for the record
   std::string model = "smollm2-135m", lora, document;
   int64_t context = 0;         // tokens; 0 = 8192, or what document and model have
   int64_t steps = 128;         // of the context, fed one by one

@@ -9,6 +9,7 @@
 #include "integrations/cli/doctor.h"
 #include "integrations/cli/environment.h"
 #include "integrations/cli/exit_code.h"
+#include "integrations/cli/fidelity.h"
 #include "integrations/cli/options.h"
 
 int main(int argc, char** argv) {
@@ -25,6 +26,7 @@ int main(int argc, char** argv) {
   switch (command->kind) {
     case CommandKind::kPrintText: std::cout << command->text << std::flush; return std::cout ? kExitOk : kExitRuntime;
     case CommandKind::kAnswer: return RunAnswer(command->answer, environment, std::cout, std::cerr, SteadyClock::Get());
+    case CommandKind::kFidelity: return RunFidelity(command->fidelity, environment, std::cout, std::cerr, SteadyClock::Get());
     case CommandKind::kDoctor: return RunDoctor(command->doctor, environment, std::cout, std::cerr, SteadyClock::Get());
   }
   return kExitRuntime;

@@ -50,17 +50,17 @@ Result<ModelPaths> ResolveNamed(const NamedModel& model, const std::string& lora
 
 }  // namespace
 
-Result<ModelPaths> ResolveModel(const AnswerOptions& options, const Environment& environment) {
-  if (!options.lora.empty() && !Exists(options.lora)) {
-    return {StatusCode::kNotFound, "--lora " + options.lora + ": no such directory"};
+Result<ModelPaths> ResolveModel(const std::string& name, const std::string& lora, const Environment& environment) {
+  if (!lora.empty() && !Exists(lora)) {
+    return {StatusCode::kNotFound, "--lora " + lora + ": no such directory"};
   }
   for (const NamedModel& model : kModels) {
-    if (model.name == options.model) return ResolveNamed(model, options.lora, environment);
+    if (model.name == name) return ResolveNamed(model, lora, environment);
   }
-  if (Exists(options.model)) return ModelPaths{options.model, options.lora};
-  const bool looks_like_path = options.model.find('/') != std::string::npos || options.model.ends_with(".gguf");
-  if (looks_like_path) return {StatusCode::kNotFound, "--model " + options.model + ": no such file or directory"};
-  return UsageError("--model " + options.model +
+  if (Exists(name)) return ModelPaths{name, lora};
+  const bool looks_like_path = name.find('/') != std::string::npos || name.ends_with(".gguf");
+  if (looks_like_path) return {StatusCode::kNotFound, "--model " + name + ": no such file or directory"};
+  return UsageError("--model " + name +
                     ": neither a file nor a known name; give smollm2-135m, smollm2-128k, a .gguf file or a directory");
 }
 

@@ -4,7 +4,6 @@
 
 #include "base/result.h"
 #include "integrations/cli/environment.h"
-#include "integrations/cli/options.h"
 
 namespace prehoc::cli {
 
@@ -15,6 +14,6 @@ struct ModelPaths {
 
 // kNotFound: the file of a named model has not been fetched (names the script that does), or a path does not exist.
 // kInvalid: neither a name nor a path, or --lora with a name that brings its own.
-Result<ModelPaths> ResolveModel(const AnswerOptions& options, const Environment& environment);
+Result<ModelPaths> ResolveModel(const std::string& model, const std::string& lora, const Environment& environment);
 
 }  // namespace prehoc::cli

@@ -208,6 +208,16 @@ Status UnknownArgument(const CLI::App& app, const std::string& argument) {
   return UsageError("unknown flag " + flag + ": did you mean " + std::string(Nearest(flag, FlagNames(app))) + "?" + help);
 }
 
+// As a shell would take it.
+std::string LineOf(std::span<const std::string> args) {
+  std::string line = "prehoc";
+  for (const std::string& arg : args) {
+    const bool plain = !arg.empty() && arg.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_./=:,+") == std::string::npos;
+    line += plain ? " " + arg : " '" + arg + "'";
+  }
+  return line;
+}
+
 std::string OneLine(std::string text) {
   std::replace(text.begin(), text.end(), '\n', ' ');
   while (!text.empty() && text.back() == ' ') text.pop_back();
@@ -306,6 +316,7 @@ Result<Command> ParseCommandLine(std::span<const std::string> args) {
   }
   if (fidelity->parsed()) {
     PREHOC_ASSIGN_OR_RETURN(command.fidelity, ReadFidelity({fidelity}, raw_fidelity));
+    command.fidelity.command = LineOf(args);
     command.kind = CommandKind::kFidelity;
     return command;
   }
