@@ -216,7 +216,8 @@ Status Sequence::Impl::Choose(FastStep& s, bool plain) {
   LayerState& layer = layers[static_cast<size_t>(s.layer)];
   if (s.rule.residents_only && !plain) PREHOC_RETURN_IF_ERROR(RefreshCandidates(s));
   s.choose.clear();
-  const bool by_residency = !complete() && (s.rule.residents_only || s.rule.theta > 0);
+  // At u = 0 nothing is resident yet: what is chosen there is what the slow clock starts with.
+  const bool by_residency = !complete() && (s.rule.residents_only || (s.rule.theta > 0 && s.u > 0));
   for (size_t i = 0; i < layer.units.size(); ++i) {
     Unit& unit = layer.units[i];
     UnitStep& now = s.units[i];

@@ -407,6 +407,21 @@ TEST(PipelineTiers, DeviceSlotsLimitWhatIsResidentAndNothingElse) {
   EXPECT_TRUE(HasStatus(world.cache().Open({.max_tokens = kPrompt, .device_slots = -1}), StatusCode::kInvalid, "device_slots"));
 }
 
+// The first choice is made when no row is on the device yet; it must be as large as any other.
+TEST(PipelineTiers, TwoClocksStartWithAWholeBudget) {
+  WorldOptions options = WorldOptions::Default();
+  options.cache.selector.tc.tau = -1;  // the first choice is inherited
+  options.cache.selector.tc.theta = 0.5;
+  World world(options);
+  const Stream stream(options.cache.geometry, kPrompt + kSteps, 11);
+  auto opened = world.cache().Open({.max_tokens = kPrompt + kSteps, .device_slots = 80});
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  ASSERT_OK(PrefillAll(**opened, stream, kPrompt, 128));
+  Decode(**opened, stream, 2);
+  EXPECT_EQ((*opened)->Report().retrievals, 0);
+  EXPECT_EQ((*opened)->Report().mean_attended(), options.cache.selector.budget.tokens);
+}
+
 TEST(PipelineTiers, MisuseIsRefused) {
   World world(WorldOptions::Default());
   const Stream stream(SmallGeometry(), 64, 1);
