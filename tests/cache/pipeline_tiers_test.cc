@@ -412,9 +412,10 @@ TEST(PipelineTiers, TwoClocksStartWithAWholeBudget) {
   WorldOptions options = WorldOptions::Default();
   options.cache.selector.tc.tau = -1;  // the first choice is inherited
   options.cache.selector.tc.theta = 0.5;
+  options.cache.selector.budget.tokens = 160;  // more than the ring holds
   World world(options);
   const Stream stream(options.cache.geometry, kPrompt + kSteps, 11);
-  auto opened = world.cache().Open({.max_tokens = kPrompt + kSteps, .device_slots = 80});
+  auto opened = world.cache().Open({.max_tokens = kPrompt + kSteps, .device_slots = 200});
   ASSERT_TRUE(opened.ok()) << opened.status();
   ASSERT_OK(PrefillAll(**opened, stream, kPrompt, 128));
   Decode(**opened, stream, 2);
