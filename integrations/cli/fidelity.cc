@@ -223,7 +223,24 @@ class FidelityJob {
                       ": cut " + cut + ", or allow more with --max-minutes " + std::to_string(static_cast<int64_t>(estimate.seconds / 60) + 1));
   }
 
+  // Choosing costs, per step, against the oracle at the same budget: exact keys of everything, every step.
+  void CompareTimes() {
+    const auto choosing = [](const ordered_json& run) {
+      const ordered_json& t = run["cost"]["seconds_per_step"];
+      return t["gate"].get<double>() + t["score"].get<double>() + t["choose"].get<double>();
+    };
+    for (ordered_json& run : document_["runs"]) {
+      if (run["cost"]["saved"].is_null()) continue;
+      for (const ordered_json& oracle : document_["runs"]) {
+        if (oracle["role"] != "ceiling" || oracle["budget"] != run["budget"] || choosing(oracle) <= 0) continue;
+        run["cost"]["saved"]["time"] = 1 - choosing(run) / choosing(oracle);
+        break;
+      }
+    }
+  }
+
   Status Write() {
+    CompareTimes();
     document_["date"] = Now();
     document_["notes"] = FidelityNotes(document_);
     const std::string json = document_.dump(1, ' ', false, ordered_json::error_handler_t::replace) + "\n";

@@ -225,7 +225,7 @@ ordered_json FidelityLab::ModelFigures(const FidelityRun&, const Passed& passed,
           {"top1_agreement", static_cast<double>(same) / static_cast<double>(steps)}, {"kl_by_step", by_step}};
 }
 
-ordered_json FidelityLab::CostFigures(const FidelityRun& run, const Passed& passed) {
+ordered_json FidelityLab::CostFigures(const FidelityRun& run, const Passed& passed) const {
   const SequenceReport& r = passed.report;
   const auto steps = static_cast<double>(std::max<int64_t>(1, passed.steps));
   const auto per_step = [&](int64_t total) { return static_cast<double>(total) / steps; };
@@ -247,14 +247,12 @@ ordered_json FidelityLab::CostFigures(const FidelityRun& run, const Passed& pass
                               {"slow_clock", t.slow_clock / steps}, {"total", t.Total() / steps},
                               {"engine", std::max(0.0, passed.decode_seconds - t.Total() - t.audit) / steps}};
   // Against selecting at every step with exact keys: one retrieval per triple, n keys each.
-  const double choosing = (t.gate + t.score + t.choose) / steps;
-  if (run.selector.kind == SelectorKind::kOracle) oracle_seconds_ = choosing;
   const bool selects = r.triples > 0;
   const double keys = (static_cast<double>(prompt_tokens()) + (steps + 1) / 2) * static_cast<double>(geometry_.row_bytes()) / 2 *
                       static_cast<double>(r.triples) / steps;
   cost["saved"] = selects ? ordered_json{{"events", 1 - r.rho()},
                                          {"bytes", JsonNumber(1 - per_step(r.bytes_scored()) / keys)},
-                                         {"time", oracle_seconds_ ? JsonNumber(1 - choosing / *oracle_seconds_) : ordered_json(nullptr)}}
+                                         {"time", nullptr}}  // known beside the oracle's run
                           : ordered_json(nullptr);
   return cost;
 }

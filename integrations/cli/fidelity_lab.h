@@ -90,7 +90,7 @@ class FidelityLab {
   Result<bool> RunTasks(const FidelityRun& run, const std::string& label, nlohmann::ordered_json* json);
   Result<bool> RunGeneration(const FidelityRun& run, const std::string& label, nlohmann::ordered_json* json);
   nlohmann::ordered_json ModelFigures(const FidelityRun& run, const Passed& passed, std::span<const int32_t> forced) const;
-  nlohmann::ordered_json CostFigures(const FidelityRun& run, const Passed& passed);
+  nlohmann::ordered_json CostFigures(const FidelityRun& run, const Passed& passed) const;
 
   const LabTask task_;
   const KvGeometry geometry_;
@@ -102,7 +102,6 @@ class FidelityLab {
   std::vector<TaskSet> sets_;
   std::map<std::string, Reference> references_;
   nlohmann::ordered_json query_cosine_;
-  std::optional<double> oracle_seconds_;  // of choosing, per step
 };
 
 }  // namespace prehoc::cli
