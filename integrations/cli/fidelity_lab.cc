@@ -278,8 +278,12 @@ Result<bool> FidelityLab::RunTasks(const FidelityRun& run, const std::string& la
           kl += passed->kl[i];
         }
         found_in_all += found;
+        const auto text = [&](const std::vector<int32_t>& tokens) {
+          return task_.loaded.tokenizer->Decode(std::span(tokens).subspan(static_cast<size_t>(item.begin), static_cast<size_t>(item.end - item.begin)), false);
+        };
         items.push_back({{"set", set.set}, {"depth", item.depth}, {"kind", item.kind}, {"found", found},
-                         {"kl", JsonNumber(kl / static_cast<double>(item.end - item.begin))}});
+                         {"kl", JsonNumber(kl / static_cast<double>(item.end - item.begin))}, {"value", text(context.stream)},
+                         {"said", text(passed->decisions)}});
       }
     }
     const size_t of = items.size();

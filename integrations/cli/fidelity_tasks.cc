@@ -18,16 +18,16 @@ using reference::Tokenizer;
 using Tokens = std::vector<int32_t>;
 
 constexpr std::array<std::string_view, 32> kAdjectives = {
-    "amber", "ancient", "bitter", "brave", "bright", "broken", "calm", "clever", "copper", "crimson", "distant", "eager",
-    "fading", "gentle", "golden", "hidden", "hollow", "humble", "icy", "jolly", "lonely", "mellow", "narrow", "nimble",
-    "pale", "quiet", "rustic", "silver", "solemn", "stormy", "tender", "velvet"};
+    "amber", "ancient", "bitter", "yellow", "bright", "broken", "calm", "clever", "purple", "crimson", "orange", "eager",
+    "fading", "gentle", "golden", "frozen", "sunny", "silent", "icy", "jolly", "lonely", "mellow", "narrow", "nimble",
+    "scarlet", "quiet", "rustic", "silver", "solemn", "stormy", "tender", "velvet"};
 constexpr std::array<std::string_view, 32> kNouns = {
     "anchor", "badger", "basket", "beacon", "bridge", "candle", "canyon", "castle", "cedar", "compass", "falcon", "feather",
     "forest", "garden", "hammer", "harbor", "island", "kettle", "ladder", "lantern", "meadow", "mirror", "orchard", "otter",
     "pebble", "pillow", "raven", "river", "saddle", "temple", "tunnel", "window"};
 constexpr std::array<std::string_view, 24> kCities = {
-    "Athens", "Berlin", "Boston", "Cairo", "Chicago", "Denver", "Dublin", "Geneva", "Havana", "Lima", "Lisbon", "London",
-    "Madrid", "Milan", "Moscow", "Oslo", "Paris", "Prague", "Quito", "Rome", "Seoul", "Sydney", "Tokyo", "Vienna"};
+    "Brussels", "Berlin", "Boston", "Cairo", "Chicago", "Denver", "Dublin", "Geneva", "Havana", "Lima", "Lisbon", "London",
+    "Madrid", "Milan", "Moscow", "Oslo", "Paris", "Prague", "Warsaw", "Rome", "Seoul", "Sydney", "Tokyo", "Vienna"};
 
 enum class Kind { kNumber, kPassword, kCity };
 constexpr std::array<std::string_view, 3> kKindNames = {"number", "password", "city"};
