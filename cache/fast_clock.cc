@@ -56,7 +56,7 @@ Status Sequence::Impl::Attend(int32_t layer_index, const LayerInput& in) {
     PREHOC_RETURN_IF_ERROR(AppendRows(layer_index, in, first, 1));
     s.blocks.emplace(cache->host.get(), geometry(), layer.blocks, BlockUse::kKeep);
     PREHOC_RETURN_IF_ERROR(IndexRows(layer_index, *s.blocks, visible()));
-    PREHOC_RETURN_IF_ERROR(AddKeysToBalls(layer_index, *s.blocks, first, visible()));
+    PREHOC_RETURN_IF_ERROR(AddKeysToSummaries(layer_index, *s.blocks, first, visible()));
   }
 
   Gate(s);                                          // who keeps its last choice
@@ -111,6 +111,7 @@ void Sequence::Impl::Gate(FastStep& s) {
   }
   if (s.rule.attend_all || s.rule.scorer == Scorer::kNone) return;
 
+  if (s.rule.by_mass) return GateByMass(s);
   // One task per query head where their cosines are averaged, else one per unit.
   const bool mean = s.rule.scope == CisOptions::GateScope::kGroupMean;
   const int64_t dim = geometry().head_dim;
@@ -159,6 +160,34 @@ void Sequence::Impl::Gate(FastStep& s) {
     unit.cosine = cosine;
     s.units[i].gated = true;
     s.units[i].way = Inherits(s.rule, cosine, age) ? Way::kInherit : WayOfFailure(s.rule);
+  }
+}
+
+// A choice is kept while no query head of its unit is expected to miss more than epsilon by it.
+void Sequence::Impl::GateByMass(FastStep& s) {
+  LayerState& layer = layers[static_cast<size_t>(s.layer)];
+  const int64_t dim = geometry().head_dim;
+  s.gate.clear();
+  s.spreads.assign(static_cast<size_t>(geometry().heads), 0);
+  for (const Unit& unit : layer.units) {
+    if (MustSelect(s.rule, AgeOf(s, unit))) continue;
+    s.gate.push_back({.q = s.in.q + unit.first_head * dim, .anchor = unit.anchor.data(), .cosine = nullptr,
+                      .variance = layer.heads[static_cast<size_t>(unit.kv_head)].variance.values(),
+                      .spread = &s.spreads[static_cast<size_t>(unit.first_head)]});
+    step_report.bytes_gate += (2 * unit.heads + 1) * dim * static_cast<int64_t>(sizeof(float));
+  }
+  if (s.gate.empty()) return;
+  const Status status =
+      kernels().gate({.tasks = s.gate, .group = layer.units.front().heads, .head_dim = geometry().head_dim}, cache->launch());
+  PREHOC_CHECK(status.ok());  // shapes are ours
+  for (size_t i = 0; i < layer.units.size(); ++i) {
+    const Unit& unit = layer.units[i];
+    if (MustSelect(s.rule, AgeOf(s, unit))) continue;
+    double worst = 0;
+    for (int32_t h = 0; h < unit.heads; ++h) {
+      worst = std::max(worst, ExpectedMiss(unit.dropped[static_cast<size_t>(h)], s.spreads[static_cast<size_t>(unit.first_head + h)]));
+    }
+    s.units[i].way = worst <= s.rule.epsilon ? Way::kInherit : WayOfFailure(s.rule);
   }
 }
 

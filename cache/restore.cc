@@ -108,7 +108,7 @@ Status Sequence::Impl::RestorePrefix(std::span<const int32_t> wanted) {
     LayerState& layer = layers[static_cast<size_t>(l)];
     LayerBlocks rows(cache->host.get(), geometry(), layer.blocks, BlockUse::kStream);
     PREHOC_RETURN_IF_ERROR(FillRing(l, rows, 0, complete() ? std::min<int64_t>(end, sinks) : end));
-    PREHOC_RETURN_IF_ERROR(AddKeysToBalls(l, rows, 0, end));
+    PREHOC_RETURN_IF_ERROR(AddKeysToSummaries(l, rows, 0, end));
     layer.coded = end;
     for (HeadState& head : layer.heads) {
       for (int64_t i = ring_begin; i < end; ++i) head.residency.EnterRing(static_cast<int32_t>(i));

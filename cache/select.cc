@@ -318,6 +318,10 @@ void Sequence::Impl::Keep(FastStep& s, size_t index) {
   unit.anchor.assign(of_unit(s.in.q), of_unit(s.in.q) + size);
   if (s.rule.pre_rope && s.in.q_pre_rope) unit.anchor_pre.assign(of_unit(s.in.q_pre_rope), of_unit(s.in.q_pre_rope) + size);
   unit.chosen.assign(now.chosen.begin(), now.chosen.end());
+  // What the choice leaves out; attention to it will know better (AccountMass), unless this is u = 0, where none follows.
+  for (size_t h = 0; h < unit.dropped.size(); ++h) {
+    unit.dropped[h] = std::exp(std::min(0.0f, now.lse_out[h] - now.lse_all[h]));
+  }
   // A certificate speaks of the rows that can be outside while the choice lasts: dropped now, or leaving the window later.
   const bool certified = cache->options.selector.cis.gate == CisOptions::Gate::kCertified;
   if (certified) {

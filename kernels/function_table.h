@@ -70,10 +70,14 @@ struct EncodeParams {
 
 // --- gate: has the query turned since the choice was made? (CIS) ------------------------------------------------
 // cosine = min over the group of cos(anchor[h], q[h]), clamped to [-1, 1]; -2 if a norm is zero or not finite.
+// With `spread`, also spread[h] = sqrt(SUM_c variance[c] (q[h, c] - anchor[h, c])^2 / head_dim): how far logits moved, as their
+// standard deviation over keys whose channels have these variances and are independent; +inf where that is no finite number.
 struct GateTask {
-  const float* q = nullptr;       // [group, head_dim]
-  const float* anchor = nullptr;  // [group, head_dim]
-  float* cosine = nullptr;        // [1]
+  const float* q = nullptr;         // [group, head_dim]
+  const float* anchor = nullptr;    // [group, head_dim]
+  float* cosine = nullptr;          // [1], or null with `spread`
+  const float* variance = nullptr;  // [head_dim], not negative; with `spread`
+  float* spread = nullptr;          // [group], or null
 };
 struct GateParams {
   std::span<const GateTask> tasks;

@@ -125,7 +125,8 @@ Status Validate(const GateParams& params) {
   check.HeadDim(params.head_dim).Group(params.group);
   for (size_t i = 0; i < params.tasks.size() && check.ok(); ++i) {
     const GateTask& task = params.tasks[i];
-    check.Task(i).Given(true, task.q, "q").Given(true, task.anchor, "anchor").Given(true, task.cosine, "cosine");
+    check.Task(i).Given(true, task.q, "q").Given(true, task.anchor, "anchor").Given(task.spread == nullptr, task.cosine, "cosine");
+    check.Given(task.spread != nullptr, task.variance, "variance");
   }
   return check.Take();
 }

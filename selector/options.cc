@@ -231,6 +231,9 @@ std::vector<Knob> MakeKnobs() {
       Word("etf.n", kEtf | kCpe, [](auto& o) -> auto& { return o.etf.n; },
            Words<E::Extent>{{"prompt", E::Extent::kPrompt}, {"chunk", E::Extent::kChunk}}),
 
+      Word("tc.gate", kTc, [](auto& o) -> auto& { return o.tc.gate; },
+           Words<TwoClockOptions::Gate>{{"cosine", TwoClockOptions::Gate::kCosine}, {"mass", TwoClockOptions::Gate::kMass}}),
+      Real("tc.epsilon", kTc, "a number in [0, 1]", [](auto& o) -> auto& { return o.tc.epsilon; }, probability),
       WithWord("off", Real("tc.tau", kTc, tau, [](auto& o) -> auto& { return o.tc.tau; }, any), 1,
                [](const SelectorOptions& o) { return o.tc.tau; },
                [](SelectorOptions& o, double off) { o.tc.tau = off; }),

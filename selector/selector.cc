@@ -1,6 +1,7 @@
 #include "selector/selector.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "base/check.h"
 #include "selector/methods.h"
@@ -136,6 +137,14 @@ bool Selector::NeedsErrorBounds() const {
 
 bool Selector::NeedsPreRope() const {
   return IsCis(options_) && options_.cis.cos_stage == CisOptions::CosStage::kPreRope;
+}
+
+double ExpectedMiss(double dropped, double spread) {
+  constexpr double kLeastDropped = 1e-3;
+  const double outside = std::max(dropped, kLeastDropped);
+  // Of e^x times as much outside, and as much inside as before.
+  const double grown = outside * std::exp(std::min(spread * spread / 2, 700.0));
+  return grown / (grown + 1 - std::min(outside, 1.0)) - outside;
 }
 
 bool MustSelect(const StepRule& rule, int64_t age) {

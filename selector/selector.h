@@ -39,6 +39,8 @@ struct StepRule {
   CisOptions::OnFail fail = CisOptions::OnFail::kReselect;
   bool certified = false;    // gate on the certificate (certificate.h) instead of the cosine
   double delta_max = 0;
+  bool by_mass = false;      // gate on ExpectedMiss() instead of the cosine; tau is not looked at
+  double epsilon = 0;
 
   // Choice.
   int32_t k = 0;             // middle positions
@@ -120,6 +122,12 @@ class Selector {
 // True if the gate is not asked: no choice yet (age < 0), a block start, or the choice is too old. A head for which
 // this is false, and Inherits() too, has failed the gate: rule.fail says what then.
 bool MustSelect(const StepRule& rule, int64_t age);
+
+// Share of the attention mass that a choice is expected to miss beyond what it missed when it was made: `dropped` of the mass lay
+// outside, and logits have since moved with standard deviation `spread` [nats]. Where they move as a normal variable that knows nothing
+// of which keys were dropped, the mass outside grows by E exp(move) = exp(spread^2 / 2). A choice that dropped less than kLeastDropped
+// counts as if it had dropped that: its outside is unknown rather than empty.
+double ExpectedMiss(double dropped, double spread);
 
 // True if a head keeps its choice: `cosine` as the gate reports it (-2 = unusable), `age` steps since it was made.
 // With `certified` the cosine is not looked at: true means that the choice may stay if its bound (certificate.h) also

@@ -12,7 +12,9 @@ class TwoClock final : public Selector {
   StepRule DoRule(const StepContext& context) const override {
     const TwoClockOptions& tc = options().tc;
     StepRule rule = ChooseK(options(), tc.scorer, context.n);
-    rule.may_inherit = context.step > 0 && tc.tau < 1 && tc.max_age > 0;
+    rule.by_mass = tc.gate == TwoClockOptions::Gate::kMass;
+    rule.epsilon = rule.by_mass ? tc.epsilon : 0;
+    rule.may_inherit = context.step > 0 && (rule.by_mass || tc.tau < 1) && tc.max_age > 0;
     rule.tau = tc.tau;
     rule.max_age = tc.max_age;
     rule.theta = tc.theta;

@@ -41,7 +41,7 @@ struct FastStep {
   std::vector<AppendTask> append;
   std::vector<EncodeTask> encode;
   std::vector<GateTask> gate;
-  std::vector<float> cosines;
+  std::vector<float> cosines, spreads;
   std::vector<ScanTask> scan;
   std::vector<ScoreTask> score;
   std::vector<std::vector<RowRun>> score_runs;

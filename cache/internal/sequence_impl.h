@@ -60,12 +60,27 @@ struct PendingFetch {
   TransferRequest request;
 };
 
+// Running variances of the keys' channels.
+class KeyVariance {
+ public:
+  void Reset(size_t dim) { count_ = 0, sums_.assign(dim, 0), squares_.assign(dim, 0), values_.assign(dim, 0); }
+  void Add(const Half* key);
+  const float* values() const { return values_.data(); }  // [head_dim]
+  void Update();  // values() from what was added
+
+ private:
+  int64_t count_ = 0;
+  std::vector<double> sums_, squares_;
+  std::vector<float> values_;
+};
+
 struct HeadState {
   Half *sinks = nullptr, *ring = nullptr, *slots = nullptr;
   std::byte* codes = nullptr;
   Half *page_lo = nullptr, *page_hi = nullptr;
   HeadResidency residency;
   KeyBall ball;  // only for the certified gate
+  KeyVariance variance;  // only for the mass gate
 };
 
 struct LayerState {
@@ -106,13 +121,14 @@ struct Sequence::Impl {
   Status IndexRows(int32_t layer, LayerBlocks& rows, int64_t end);  // codes and bounds of whole groups up to `end`
   Status FillRing(int32_t layer, LayerBlocks& rows, int64_t first, int64_t end);
   Status AttendPrefill(int32_t layer, LayerBlocks& rows, const LayerInput& in, int64_t first, int64_t count);
-  Status AddKeysToBalls(int32_t layer, LayerBlocks& rows, int64_t first, int64_t end);
+  Status AddKeysToSummaries(int32_t layer, LayerBlocks& rows, int64_t first, int64_t end);
   PrefillRule RuleOfPrefill(int32_t layer) const;
 
   // fast_clock.cc
   Status Attend(int32_t layer, const LayerInput& in);
   Status FirstSelection(int32_t layer, const float* q, const float* q_pre);
   void Gate(FastStep& s);
+  void GateByMass(FastStep& s);
   float GroupCosine(const std::vector<Unit>& units, int32_t kv_head, bool mean,
                     const std::function<float(const Unit&)>& cosine_of) const;
   Status CheckCertificates(FastStep& s);

@@ -1,6 +1,7 @@
 // append, gather, gate, score_pages: calls that split into tasks or ranges of rows as they are.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "base/units.h"
 #include "kernels/cpu/drivers.h"
@@ -34,7 +35,20 @@ Status Gather(const VectorOps& ops, const GatherParams& params, const Launch& la
 Status Gate(const VectorOps& ops, const GateParams& params, const Launch&) {
   PREHOC_RETURN_IF_ERROR(Validate(params));
   // A few hundred multiplications a task: less than waking a thread.
-  for (const GateTask& task : params.tasks) *task.cosine = ops.min_cosine(task.q, task.anchor, params.group, params.head_dim);
+  for (const GateTask& task : params.tasks) {
+    if (task.cosine != nullptr) *task.cosine = ops.min_cosine(task.q, task.anchor, params.group, params.head_dim);
+    if (task.spread == nullptr) continue;
+    const int64_t d = params.head_dim;
+    for (int64_t h = 0; h < params.group; ++h) {
+      double sum = 0;
+      for (int64_t c = 0; c < d; ++c) {
+        const double moved = static_cast<double>(task.q[h * d + c]) - task.anchor[h * d + c];
+        sum += static_cast<double>(task.variance[c]) * moved * moved;
+      }
+      const auto spread = static_cast<float>(std::sqrt(sum / static_cast<double>(d)));
+      task.spread[h] = std::isfinite(spread) ? spread : std::numeric_limits<float>::infinity();
+    }
+  }
   return {};
 }
 

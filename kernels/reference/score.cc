@@ -39,6 +39,16 @@ float PageBound(const float* q, const Half* lo, const Half* hi, int64_t d) {
   const auto bound = static_cast<float>(sum / std::sqrt(static_cast<double>(d)));
   return std::isfinite(bound) ? bound : std::numeric_limits<float>::infinity();
 }
+
+float Spread(const GateTask& task, int64_t h, int64_t d) {
+  double sum = 0;
+  for (int64_t c = 0; c < d; ++c) {
+    const double moved = static_cast<double>(task.q[h * d + c]) - task.anchor[h * d + c];
+    sum += static_cast<double>(task.variance[c]) * moved * moved;
+  }
+  const auto spread = static_cast<float>(std::sqrt(sum / static_cast<double>(d)));
+  return std::isfinite(spread) ? spread : std::numeric_limits<float>::infinity();
+}
 }  // namespace
 
 Status Gate(const GateParams& params, const Launch& launch) {
@@ -48,7 +58,8 @@ Status Gate(const GateParams& params, const Launch& launch) {
     const int64_t d = params.head_dim;
     float least = 1;
     for (int64_t h = 0; h < params.group; ++h) least = std::min(least, Cosine(task.q + h * d, task.anchor + h * d, d));
-    *task.cosine = least;
+    if (task.cosine != nullptr) *task.cosine = least;
+    for (int64_t h = 0; h < params.group && task.spread != nullptr; ++h) task.spread[h] = Spread(task, h, d);
   });
   return {};
 }
