@@ -211,7 +211,7 @@ void Sequence::Impl::AccountMass(FastStep& s, size_t index) {
     } else if (now.way != Way::kInherit) {
       unit.dropped[at] = static_cast<float>(ShareOutside(now.lse_out[at], now.lse[at]));
       unit.dropped_bound[at] =
-          bounded ? static_cast<float>(ShareOutside(now.lse_out_bound[at] + kLogSlack, now.lse[at])) : -1.0f;
+          bounded ? static_cast<float>(DroppedMassBound(now.lse[at], now.lse_out_bound[at] + kLogSlack)) : -1.0f;
     } else if (!certified) {
       unit.dropped_bound[at] = -1;  // a bound says nothing about a later query
     }

@@ -329,7 +329,8 @@ void Sequence::Impl::Keep(FastStep& s, size_t index) {
   }
 }
 
-// Over what is in sight and not chosen, up to `end`; local positions before `end` count as outside.
+// Over what is in sight and not chosen, up to `end`; local positions before `end` count as outside. +inf if a logit or its
+// error is not known: then so is the sum.
 double Sequence::Impl::LseOutside(const FastStep& s, size_t index, int32_t h, int32_t end) const {
   const Unit& unit = layers[static_cast<size_t>(s.layer)].units[index];
   const float* logits = z(unit.first_head + h);
@@ -341,6 +342,7 @@ double Sequence::Impl::LseOutside(const FastStep& s, size_t index, int32_t h, in
     while (next < unit.chosen.size() && unit.chosen[next] < i) ++next;
     if (next < unit.chosen.size() && unit.chosen[next] == i) continue;
     const double value = static_cast<double>(logits[i]) + (errors ? errors[i] : 0.0f);
+    if (std::isnan(value) || value == kInfinity) return kInfinity;
     if (value > most) sum = sum * std::exp(most - value), most = value;
     if (value > -std::numeric_limits<double>::infinity()) sum += std::exp(value - most);
   }

@@ -2,6 +2,8 @@
 // refused, chunks that are lost and made anew, and the accounting of it all.
 #include <gtest/gtest.h>
 
+#include <limits>
+
 #include "base/units.h"
 #include "cache/chunk_key.h"
 #include "tests/cache/pipeline_world.h"
@@ -325,6 +327,27 @@ TEST(PipelineTiers, EveryCodeFormatEstimatesAndBounds) {
       EXPECT_EQ(report.bound_violations, 0) << bits;
       EXPECT_LE(report.dropped_audited.max(), 0.2) << bits;
     }
+  }
+}
+
+// The codes of a group with an infinite key know nothing of its logits: a certificate over them must not hold.
+TEST(PipelineTiers, AnUnknownLogitIsNotANeglectedOne) {
+  for (const bool spoiled : {false, true}) {
+    WorldOptions options = WorldOptions::Default();
+    SelectorOptions& selector = options.cache.selector;
+    selector.kind = SelectorKind::kCis;
+    for (const auto& [knob, value] : {std::pair{"cis.gate", "certified"}, {"cis.scorer", "codes"}, {"cis.local_edge", "held"},
+                                      {"cis.delta_max", "0.999"}}) {
+      ASSERT_OK(selector.Set(knob, value));
+    }
+    World world(options);
+    Stream stream(options.cache.geometry, kPrompt + kSteps, 11);
+    if (spoiled) stream.SetKeys(150, -std::numeric_limits<float>::infinity());
+    auto sequence = Open(world);
+    ASSERT_OK(PrefillAll(*sequence, stream, kPrompt, 128));
+    Decode(*sequence, stream, kSteps);
+    EXPECT_EQ(sequence->Report().inherited > 0, !spoiled) << sequence->Report().inherited;
+    EXPECT_EQ(sequence->Report().bound_violations, 0);
   }
 }
 
