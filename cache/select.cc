@@ -164,13 +164,15 @@ Status Sequence::Impl::Score(FastStep& s) {
   return {};
 }
 
-// Error bounds at the confidence of the rule in the place of proven ones, wherever they are smaller. The codes decide what is
-// chosen, so all errors of a head must hold at once, to both sides: what is kept is bounded from below.
+// Error bounds at a confidence in the place of proven ones, wherever they are smaller. The codes decide what is chosen, so (with
+// bound.scope = head) all errors of a head must hold at once, to both sides: what is kept is bounded from below.
 void Sequence::Impl::AllowForDither(FastStep& s) {
   const int32_t group = layers[static_cast<size_t>(s.layer)].units.front().heads;
   const int64_t in_group = cache->options.codes.group_tokens;
+  const SelectorOptions& options = cache->options.selector;
   for (const ScanTask& task : s.scan) {
-    const StatisticalLseBound bound(cache->options.selector.bound_confidence, 2 * task.groups * in_group);
+    const int64_t errors_at_once = options.bound_scope == SelectorOptions::BoundScope::kHead ? 2 * task.groups * in_group : 1;
+    const StatisticalLseBound bound(options.bound_confidence, errors_at_once);
     for (int64_t h = 0; h < group; ++h) {
       for (int64_t g = 0; g < task.groups; ++g) {
         const float most = bound.Error(task.variance[h * task.groups + g]);

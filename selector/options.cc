@@ -159,6 +159,8 @@ std::vector<Knob> MakeKnobs() {
            Words<BoundKind>{{"none", BoundKind::kNone}, {"proven", BoundKind::kProven}, {"statistical", BoundKind::kStatistical}}),
       Real("bound.confidence", kChoosing, "a number in [0.5, 1)", [](auto& o) -> auto& { return o.bound_confidence; },
            [](double x) { return x >= 0.5 && x < 1; }),
+      Word("bound.scope", kChoosing, [](auto& o) -> auto& { return o.bound_scope; },
+           Words<SelectorOptions::BoundScope>{{"head", SelectorOptions::BoundScope::kHead}, {"set", SelectorOptions::BoundScope::kSet}}),
       Whole("certify_every", kChoosing, 0, [](auto& o) -> auto& { return o.certify_every; }),
 
       Whole("cis.block", kCis, 1, [](auto& o) -> auto& { return o.cis.block; }),

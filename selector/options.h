@@ -117,6 +117,9 @@ struct SelectorOptions {
   // that selects; none means proven where max_dropped_mass is set.
   BoundKind bound = BoundKind::kNone;
   double bound_confidence = 0.999;  // bound.confidence, of a statistical bound: per query head and step
+  // bound.scope, of a statistical bound: head (all positions of a head at once, so that the level holds for whatever set the
+  // codes choose) | set (the set alone, as if it had been chosen without the codes: tighter, and no promise).
+  enum class BoundScope : uint8_t { kHead, kSet } bound_scope = BoundScope::kHead;
   int32_t certify_every = 0;     // n > 0: a fresh scan at least every n steps
 
   // Sets one knob by name: Set("cis.tau", "0.7"), Set("budget", "1/32"). kInvalid: an unknown name gives the nearest

@@ -381,6 +381,11 @@ TEST(PipelineTiers, ABoundThatIsOnlyReportedChangesNothing) {
     EXPECT_GT(statistical.dropped_bound_statistical.mean(), statistical.dropped_audited.mean()) << budget;
     EXPECT_LT(statistical.dropped_bound_statistical.mean(), proven.dropped_bound.mean()) << budget;
     EXPECT_LT(proven.dropped_bound.mean(), 1) << budget;
+    // Of the set alone: tighter still.
+    options.cache.selector.bound_scope = SelectorOptions::BoundScope::kSet;
+    SequenceReport of_set;
+    EXPECT_EQ(RunWith(options, &of_set), without) << budget;
+    EXPECT_LT(of_set.dropped_bound_statistical.mean(), statistical.dropped_bound_statistical.mean()) << budget;
   }
 }
 

@@ -33,6 +33,7 @@ const std::vector<KnobCase>& Cases() {
       {"max_dropped_mass", "off", {"0", "0.05", "1"}, {"-1", "1.1", "on", "nan"}, kChoosers},
       {"bound", "none", {"proven", "statistical"}, {"deterministic", "off", ""}, kChoosers},
       {"bound.confidence", "0.999", {"0.5", "0.6", "0.999999"}, {"1", "0.49", "nan", "99%"}, kChoosers},
+      {"bound.scope", "head", {"set"}, {"layer", ""}, kChoosers},
       {"certify_every", "0", {"1", "16"}, {"-1", "1.5"}, kChoosers},
       {"cis.block", "16", {"1", "4", "8", "32"}, {"0", "-4", "16.0"}, "cis cpe"},
       {"cis.tau", "0.8", {"0.5", "0.95", "-1", "1", "2"}, {"", "nan", "inf", "high"}, "cis cpe"},
