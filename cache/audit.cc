@@ -58,6 +58,7 @@ Status Sequence::Impl::Audit(FastStep& s) {
   }
   LayerBlocks blocks(cache->host.get(), geometry(), layer.blocks, BlockUse::kStream);
   const int64_t dim = geometry().head_dim;
+  const bool statistical = cache->options.selector.BoundInForce() == BoundKind::kStatistical;
   if (s.layer == 0) ++step_report.audited_steps;
 
   for (size_t index = 0; index < layer.units.size(); ++index) {
@@ -91,7 +92,13 @@ Status Sequence::Impl::Audit(FastStep& s) {
       error[at] = RelativeError(s.in.out + (unit.first_head + h) * dim, exact.data() + h * dim, dim);
       step_report.dropped_audited.Add(dropped[at]);
       if (s.rule.scorer != Scorer::kNone) step_report.estimate_error.Add(std::abs(dropped[at] - unit.dropped[at]));
-      if (unit.dropped_bound[at] >= 0 && dropped[at] > unit.dropped_bound[at] + kTolerance) ++step_report.bound_violations;
+      const bool violated = unit.dropped_bound[at] >= 0 && dropped[at] > unit.dropped_bound[at] + kTolerance;
+      if (statistical) {
+        step_report.statistical_checked += unit.dropped_bound[at] >= 0 && !unit.attended.everything;
+        step_report.statistical_violations += violated;
+      } else {
+        step_report.bound_violations += violated;
+      }
       step_report.output_error.Add(std::min(1.0, error[at]));
     }
     if (!observer) continue;
@@ -101,7 +108,9 @@ Status Sequence::Impl::Audit(FastStep& s) {
     audited.dropped = dropped;
     audited.output_error = error;
     if (s.rule.scorer != Scorer::kNone) audited.estimate = unit.dropped;
-    audited.bound = unit.dropped_bound;
+    const std::vector<float> nothing(static_cast<size_t>(unit.heads), -1);
+    audited.bound = statistical ? nothing : unit.dropped_bound;
+    audited.bound_statistical = statistical ? unit.dropped_bound : nothing;
     observer->OnUnit(audited);
   }
   return {};

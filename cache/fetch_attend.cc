@@ -202,7 +202,9 @@ void Sequence::Impl::Account(FastStep& s) {
 void Sequence::Impl::AccountMass(FastStep& s, size_t index) {
   Unit& unit = layers[static_cast<size_t>(s.layer)].units[index];
   const UnitStep& now = s.units[index];
-  const bool bounded = s.rule.target_is_bound;
+  const bool bounded = s.rule.bound != BoundKind::kNone;
+  UnitSketch& bounds = cache->options.selector.BoundInForce() == BoundKind::kStatistical ? step_report.dropped_bound_statistical
+                                                                                         : step_report.dropped_bound;
   const bool certified = s.rule.certified && now.way == Way::kInherit;
   for (int32_t h = 0; h < unit.heads; ++h) {
     const auto at = static_cast<size_t>(h);
@@ -211,7 +213,7 @@ void Sequence::Impl::AccountMass(FastStep& s, size_t index) {
     } else if (now.way != Way::kInherit) {
       unit.dropped[at] = static_cast<float>(ShareOutside(now.lse_out[at], now.lse[at]));
       unit.dropped_bound[at] =
-          bounded ? static_cast<float>(ShareOutside(now.lse_out_bound[at] + kLogSlack, now.lse[at])) : -1.0f;
+          bounded ? static_cast<float>(DroppedMassBound(now.lse[at], now.lse_out_bound[at] + kLogSlack)) : -1.0f;
     } else if (!certified) {
       unit.dropped_bound[at] = -1;  // a bound says nothing about a later query
     }
@@ -219,7 +221,7 @@ void Sequence::Impl::AccountMass(FastStep& s, size_t index) {
     step_report.dropped_estimated.Add(unit.dropped[at]);
     step_report.estimate_age_mean += (static_cast<double>(age) - step_report.estimate_age_mean) /
                                      static_cast<double>(step_report.dropped_estimated.count());
-    if (unit.dropped_bound[at] >= 0) step_report.dropped_bound.Add(unit.dropped_bound[at]);
+    if (unit.dropped_bound[at] >= 0) bounds.Add(unit.dropped_bound[at]);
   }
 }
 

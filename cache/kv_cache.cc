@@ -59,6 +59,9 @@ Result<std::unique_ptr<KvCache>> KvCache::Create(const CacheOptions& options, co
                                       " bytes, this geometry has blocks of " + std::to_string(options.geometry.block_bytes())};
   }
   PREHOC_ASSIGN_OR_RETURN(impl->selector, Selector::Create(options.selector));
+  if (impl->selector->NeedsCodes() && options.selector.BoundInForce() == BoundKind::kStatistical && !options.codes.dither) {
+    return {StatusCode::kInvalid, "bound=statistical: needs dithered codes (codes.dither, --codes 4/64+dither)"};
+  }
   HostTier::Options host;
   host.block_bytes = options.geometry.block_bytes();
   host.budget = options.host_budget;

@@ -71,7 +71,7 @@ struct AuditedUnit {
   std::span<const int32_t> attended;  // sorted positions
   int32_t sinks = 0, left = 0;        // attended at any rate: [0, sinks) and [left, n)
   std::span<const double> dropped;    // [heads], the exact share left out
-  std::span<const float> estimate, bound;  // [heads], what the step knew of it; bound < 0 = nothing
+  std::span<const float> estimate, bound, bound_statistical;  // [heads], what the step knew of it; a bound < 0 = nothing
   std::span<const double> output_error;    // [heads], |o_S - o| / |o|
   bool scanned = false;               // chose in this very step
   int64_t age = 0;                    // steps since the choice in force
@@ -91,6 +91,7 @@ struct SequenceOptions {
   int64_t device_slots = 0;     // most rows of the middle per (layer, KV head) on the device, whatever else would fit, but
                                 // no fewer than one choice takes; 0 = as many as fit
   AuditObserver* observer = nullptr;  // sees every audited unit; outlives the sequence
+  uint64_t dither_seed = 0;     // of dithered codes. A statistical bound takes queries to know nothing of it
 };
 
 // fp32, contiguous, row-major, K and Q after RoPE.

@@ -52,29 +52,37 @@ Status Sequence::Impl::Prefill(int32_t layer_index, const LayerInput& in) {
   return {};
 }
 
+EncodeTask Sequence::Impl::EncodeTaskFor(int32_t layer, int32_t kv_head, int64_t group, const Half* rows, std::byte* unkept) {
+  const HeadState& head = layers[static_cast<size_t>(layer)].heads[static_cast<size_t>(kv_head)];
+  const CodeFormat& format = cache->options.codes;
+  const auto at = static_cast<size_t>(group);
+  EncodeTask task;
+  task.rows = rows;
+  task.block = head.codes ? head.codes + at * kernels().code_block_bytes(format, geometry().head_dim) : unkept;
+  task.seed = CodeBlockSeed(SeedOf(layer, kv_head), group);
+  if (head.page_lo) {
+    const size_t bounds_of_group = static_cast<size_t>(format.group_tokens / 16) * static_cast<size_t>(geometry().head_dim);
+    task.page_lo = head.page_lo + at * bounds_of_group;
+    task.page_hi = head.page_hi + at * bounds_of_group;
+  }
+  return task;
+}
+
 Status Sequence::Impl::IndexRows(int32_t layer_index, LayerBlocks& rows, int64_t end) {
   LayerState& layer = layers[static_cast<size_t>(layer_index)];
   if (!selector().NeedsCodes() && !selector().NeedsPages()) return {};
   const CodeFormat& format = cache->options.codes;
   const int64_t group = format.group_tokens;
   const size_t block_bytes = kernels().code_block_bytes(format, geometry().head_dim);
-  const size_t bounds_of_group = static_cast<size_t>(group / 16) * static_cast<size_t>(geometry().head_dim);
   std::vector<EncodeTask>& tasks = scratch->encode;
   tasks.clear();
   const auto num_tasks = static_cast<size_t>((end / group - layer.coded / group) * geometry().kv_heads);
   if (!selector().NeedsCodes()) code_scratch.resize(num_tasks * block_bytes);
   for (int64_t g = layer.coded / group; g < end / group; ++g) {
     for (int32_t h = 0; h < geometry().kv_heads; ++h) {
-      HeadState& head = layer.heads[static_cast<size_t>(h)];
       PREHOC_ASSIGN_OR_RETURN(const Half* source, rows.Row(g * group, h));
-      EncodeTask task;
-      task.rows = source;
-      task.block = head.codes ? head.codes + static_cast<size_t>(g) * block_bytes : code_scratch.data() + tasks.size() * block_bytes;
-      if (head.page_lo) {
-        task.page_lo = head.page_lo + static_cast<size_t>(g) * bounds_of_group;
-        task.page_hi = head.page_hi + static_cast<size_t>(g) * bounds_of_group;
-      }
-      tasks.push_back(task);
+      std::byte* unkept = selector().NeedsCodes() ? nullptr : code_scratch.data() + tasks.size() * block_bytes;
+      tasks.push_back(EncodeTaskFor(layer_index, h, g, source, unkept));
     }
   }
   if (!tasks.empty()) {

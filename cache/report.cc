@@ -40,6 +40,8 @@ constexpr CountField kCounts[] = {
     {"failed_fetches", &SequenceReport::failed_fetches},
     {"refreshes", &SequenceReport::refreshes},
     {"bound_violations", &SequenceReport::bound_violations},
+    {"statistical_checked", &SequenceReport::statistical_checked},
+    {"statistical_violations", &SequenceReport::statistical_violations},
     {"audited_steps", &SequenceReport::audited_steps},
     {"prefill_bytes_from_disk", &SequenceReport::prefill_bytes_from_disk},
     {"prefill_frozen_rows", &SequenceReport::prefill_frozen_rows},
@@ -56,6 +58,7 @@ struct SketchField {
 constexpr SketchField kSketches[] = {
     {"dropped_estimated", &SequenceReport::dropped_estimated},
     {"dropped_bound", &SequenceReport::dropped_bound},
+    {"dropped_bound_statistical", &SequenceReport::dropped_bound_statistical},
     {"dropped_audited", &SequenceReport::dropped_audited},
     {"estimate_error", &SequenceReport::estimate_error},
     {"output_error", &SequenceReport::output_error},

@@ -70,11 +70,14 @@ struct SequenceReport {
   // Dropped mass per (layer, query head, step).
   UnitSketch dropped_estimated;     // from the last scan and this step's log-sum-exp
   UnitSketch dropped_bound;         // proven, where the index gives bounds
+  UnitSketch dropped_bound_statistical;  // in its place with bound = statistical: at its confidence
   UnitSketch dropped_audited;       // exact, on audited steps
   UnitSketch estimate_error;        // |estimate - exact| on audited steps
   UnitSketch output_error;          // |o_S - o| / |o| on audited steps, capped at 1
   double estimate_age_mean = 0;     // steps since the scan that an estimate rests on, over dropped_estimated
-  int64_t bound_violations = 0;     // a bound below the audited truth: a bug
+  int64_t bound_violations = 0;     // a proven bound below the audited truth: a bug
+  // Statistical bounds compared with the audited truth, and those below it: a share of at most 1 - bound.confidence is due.
+  int64_t statistical_checked = 0, statistical_violations = 0;
   int64_t audited_steps = 0;
   // Prefill.
   int64_t prefill_bytes_from_disk = 0;

@@ -11,27 +11,16 @@ namespace prehoc {
 // Codes and bounds of one block. Different blocks may run at once.
 Status Sequence::Impl::EncodeBlock(int32_t layer_index, int64_t chunk, std::span<const std::byte> bytes) {
   if (!selector().NeedsCodes() && !selector().NeedsPages()) return {};
-  LayerState& layer = layers[static_cast<size_t>(layer_index)];
   const CodeFormat& format = cache->options.codes;
-  const size_t block_bytes = kernels().code_block_bytes(format, geometry().head_dim);
   const int64_t groups = geometry().chunk_tokens / format.group_tokens;
-  const size_t bounds_of_group = static_cast<size_t>(format.group_tokens / 16) * static_cast<size_t>(geometry().head_dim);
   std::vector<EncodeTask> tasks;
   std::vector<std::byte> unkept;
-  if (!selector().NeedsCodes()) unkept.resize(block_bytes);
+  if (!selector().NeedsCodes()) unkept.resize(kernels().code_block_bytes(format, geometry().head_dim));
   for (int32_t h = 0; h < geometry().kv_heads; ++h) {
-    HeadState& head = layer.heads[static_cast<size_t>(h)];
     const auto* rows = reinterpret_cast<const Half*>(bytes.data() + static_cast<size_t>(h) * geometry().head_block_bytes());
     for (int64_t g = 0; g < groups; ++g) {
-      const auto at = static_cast<size_t>(chunk * groups + g);
-      EncodeTask task;
-      task.rows = rows + g * format.group_tokens * static_cast<int64_t>(row_halfs());
-      task.block = head.codes ? head.codes + at * block_bytes : unkept.data();
-      if (head.page_lo) {
-        task.page_lo = head.page_lo + at * bounds_of_group;
-        task.page_hi = head.page_hi + at * bounds_of_group;
-      }
-      tasks.push_back(task);
+      const Half* source = rows + g * format.group_tokens * static_cast<int64_t>(row_halfs());
+      tasks.push_back(EncodeTaskFor(layer_index, h, chunk * groups + g, source, unkept.data()));
     }
   }
   return kernels().encode({.tasks = tasks, .format = format, .head_dim = geometry().head_dim}, Launch{});

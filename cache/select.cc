@@ -21,6 +21,11 @@ GroupRule GroupRuleOf(CisOptions::GqaSet set) {
   return GroupRule::kMaxWeight;
 }
 
+// True if the kernel that chooses also bounds what it leaves: unless it aims at an estimate, which knows no errors.
+bool BoundsWhileChoosing(const StepRule& rule) {
+  return rule.bound != BoundKind::kNone && (rule.target_is_bound || rule.target_drop < 0);
+}
+
 bool Chooses(const UnitStep& unit) { return unit.way == Way::kSelect || unit.way == Way::kSelectOnce; }
 }  // namespace
 
@@ -65,6 +70,9 @@ Status Sequence::Impl::Score(FastStep& s) {
   if (s.rule.scorer == Scorer::kPages) {
     s.page_scores.resize(layer.units.size() * static_cast<size_t>(group) * static_cast<size_t>(coded / 16));
   }
+  const bool statistical = cache->options.selector.BoundInForce() == BoundKind::kStatistical;
+  const int64_t coded_groups = coded / cache->options.codes.group_tokens;
+  if (statistical) s.variance.resize(layer.units.size() * static_cast<size_t>(group * coded_groups));
 
   for (size_t i = 0; i < layer.units.size(); ++i) {
     Unit& unit = layer.units[i];
@@ -108,8 +116,10 @@ Status Sequence::Impl::Score(FastStep& s) {
                          .z = bounds, .z_stride = coded / 16});
       step_report.bytes_codes += coded / 16 * static_cast<int64_t>(geometry().row_bytes());
     } else {
-      const auto groups = static_cast<int32_t>(coded / cache->options.codes.group_tokens);
-      s.scan.push_back({.q = q, .blocks = head.codes, .groups = groups, .z = logits, .err = errors, .z_stride = layout.stride});
+      const auto groups = static_cast<int32_t>(coded_groups);
+      s.scan.push_back({.q = q, .blocks = head.codes, .groups = groups, .z = logits, .err = errors, .z_stride = layout.stride,
+                        .seed = SeedOf(s.layer, unit.kv_head)});
+      if (statistical) s.scan.back().variance = s.variance.data() + i * static_cast<size_t>(group * coded_groups);
       step_report.bytes_codes +=
           groups * static_cast<int64_t>(kernels().code_block_bytes(cache->options.codes, geometry().head_dim));
     }
@@ -118,6 +128,7 @@ Status Sequence::Impl::Score(FastStep& s) {
   if (!s.scan.empty()) {
     PREHOC_RETURN_IF_ERROR(kernels().scan(
         {.tasks = s.scan, .format = cache->options.codes, .group = group, .head_dim = geometry().head_dim}, launch));
+    if (statistical) AllowForDither(s);
   }
   if (!s.pages.empty()) {
     PREHOC_RETURN_IF_ERROR(kernels().score_pages({.tasks = s.pages, .group = group, .head_dim = geometry().head_dim}, launch));
@@ -151,6 +162,25 @@ Status Sequence::Impl::Score(FastStep& s) {
   }
   if (s.rule.half_logits) RoundLogits(s);
   return {};
+}
+
+// Error bounds at a confidence in the place of proven ones, wherever they are smaller. The codes decide what is chosen, so (with
+// bound.scope = head) all errors of a head must hold at once, to both sides: what is kept is bounded from below.
+void Sequence::Impl::AllowForDither(FastStep& s) {
+  const int32_t group = layers[static_cast<size_t>(s.layer)].units.front().heads;
+  const int64_t in_group = cache->options.codes.group_tokens;
+  const SelectorOptions& options = cache->options.selector;
+  for (const ScanTask& task : s.scan) {
+    const int64_t errors_at_once = options.bound_scope == SelectorOptions::BoundScope::kHead ? 2 * task.groups * in_group : 1;
+    const StatisticalLseBound bound(options.bound_confidence, errors_at_once);
+    for (int64_t h = 0; h < group; ++h) {
+      for (int64_t g = 0; g < task.groups; ++g) {
+        const float most = bound.Error(task.variance[h * task.groups + g]);
+        float* errors = task.err + h * task.z_stride + g * in_group;
+        for (int64_t t = 0; t < in_group; ++t) errors[t] = std::min(errors[t], most);
+      }
+    }
+  }
 }
 
 // Shared candidates between refreshes: what is not on the device is not looked at.
@@ -245,6 +275,12 @@ Status Sequence::Impl::Choose(FastStep& s, bool plain) {
     now.chosen.resize(static_cast<size_t>(now.chosen_count));
     now.met = now.met_byte != 0 || !s.rule.target_is_bound;
   }
+  for (size_t i = 0; i < layer.units.size() && s.rule.bound != BoundKind::kNone && !BoundsWhileChoosing(s.rule); ++i) {
+    UnitStep& now = s.units[i];
+    for (int32_t h = 0; h < layer.units[i].heads && Chooses(now); ++h) {
+      now.lse_out_bound[static_cast<size_t>(h)] = static_cast<float>(LseOutside(s, i, h, s.n - s.rule.local, now.chosen));
+    }
+  }
   return s.rule.clip_visible && !plain && s.rule.dilate_m > 0 ? AddVisibleNeighbours(s) : OkStatus();
 }
 
@@ -284,7 +320,7 @@ ChooseTask Sequence::Impl::ChooseTaskFor(FastStep& s, size_t index) {
   UnitStep& now = s.units[index];
   ChooseTask task;
   task.z = z(unit.first_head);
-  task.err = s.rule.target_is_bound ? err(unit.first_head) : nullptr;
+  task.err = BoundsWhileChoosing(s.rule) ? err(unit.first_head) : nullptr;
   task.z_stride = layout.stride;
   task.n = s.n;
   task.sinks = s.rule.cut_sinks ? 0 : s.rule.sinks;
@@ -300,7 +336,7 @@ ChooseTask Sequence::Impl::ChooseTaskFor(FastStep& s, size_t index) {
   task.count = &now.chosen_count;
   task.lse_all = now.lse_all.data();
   task.lse_out = now.lse_out.data();
-  task.lse_out_bound = s.rule.target_is_bound ? now.lse_out_bound.data() : nullptr;
+  task.lse_out_bound = BoundsWhileChoosing(s.rule) ? now.lse_out_bound.data() : nullptr;
   task.met = &now.met_byte;
   return task;
 }
@@ -328,13 +364,15 @@ void Sequence::Impl::Keep(FastStep& s, size_t index) {
     unit.lse_dropped.assign(static_cast<size_t>(unit.heads), 0);
     const int32_t leaving = s.rule.local_held ? 0 : std::min(cache->options.selector.cis.block - 1, s.rule.local);
     for (int32_t h = 0; h < unit.heads; ++h) {
-      unit.lse_dropped[static_cast<size_t>(h)] = LseOutside(s, index, h, s.n - s.rule.local + leaving);
+      unit.lse_dropped[static_cast<size_t>(h)] = LseOutside(s, index, h, s.n - s.rule.local + leaving, unit.chosen);
     }
   }
 }
 
-// Over what is in sight and not chosen, up to `end`; local positions before `end` count as outside.
-double Sequence::Impl::LseOutside(const FastStep& s, size_t index, int32_t h, int32_t end) const {
+// Over what is in sight and not chosen, up to `end`; local positions before `end` count as outside. +inf if a logit or its
+// error is not known: then so is the sum.
+double Sequence::Impl::LseOutside(const FastStep& s, size_t index, int32_t h, int32_t end,
+                                  std::span<const int32_t> chosen) const {
   const Unit& unit = layers[static_cast<size_t>(s.layer)].units[index];
   const float* logits = z(unit.first_head + h);
   const float* errors = err(unit.first_head + h);
@@ -342,9 +380,10 @@ double Sequence::Impl::LseOutside(const FastStep& s, size_t index, int32_t h, in
   double sum = 0;
   size_t next = 0;
   for (int32_t i = s.rule.lo; i < end; ++i) {
-    while (next < unit.chosen.size() && unit.chosen[next] < i) ++next;
-    if (next < unit.chosen.size() && unit.chosen[next] == i) continue;
+    while (next < chosen.size() && chosen[next] < i) ++next;
+    if (next < chosen.size() && chosen[next] == i) continue;
     const double value = static_cast<double>(logits[i]) + (errors ? errors[i] : 0.0f);
+    if (std::isnan(value) || value == kInfinity) return kInfinity;
     if (value > most) sum = sum * std::exp(most - value), most = value;
     if (value > -std::numeric_limits<double>::infinity()) sum += std::exp(value - most);
   }

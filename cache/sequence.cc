@@ -121,7 +121,7 @@ Sequence::Impl::Impl(CacheShared* shared, const DeviceLayout& device_layout, Dev
                      const SequenceOptions& sequence_options, ChunkKeyChain root)
     : cache(shared), layout(device_layout), max_tokens(sequence_options.max_tokens),
       observer(sequence_options.observer), sinks(shared->options.selector.budget.sinks), memory(std::move(buffer)), variant(sequence_options.variant),
-      branch(NewBranch()), chain(root),
+      dither_seed(sequence_options.dither_seed), branch(NewBranch()), chain(root),
       next_chain(std::move(root)), scratch(std::make_unique<FastStep>()) {}
 
 Sequence::Impl::~Impl() = default;

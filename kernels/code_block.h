@@ -11,6 +11,11 @@
 // code = the nearest integer to (k - lo) / step in fp64, ties to even, at most levels; 0 where step is 0.
 // A channel with a key that is not finite: lo 0, step +inf, codes 0, and then every norm is +inf. -0 is stored as 0.
 //
+// Dithered (subtractive dither: Schuchman 1964; Lipshitz, Wannamaker, Vanderkooy, "Quantization and dither: a theoretical
+// survey", 1992): step goes on to the next fp16 number for as long as maximum - minimum > levels * step, so that no shifted
+// key falls off either end; code = the nearest integer to (k - lo) / step + shift, both operations rounded to fp64, ties to
+// even; decoded: lo + (code - shift) * step. Shifts are not stored: they follow from the seed of the block.
+//
 // A page is made of planes of 64 bytes: byte 4 * t + j belongs to token t (0..15) of the page and to channel 4 * quad + j
 // (j = 0..3) of several quads, one bit field each, lowest first. So a 32-bit lane holds four neighbouring channels of one
 // token: multiply-add instructions that sum four bytes need no shuffle, and sixteen tokens fill a vector.
@@ -32,6 +37,26 @@ constexpr bool IsCodeFormat(const CodeFormat& format, int32_t head_dim) {
   const bool bits = format.bits == 2 || format.bits == 3 || format.bits == 4 || format.bits == 8;
   const bool group = format.group_tokens == 16 || format.group_tokens == 64;
   return bits && group && head_dim >= 16 && head_dim <= 256 && head_dim % 16 == 0;
+}
+
+// Seed of block `index` of a head whose blocks have `seed`. SplitMix64.
+constexpr uint64_t CodeBlockSeed(uint64_t seed, int64_t index) {
+  uint64_t x = seed + 0x9e3779b97f4a7c15u * (static_cast<uint64_t>(index) + 1);
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+  return x ^ x >> 31;
+}
+
+// How far a dithered block shifts a channel [steps]: an odd multiple of 2^-24 in (-1/2, 1/2), exact in fp32. A counter goes
+// through a mixing function (Wellons' lowbias32), in 32-bit operations that vector units have.
+inline constexpr uint32_t kShiftStride = 0x9e3779b9u, kShiftMix1 = 0x7feb352du, kShiftMix2 = 0x846ca68bu;
+constexpr float CodeShift(uint64_t block_seed, int32_t channel) {
+  uint32_t x = static_cast<uint32_t>(block_seed) + static_cast<uint32_t>(channel) * kShiftStride;
+  x = (x ^ x >> 16) * kShiftMix1;
+  x ^= static_cast<uint32_t>(block_seed >> 32);
+  x = (x ^ x >> 15) * kShiftMix2;
+  x ^= x >> 16;
+  return (static_cast<float>(x >> 9) + 0.5f) * 0x1p-23f - 0.5f;
 }
 
 // Offsets within a block [bytes]. Requires IsCodeFormat().

@@ -30,11 +30,15 @@ struct RowRun {
   int32_t count = 0;
 };
 
-// Low-bit codes of K, per channel over a group of tokens: k ~ lo[c] + code * step[c].
+// Low-bit codes of K, per channel over a group of tokens: k ~ lo[c] + code * step[c]; dithered: k ~ lo[c] + (code -
+// shift[c]) * step[c], with a shift from a seed (CodeShift() in code_block.h) that encode adds and scan takes away.
 struct CodeFormat {
   int32_t bits = 4;          // 2, 3, 4 or 8
   int32_t group_tokens = 64; // 16 or 64
   bool error_norms = false;  // also stores |k_i - code_i| per token (fp16, rounded up): tightens the bound
+  // Over the seeds, the errors of a token are uniform on +-step / 2, unbiased and independent between channels; tokens of
+  // a block share their shifts, so that a scan pays for them once per block. Same bytes per token, same proven bound.
+  bool dither = false;
   friend bool operator==(const CodeFormat&, const CodeFormat&) = default;
 };
 
@@ -61,6 +65,7 @@ struct EncodeTask {
   std::byte* block = nullptr;     // [code_block_bytes]
   Half* page_lo = nullptr;        // [group_tokens / 16, head_dim] minimum of each K channel per page of 16, or null
   Half* page_hi = nullptr;        // maximum
+  uint64_t seed = 0;              // of this block: CodeBlockSeed() in code_block.h; read only by dithered formats
 };
 struct EncodeParams {
   std::span<const EncodeTask> tasks;
@@ -90,6 +95,11 @@ struct GateParams {
 // (if norms are stored and finite), over sqrt(head_dim), plus whatever this backend's arithmetic adds.
 // err is +inf where nothing is proven: z is not finite, or the group has a channel with step +inf (such channels are left
 // out of z). err is never NaN.
+// With `variance` (dithered formats, beside err) the spread of the same error, one figure for all tokens of a block: for a
+// query that does not depend on the seed and any l >= 1, P(z_exact - z > l sqrt(variance[h, g])) <= exp(-l^2 / 2), and as
+// much for z - z_exact. It is SUM_c q_c^2 step_c^2 / 12 / head_dim, plus whatever this backend's arithmetic adds (a sum of
+// independent uniform variables is sub-Gaussian with its own variance: Arbel, Marchal, Nguyen, "On strict
+// sub-Gaussianity, optimal proxy variance and symmetry for bounded random variables", 2020); never NaN, +inf if not known.
 struct ScanTask {
   const float* q = nullptr;           // [group, head_dim]
   const std::byte* blocks = nullptr;  // [groups] blocks of code_block_bytes, contiguous
@@ -97,6 +107,8 @@ struct ScanTask {
   float* z = nullptr;                 // [group] rows, `z_stride` floats apart
   float* err = nullptr;               // as z, or null
   int64_t z_stride = 0;
+  uint64_t seed = 0;                  // dithered formats: block g was encoded with CodeBlockSeed(seed, g)
+  float* variance = nullptr;          // [group, groups] of dithered codes, or null; needs err
 };
 struct ScanParams {
   std::span<const ScanTask> tasks;

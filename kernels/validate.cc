@@ -139,6 +139,8 @@ Status Validate(const ScanParams& params) {
     const bool any = task.groups > 0;
     check.Task(i).That(task.groups >= 0, "groups", task.groups, "use 0 or more");
     check.Given(any, task.q, "q").Given(any, task.blocks, "blocks").Given(any, task.z, "z");
+    check.Given(any && task.variance != nullptr, task.err, "err");
+    check.That(task.variance == nullptr || params.format.dither, "format.dither", 0, "variance is of dithered codes");
     const int64_t tokens = int64_t{task.groups} * params.format.group_tokens;
     check.Stride("z_stride", task.z_stride, params.group, tokens, "groups * group_tokens");
   }

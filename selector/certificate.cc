@@ -72,6 +72,35 @@ double DroppedLseBound(std::span<const double> lse_dropped, std::span<const KeyB
   return most + std::log(sum);
 }
 
+StatisticalLseBound::StatisticalLseBound(double confidence, int64_t chosen_from)
+    : factor_(std::sqrt(2 * std::log(static_cast<double>(chosen_from) / (1 - confidence)))) {
+  PREHOC_CHECK(confidence >= 0.5 && confidence < 1 && chosen_from >= 1);
+}
+
+float StatisticalLseBound::Error(float variance) const {
+  const double error = factor_ * std::sqrt(static_cast<double>(variance));
+  if (!std::isfinite(error)) return INFINITY;
+  return std::nextafter(static_cast<float>(error), INFINITY);
+}
+
+double StatisticalLseBound::operator()(std::span<const float> z, std::span<const float> variance,
+                                       std::span<const float> proven) const {
+  PREHOC_CHECK(z.size() == variance.size() && (proven.empty() || proven.size() == z.size()));
+  double most = -kInfinity;
+  std::vector<double> raised;
+  for (size_t i = 0; i < z.size(); ++i) {
+    const float error = proven.empty() ? Error(variance[i]) : std::min(Error(variance[i]), proven[i]);
+    raised.push_back(static_cast<double>(z[i]) + error);
+    if (std::isnan(raised.back()) || raised.back() == kInfinity) return kInfinity;
+    most = std::max(most, raised.back());
+  }
+  if (most == -kInfinity) return most;
+  double sum = 0;
+  for (const double value : raised) sum += std::exp(value - most);
+  // 1e-12 of it: the rounding of sums and exponentials.
+  return most + std::log(sum) + 1e-12 * (std::abs(most) + static_cast<double>(z.size()));
+}
+
 double DroppedMassBound(double lse_kept, double u_dropped) {
   if (std::isnan(u_dropped) || std::isnan(lse_kept) || lse_kept == kInfinity) return 1;
   if (u_dropped == -kInfinity) return 0;

@@ -35,6 +35,33 @@ double DroppedLseBound(double lse_dropped, const KeyBall& ball, std::span<const 
 double DroppedLseBound(std::span<const double> lse_dropped, std::span<const KeyBall> balls,
                        std::span<const float> anchor, std::span<const float> q);
 
+// Bound on the log-sum-exp of logits that are known from dithered codes, at a confidence that is chosen. With true logits
+// z_i = y_i + e_i, where over the dither P(e_i > l sqrt(v_i)) <= exp(-l^2 / 2) (ScanTask::variance):
+//
+//   LSE(z) <= log SUM exp(y_i + l sqrt(v_i)),   l = sqrt(2 ln(chosen_from / (1 - confidence)))
+//
+// chosen_from = 1, for positions that were fixed without looking at the codes: LSE is convex, so LSE(y + b) - LSE(z) >=
+// SUM p_i (b_i - e_i) with p = softmax(z), which the dither does not touch. With b_i = l sqrt(v_i) that is negative only if
+// a convex combination of e_i / sqrt(v_i) exceeds l; by Jensen and Chernoff, for any dependence between positions:
+// P <= exp(-l^2 / 2). (Own derivation, from Gibbs' variational principle and the Cramer-Chernoff method: Boucheron, Lugosi,
+// Massart, "Concentration inequalities", 2013, chapters 4 and 2.)
+// chosen_from = m, for positions picked with the help of these codes: Bonferroni over the m one-sided errors (two for a
+// position that is also bounded from below) makes all of them hold at once, and so every set, and the choice itself.
+class StatisticalLseBound {
+ public:
+  // Requires 0.5 <= confidence < 1 (the tail is claimed for l >= 1 only) and chosen_from >= 1.
+  explicit StatisticalLseBound(double confidence, int64_t chosen_from = 1);
+  double factor() const { return factor_; }  // l
+  // l sqrt(variance), rounded up: what to add to an estimated logit. +inf if the variance is not known (NaN, +inf).
+  float Error(float variance) const;
+  // The bound itself, in fp64. `proven`: bounds of |e_i| that hold in any case, or empty; the smaller one counts. -inf for no
+  // positions; +inf if a logit or its error is not known.
+  double operator()(std::span<const float> z, std::span<const float> variance, std::span<const float> proven = {}) const;
+
+ private:
+  double factor_;
+};
+
 // Bound on the dropped mass, given the log-sum-exp over what the step attended: 1 / (1 + exp(lse_kept - u_dropped)).
 // 1 if an input is NaN, a kept logit is infinite or nothing was kept; 0 if nothing was dropped.
 double DroppedMassBound(double lse_kept, double u_dropped);

@@ -155,6 +155,12 @@ std::vector<Knob> MakeKnobs() {
                            [](auto& o) -> auto& { return o.max_dropped_mass; }, probability),
                -1, [](const SelectorOptions& o) { return o.max_dropped_mass; },
                [](SelectorOptions& o, double off) { o.max_dropped_mass = off; }),
+      Word("bound", kChoosing, [](auto& o) -> auto& { return o.bound; },
+           Words<BoundKind>{{"none", BoundKind::kNone}, {"proven", BoundKind::kProven}, {"statistical", BoundKind::kStatistical}}),
+      Real("bound.confidence", kChoosing, "a number in [0.5, 1)", [](auto& o) -> auto& { return o.bound_confidence; },
+           [](double x) { return x >= 0.5 && x < 1; }),
+      Word("bound.scope", kChoosing, [](auto& o) -> auto& { return o.bound_scope; },
+           Words<SelectorOptions::BoundScope>{{"head", SelectorOptions::BoundScope::kHead}, {"set", SelectorOptions::BoundScope::kSet}}),
       Whole("certify_every", kChoosing, 0, [](auto& o) -> auto& { return o.certify_every; }),
 
       Whole("cis.block", kCis, 1, [](auto& o) -> auto& { return o.cis.block; }),
@@ -264,12 +270,16 @@ Status Refused(std::string what) { return {StatusCode::kInvalid, std::move(what)
 
 // What single knobs cannot know: combinations that would promise more than the method can keep.
 Status CheckBound(const SelectorOptions& o) {
-  if (o.max_dropped_mass < 0) return {};
-  const std::string knob = "max_dropped_mass=" + PrintNumber(o.max_dropped_mass) + ": ";
+  const BoundKind bound = o.BoundInForce();
+  if (bound == BoundKind::kNone) return {};
+  const bool promises = o.max_dropped_mass >= 0;
+  const bool statistical = bound == BoundKind::kStatistical;
+  const std::string named = statistical ? "bound=statistical: " : "bound=proven: ";
+  const std::string knob = promises ? "max_dropped_mass=" + PrintNumber(o.max_dropped_mass) + ": " : named;
   const bool cis = o.kind == SelectorKind::kCis || o.kind == SelectorKind::kCpe;
   const bool cuts = o.kind == SelectorKind::kPsaw || o.kind == SelectorKind::kCpe;
   if (o.kind == SelectorKind::kWindow) return Refused(knob + "a window is chosen by position and bounds nothing");
-  if (o.budget.mass > 0) {
+  if (promises && o.budget.mass > 0) {
     return Refused(knob + "takes the place of budget=" + o.budget.ToString() + "; give the least to keep as 1/16 or 512");
   }
   if (cis && o.cis.scorer == Scorer::kPages) return Refused(knob + "needs cis.scorer exact or codes, not pages");
@@ -277,6 +287,15 @@ Status CheckBound(const SelectorOptions& o) {
   if (cuts && o.psaw.c < 1 && (o.psaw.phase == PsawOptions::Phase::kBoth || o.psaw.phase == PsawOptions::Phase::kDecode)) {
     return Refused(knob + "what PSAW cuts in decode is never scored; set psaw.phase to prefill or off");
   }
+  if (o.kind == SelectorKind::kSharedCandidates && o.sc.inner == Scorer::kExact && !promises) {
+    return Refused(knob + "between refreshes sc.inner=exact looks at residents only; set sc.inner=codes or max_dropped_mass");
+  }
+  const bool codes = (cis && o.cis.scorer == Scorer::kCodes) ||
+                     (o.kind == SelectorKind::kSharedCandidates && o.sc.inner == Scorer::kCodes) ||
+                     (o.kind == SelectorKind::kTwoClock && o.tc.scorer == Scorer::kCodes);
+  const bool chooses = cis || o.kind == SelectorKind::kSharedCandidates || o.kind == SelectorKind::kTwoClock ||
+                       o.kind == SelectorKind::kOracle;
+  if (statistical && chooses && !codes) return Refused(named + "needs scores from codes; exact ones leave nothing to chance");
   return {};
 }
 
@@ -319,6 +338,10 @@ Status CheckEvict(const SelectorOptions& o) {
 }
 
 }  // namespace
+
+BoundKind SelectorOptions::BoundInForce() const {
+  return bound == BoundKind::kNone && max_dropped_mass >= 0 ? BoundKind::kProven : bound;
+}
 
 DepthOptions SelectorOptions::EtfDepth() const {
   return {.c = etf.c, .l_s = etf.l_s == EtfOptions::kAsPsaw ? psaw.l_s : etf.l_s};

@@ -16,6 +16,9 @@ enum class SelectorKind : uint8_t { kDense, kWindow, kOracle, kCis, kPsaw, kEtf,
 // How positions are judged when a head selects.
 enum class Scorer : uint8_t { kNone, kExact, kCodes, kPages };
 
+// What is claimed of the mass that a step drops, beside its estimate.
+enum class BoundKind : uint8_t { kNone, kProven, kStatistical };
+
 // Total positions per KV head and step: sinks + chosen + local.
 struct Budget {
   int32_t sinks = 8;         // budget.sinks
@@ -111,8 +114,15 @@ struct SelectorOptions {
   EtfOptions etf;
   TwoClockOptions tc;
   SharedCandidatesOptions sc;
-  // >= 0: widen each head's set, from the budget on, until the proven bound is at most this, or attend densely.
+  // >= 0: widen each head's set, from the budget on, until the bound is at most this, or attend densely.
   double max_dropped_mass = -1;
+  // bound: none | proven (by the error bounds of the scores) | statistical (by the variance of dithered codes). At every step
+  // that selects; none means proven where max_dropped_mass is set.
+  BoundKind bound = BoundKind::kNone;
+  double bound_confidence = 0.999;  // bound.confidence, of a statistical bound: per query head and step
+  // bound.scope, of a statistical bound: head (all positions of a head at once, so that the level holds for whatever set the
+  // codes choose) | set (the set alone, as if it had been chosen without the codes: tighter, and no promise).
+  enum class BoundScope : uint8_t { kHead, kSet } bound_scope = BoundScope::kHead;
   int32_t certify_every = 0;     // n > 0: a fresh scan at least every n steps
 
   // Sets one knob by name: Set("cis.tau", "0.7"), Set("budget", "1/32"). kInvalid: an unknown name gives the nearest
@@ -122,6 +132,7 @@ struct SelectorOptions {
   // Every knob that this kind uses as "name=value", in a fixed order: for reports and for telling runs apart.
   std::vector<std::string> Describe() const;
 
+  BoundKind BoundInForce() const;
   DepthOptions EtfDepth() const;  // etf.c, and etf.l_s with kAsPsaw resolved
 };
 

@@ -108,6 +108,8 @@ StepRule Selector::Rule(const StepContext& context) const {
   const int32_t middle = static_cast<int32_t>(context.n) - rule.local - rule.lo;
   rule.k = std::min(rule.k, middle);
   rule.cap = rule.k;
+  rule.bound = options_.BoundInForce();
+  if (rule.bound == BoundKind::kStatistical) rule.confidence = options_.bound_confidence;
   if (options_.max_dropped_mass >= 0) {
     AimAt(options_.max_dropped_mass, true, middle, &rule);
     SelectNow(&rule);
@@ -132,7 +134,7 @@ bool Selector::NeedsCodes() const { return ScorerOf(options_) == Scorer::kCodes;
 bool Selector::NeedsPages() const { return ScorerOf(options_) == Scorer::kPages; }
 
 bool Selector::NeedsErrorBounds() const {
-  return options_.max_dropped_mass >= 0 || (IsCis(options_) && options_.cis.gate == CisOptions::Gate::kCertified && NeedsCodes());
+  return options_.BoundInForce() != BoundKind::kNone || (IsCis(options_) && options_.cis.gate == CisOptions::Gate::kCertified && NeedsCodes());
 }
 
 bool Selector::NeedsPreRope() const {

@@ -46,7 +46,9 @@ struct StepRule {
   int32_t k = 0;             // middle positions
   int32_t cap = 0;           // most middle positions when a mass or bound is aimed at
   double target_drop = -1;   // >= 0: keep until the dropped mass is at most this
-  bool target_is_bound = false;  // by proven bound (max_dropped_mass) rather than estimate (mass budget)
+  bool target_is_bound = false;  // by bound (max_dropped_mass) rather than estimate (mass budget)
+  BoundKind bound = BoundKind::kNone;  // what a selection has to say of what it drops
+  double confidence = 0;         // of a statistical bound
   int32_t dilate_m = 0, dilate_r = 0;  // the first m ranks bring p - 1, p + 1, p - 2, .. p + r: in this order, for exact_budget
   bool clip_visible = false;     // neighbours may also lie in the local window; the set then overlaps it until it moves on
   bool dilate_later = false;     // anchor step attends the plain set, later steps the dilated one
@@ -101,7 +103,7 @@ class Selector {
   virtual int64_t WindowStart(int32_t layer, int32_t layers, int64_t n) const;
   bool NeedsCodes() const;      // the index must hold codes
   bool NeedsPages() const;      // ... page bounds
-  bool NeedsErrorBounds() const;  // a proven bound has to include the error of the scores
+  bool NeedsErrorBounds() const;  // a bound has to include the error of the scores
   bool NeedsPreRope() const;    // the gate compares queries before RoPE
   // Part of every persisted key: how prefill changes K and V. Empty when prefill is dense. With etf.n = chunk they also
   // depend on where the pieces of prefill end: the caller adds that.

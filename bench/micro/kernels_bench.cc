@@ -430,6 +430,7 @@ void Register(const KernelTable* table, int64_t n) {
   add("scan_4bit_64", ScanCodes, CodeFormat{4, 64, false}, false);
   add("scan_4bit_64_err", ScanCodes, CodeFormat{4, 64, false}, true);
   add("scan_4bit_16_err_norms", ScanCodes, CodeFormat{4, 16, true}, true);
+  add("scan_4bit_64_dither_err", ScanCodes, CodeFormat{4, 64, false, true}, true);
   add("scan_2bit_16", ScanCodes, CodeFormat{2, 16, false}, false);
   add("scan_3bit_16", ScanCodes, CodeFormat{3, 16, false}, false);
   add("scan_8bit_64", ScanCodes, CodeFormat{8, 64, false}, false);
@@ -440,6 +441,7 @@ void Register(const KernelTable* table, int64_t n) {
   add("top_k", TopScores);
   add("encode_4bit_64", EncodeRows, CodeFormat{4, 64, false});
   add("encode_4bit_16_norms", EncodeRows, CodeFormat{4, 16, true});
+  add("encode_4bit_64_dither", EncodeRows, CodeFormat{4, 64, false, true});
   add("append", AppendRows);
   add("gather", GatherRows);
   add("score_pages", ScorePageBounds);

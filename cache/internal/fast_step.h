@@ -43,6 +43,7 @@ struct FastStep {
   std::vector<GateTask> gate;
   std::vector<float> cosines, spreads;
   std::vector<ScanTask> scan;
+  std::vector<float> variance;  // [units, group, groups] of dithered codes
   std::vector<ScoreTask> score;
   std::vector<std::vector<RowRun>> score_runs;
   std::vector<ScorePagesTask> pages;

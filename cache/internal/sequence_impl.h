@@ -16,6 +16,7 @@
 #include "cache/internal/device_layout.h"
 #include "cache/internal/layer_blocks.h"
 #include "cache/internal/residency.h"
+#include "kernels/code_block.h"
 #include "selector/certificate.h"
 #include "transfer/transfer_engine.h"
 
@@ -118,6 +119,8 @@ struct Sequence::Impl {
 
   // prefill.cc
   Status Prefill(int32_t layer, const LayerInput& in);
+  // Codes (to `unkept` where they are not kept) and page bounds of the group of tokens that begins at `rows`.
+  EncodeTask EncodeTaskFor(int32_t layer, int32_t kv_head, int64_t group, const Half* rows, std::byte* unkept);
   Status IndexRows(int32_t layer, LayerBlocks& rows, int64_t end);  // codes and bounds of whole groups up to `end`
   Status FillRing(int32_t layer, LayerBlocks& rows, int64_t first, int64_t end);
   Status AttendPrefill(int32_t layer, LayerBlocks& rows, const LayerInput& in, int64_t first, int64_t count);
@@ -143,7 +146,8 @@ struct Sequence::Impl {
   Status AddVisibleNeighbours(FastStep& s);
   ChooseTask ChooseTaskFor(FastStep& s, size_t index);
   void Keep(FastStep& s, size_t index);
-  double LseOutside(const FastStep& s, size_t index, int32_t h, int32_t end) const;
+  void AllowForDither(FastStep& s);
+  double LseOutside(const FastStep& s, size_t index, int32_t h, int32_t end, std::span<const int32_t> chosen) const;
   bool PoolIsDue(const FastStep& s) const;
   Status RefreshCandidates(FastStep& s);
   void PushRing(const HeadState& head, int64_t begin, int64_t end, std::vector<RowRun>* runs) const;
@@ -203,6 +207,9 @@ struct Sequence::Impl {
   const KernelTable& kernels() const { return *cache->resources.kernels; }
   bool complete() const { return layout.complete(max_tokens); }
   size_t row_halfs() const { return static_cast<size_t>(geometry().head_dim) * 2; }
+  uint64_t SeedOf(int32_t layer, int32_t kv_head) const {
+    return CodeBlockSeed(dither_seed, int64_t{layer} * geometry().kv_heads + kv_head);
+  }
   float* z(int32_t head) const { return z_ + static_cast<int64_t>(head) * layout.stride; }
   float* err(int32_t head) const { return err_ ? err_ + static_cast<int64_t>(head) * layout.stride : nullptr; }
   int64_t visible() const { return first + count; }
@@ -234,6 +241,7 @@ struct Sequence::Impl {
   std::vector<BlockPin> repair_pins;
   int64_t last_prompt = 0;   // length of the last prompt, for what repairs its chunks
   const std::string variant;
+  const uint64_t dither_seed;
   std::string method;        // how the first prompt was run: MethodOf() of it; in all keys
   std::string branch;        // of chunks with rows written under sparse attention: never shared
   ChunkKeyChain chain, next_chain;  // of finished tokens; of those announced too

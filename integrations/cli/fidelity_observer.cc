@@ -127,13 +127,19 @@ void FidelityObserver::OnUnit(const AuditedUnit& unit) {
     by_step_[unit.step].Add(truth);
     const bool bounded = unit.bound[at] >= 0;
     if (bounded && truth > unit.bound[at] + kTolerance) ++bound_violations_;
+    const float statistical = unit.bound_statistical[at];
+    if (statistical >= 0 && truth > 0) {
+      ++statistical_checked_;
+      statistical_violations_ += truth > statistical + kTolerance;
+    }
     if (truth <= kLeastTruth) continue;
     if (unit.scanned && !unit.estimate.empty()) estimate_ratio_.Add(unit.estimate[at] / truth);
     if (bounded) bound_ratio_.Add(unit.bound[at] / truth);
+    if (statistical >= 0) statistical_ratio_.Add(statistical / truth);
     // Every so-many-th, with a stride that no number of heads divides.
     if (unit.estimate.empty() || points_seen_++ % 17 != 0 || static_cast<int64_t>(points_.size()) >= kMostPoints) continue;
     points_.push_back(ordered_json::array({truth, JsonNumber(unit.estimate[at]), bounded ? JsonNumber(unit.bound[at]) : ordered_json(nullptr),
-                                           nullptr, unit.age}));
+                                           statistical >= 0 ? JsonNumber(statistical) : ordered_json(nullptr), unit.age}));
   }
   ++units_;
 }
@@ -147,10 +153,10 @@ ordered_json FidelityObserver::Heads() const {
   json["output_error"] = output_error_.ToJson();
   json["estimate_ratio"] = estimate_ratio_.ToJson();
   json["bound_ratio"] = bound_ratio_.ToJson();
-  json["statistical_ratio"] = nullptr;
+  json["statistical_ratio"] = statistical_ratio_.ToJson();
   json["bound_violations"] = bound_violations_;
-  json["statistical_violations"] = 0;
-  json["statistical_checked"] = 0;
+  json["statistical_violations"] = statistical_violations_;
+  json["statistical_checked"] = statistical_checked_;
   json["audited_steps"] = by_step_.size();
   json["dropped_map"] = dropped_map_.ToJson();
   json["excess_map"] = excess_map_.ToJson();

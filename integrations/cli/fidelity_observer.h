@@ -49,9 +49,10 @@ class FidelityObserver : public AuditObserver {
 
   const KvGeometry geometry_;
   const int32_t local_;
-  Distribution dropped_, excess_, recall_, output_error_, estimate_ratio_, bound_ratio_;
+  Distribution dropped_, excess_, recall_, output_error_, estimate_ratio_, bound_ratio_, statistical_ratio_;
   MeanMap dropped_map_, excess_map_, recall_map_, rho_map_, error_by_layer_;
   std::map<int64_t, Distribution> by_step_;
+  int64_t statistical_checked_ = 0, statistical_violations_ = 0;
   int64_t bound_violations_ = 0, units_ = 0, points_seen_ = 0;
   nlohmann::ordered_json points_ = nlohmann::ordered_json::array();
   std::vector<float> weights_, sorted_;  // scratch

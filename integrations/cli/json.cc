@@ -67,8 +67,10 @@ ordered_json Run(const RunFigures& run) {
                        {"host_bytes_per_token", run.per_step(r.bytes_from_host)},
                        {"disk_bytes_per_token", run.per_step(r.bytes_from_disk)}};
   json["tiers"] = Tiers(run);
-  json["dropped_mass"] = {{"estimated", Sketch(r.dropped_estimated)}, {"bound", Sketch(r.dropped_bound)}, {"audited", Sketch(r.dropped_audited)},
-                          {"bound_violations", r.bound_violations}, {"audited_steps", r.audited_steps}};
+  json["dropped_mass"] = {{"estimated", Sketch(r.dropped_estimated)}, {"bound", Sketch(r.dropped_bound)},
+                          {"bound_statistical", Sketch(r.dropped_bound_statistical)}, {"audited", Sketch(r.dropped_audited)},
+                          {"bound_violations", r.bound_violations}, {"statistical_checked", r.statistical_checked},
+                          {"statistical_violations", r.statistical_violations}, {"audited_steps", r.audited_steps}};
   json["estimate_error"] = Sketch(r.estimate_error);
   json["output_error"] = Sketch(r.output_error);
   json["integrity"] = {{"corrupt_chunks", r.corrupt_chunks}, {"missing_chunks", r.missing_chunks}, {"recomputed_chunks", r.recomputed_chunks}};

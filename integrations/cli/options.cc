@@ -45,12 +45,12 @@ void AddAnswerFlags(CLI::App& app, RawAnswer& raw) {
   AddText(app, "--budget", raw.budget, "B",
           "positions per KV head and step: 1/16 (default), 512, mass(0.95), mass(0.95,cap=1/8)", method);
   AddText(app, "--max-dropped-mass", raw.max_dropped_mass, "X",
-          "widen each head's set until at most this share of its attention is provably left out", method);
+          "widen each head's set until at most this share of its attention is left out, by a bound (--set bound=..)", method);
   app.add_option("--set", raw.set, "any knob of the selector, such as tc.tau=0.7; may be repeated")
       ->type_name("KNOB=VALUE")->group(method)->allow_extra_args(false);
   app.add_flag("--show-knobs", raw.show_knobs, "print the selector's knobs with their values, and stop")->group(method);
   AddText(app, "--codes", raw.codes, "BITS/TOKENS", "index codes: 2, 3, 4 or 8 bits over 16 or 64 tokens, "
-          "+norms for tighter bounds; default 4/64", method);
+          "+norms for tighter bounds, +dither for statistical ones; default 4/64", method);
   AddText(app, "--calibration", raw.calibration, "FILE", "selector, knobs and codes as calibrated there", method);
   AddText(app, "--audit-every", raw.audit_every, "N",
           "steps between audits of the dropped mass with exact scores; default 64, 0 = never", method);
@@ -166,6 +166,9 @@ Result<AnswerOptions> ReadAnswer(const Flags& flags, const RawAnswer& raw) {
     if (!codes.ok()) return codes.status();
     options.codes = *codes;
   }
+  if (UsesKnob(options.selector, "bound") && options.selector.BoundInForce() == BoundKind::kStatistical && !options.codes.dither) {
+    return UsageError("--set bound=statistical: needs dithered codes; add --codes " + CodesToString(options.codes) + "+dither");
+  }
   if (flags.Given("--compare")) {
     if (raw.compare != "dense") return Bad("--compare", raw.compare, "dense");
     options.compare_dense = true;
@@ -233,12 +236,14 @@ Status CheckKernelsName(const std::string& name) {
 }
 
 Result<CodeFormat> ParseCodes(std::string_view text) {
-  constexpr std::string_view kNorms = "+norms";
   CodeFormat format;
   std::string_view rest = text;
-  if (rest.ends_with(kNorms)) {
-    format.error_norms = true;
-    rest.remove_suffix(kNorms.size());
+  const auto take = [&](std::string_view suffix, bool* flag) {
+    if (*flag || !rest.ends_with(suffix)) return false;
+    rest.remove_suffix(suffix.size());
+    return *flag = true;
+  };
+  while (take("+norms", &format.error_norms) || take("+dither", &format.dither)) {
   }
   for (const int bits : {2, 3, 4, 8}) {
     for (const int tokens : {16, 64}) {
@@ -248,11 +253,12 @@ Result<CodeFormat> ParseCodes(std::string_view text) {
       return format;
     }
   }
-  return Bad("--codes", text, "2, 3, 4 or 8 bits over 16 or 64 tokens, such as 4/64 or 8/16+norms");
+  return Bad("--codes", text, "2, 3, 4 or 8 bits over 16 or 64 tokens, such as 4/64, 8/16+norms or 4/64+dither");
 }
 
 std::string CodesToString(const CodeFormat& format) {
-  return std::to_string(format.bits) + "/" + std::to_string(format.group_tokens) + (format.error_norms ? "+norms" : "");
+  return std::to_string(format.bits) + "/" + std::to_string(format.group_tokens) + (format.error_norms ? "+norms" : "") +
+         (format.dither ? "+dither" : "");
 }
 
 Status CheckAnswerOptions(const AnswerOptions& options, uint64_t memory_bytes) {

@@ -69,7 +69,7 @@ Status CheckAnswerOptions(const AnswerOptions& options, uint64_t memory_bytes);
 // kInvalid if `name` is no --kernels at all; whether this CPU runs them is another question.
 Status CheckKernelsName(const std::string& name);
 
-// "4/64", "2/16+norms": bits, tokens of a group, error norms. kInvalid with what is accepted.
+// "4/64", "2/16+norms", "4/64+dither": bits, tokens of a group, error norms, dither. kInvalid with what is accepted.
 Result<CodeFormat> ParseCodes(std::string_view text);
 std::string CodesToString(const CodeFormat& format);
 

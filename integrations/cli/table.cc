@@ -104,6 +104,7 @@ std::string DroppedMass(const SequenceReport& report) {
   if (report.dropped_estimated.count() == 0 && report.dropped_audited.count() == 0) return "";
   add("estimated", report.dropped_estimated);
   add("proven bound", report.dropped_bound);
+  add("statistical bound", report.dropped_bound_statistical);
   add("audited (exact)", report.dropped_audited);
   add("output error, audited", report.output_error);
   return "\n" + table.ToString();

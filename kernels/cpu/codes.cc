@@ -15,7 +15,7 @@ namespace {
 ScanShape ShapeOf(const CodeFormat& format, int32_t group, int32_t head_dim) {
   const CodeBlockLayout layout = LayoutOf(format, head_dim);
   return {.bits = format.bits, .group_tokens = format.group_tokens, .group = group, .head_dim = head_dim,
-          .error_norms = format.error_norms, .step = layout.step, .norm = layout.norm, .pages = layout.pages,
+          .error_norms = format.error_norms, .dither = format.dither, .step = layout.step, .norm = layout.norm, .pages = layout.pages,
           .page_bytes = layout.page_bytes, .block_bytes = layout.bytes};
 }
 
@@ -65,9 +65,13 @@ Status Scan(const VectorOps& ops, const ScanParams& params, const Launch& launch
     const int64_t n = std::min<int64_t>(part_groups, task.groups - first);
     if (n <= 0) return;
     const int64_t at = first * shape.group_tokens;
+    uint64_t seeds[1024 / 16];
+    for (int64_t g = 0; shape.dither && g < n; ++g) seeds[g] = CodeBlockSeed(task.seed, first + g);
     ops.scan({.q = scaled + t * q_floats, .q_norm = norms + t * params.group,
               .blocks = task.blocks + static_cast<size_t>(first) * shape.block_bytes, .groups = static_cast<int32_t>(n),
-              .z = task.z + at, .err = task.err != nullptr ? task.err + at : nullptr, .z_stride = task.z_stride},
+              .z = task.z + at, .err = task.err != nullptr ? task.err + at : nullptr, .z_stride = task.z_stride,
+              .seeds = seeds, .variance = task.variance != nullptr ? task.variance + first : nullptr,
+              .variance_stride = task.groups},
              shape);
   });
   return {};

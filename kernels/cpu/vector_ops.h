@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/code_block.h"  // for constants only
 #include "kernels/function_table.h"
 
 namespace prehoc {
@@ -78,10 +79,13 @@ struct ScanPart {
   float* z = nullptr;
   float* err = nullptr;
   int64_t z_stride = 0;
+  const uint64_t* seeds = nullptr;    // [groups] of the blocks; read only if dithered
+  float* variance = nullptr;          // [group] rows, or null; not without err
+  int64_t variance_stride = 0;
 };
 struct ScanShape {
   int32_t bits = 0, group_tokens = 0, group = 0, head_dim = 0;
-  bool error_norms = false;
+  bool error_norms = false, dither = false;
   size_t step = 0, norm = 0, pages = 0, page_bytes = 0, block_bytes = 0;  // CodeBlockLayout
 };
 

@@ -3,6 +3,8 @@
 // lie more than step / 2 above the last code (only among subnormals; a range of up to 2 * 65504 over at least 3 levels never
 // overflows). k - lo is exact in fp64 (both are multiples of 2^-24 below 2^17), and its fp64 quotient by step cannot fall on
 // the wrong side of a half: the exact quotient is a half or at least 2^-40 away from one.
+// Dithered, the sum of quotient and shift may fall on the wrong side, by its rounding of 2^-44: an error of that many steps
+// more than a half, which scan's allowance for arithmetic holds.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -42,16 +44,17 @@ Range RangeOf(const Half* rows, int64_t tokens, int64_t c, int64_t d) {
 // The fp16 number itself; -0 becomes 0.
 Half ToHalf(float exact) { return FloatToHalf(exact + 0.0f); }
 
-Half StepOf(const Range& range, int32_t levels) {
+// `reach`: how many steps above lo the largest key may lie.
+Half StepOf(const Range& range, int32_t levels, double reach) {
   const double width = static_cast<double>(range.hi) - range.lo;
   Half step = FloatToHalf(static_cast<float>(width / levels));
-  while (width > (levels + 0.5) * HalfToFloat(step)) ++step;
+  while (width > reach * HalfToFloat(step)) ++step;
   return step;
 }
 
-uint32_t CodeOf(double above_lo, double step, int32_t levels) {
+uint32_t CodeOf(double above_lo, double step, double shift, int32_t levels) {
   if (step == 0) return 0;
-  return static_cast<uint32_t>(std::min<double>(std::nearbyint(above_lo / step), levels));
+  return static_cast<uint32_t>(std::clamp<double>(std::nearbyint(above_lo / step + shift), 0, levels));
 }
 
 // The smallest fp16 that is not below `value`.
@@ -73,13 +76,14 @@ void EncodeGroup(const EncodeTask& task, const CodeFormat& format, int32_t d) {
     const Range range = RangeOf(task.rows, tokens, c, d);
     finite = finite && range.finite;
     lo[c] = range.finite ? ToHalf(range.lo) : Half{0};
-    step[c] = range.finite ? StepOf(range, levels) : kInfinity;
+    step[c] = range.finite ? StepOf(range, levels, format.dither ? levels : levels + 0.5) : kInfinity;
     if (!range.finite) continue;
+    const double shift = format.dither ? CodeShift(task.seed, c) : 0;
     const double low = HalfToFloat(lo[c]), width = HalfToFloat(step[c]);
     for (int32_t t = 0; t < tokens; ++t) {
       const double above = HalfToFloat(task.rows[int64_t{2} * t * d + c]) - low;
-      const uint32_t code = CodeOf(above, width, levels);
-      const double error = above - code * width;
+      const uint32_t code = CodeOf(above, width, shift, levels);
+      const double error = above - (code - shift) * width;
       squares[t] += error * error;
       std::byte* page = task.block + layout.pages + layout.page_bytes * static_cast<size_t>(t / kCodePageTokens);
       WriteCode(page, t % kCodePageTokens, c, format.bits, d, code);

@@ -4,6 +4,10 @@
 //                      (gamma_n with n = 2 d + 8 <= 520 operations: sums of d products twice, the factor and the root)
 //                   +  the rounding of z to fp32:  2^-24 |z| + 2^-150
 // and a factor 1 + 1e-9 for the fp64 arithmetic of the bound itself, then rounded up to fp32.
+//
+// The variance: quantisation errors are independent and uniform on the 2^23 places of a shift, each within 2^-24 steps of
+// where a continuous shift would put it. Their spread is sqrt(SUM_c q_c^2 step_c^2 / 12); what is not random is added to it
+// in full, which covers it at any l >= 1.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -23,11 +27,12 @@ struct BlockTerms {
   double slope[256];        // q_c step_c
   double quantisation = 0;  // SUM |q_c| step_c / 2
   double magnitude = 0;     // SUM |q_c| (|lo_c| + levels step_c)
+  double squares = 0;       // SUM q_c^2 step_c^2
   double q_norm = 0;        // |q|
   bool bounded = true;      // false: a channel with step +inf was left out
 };
 
-void Prepare(const float* q, const std::byte* block, const CodeFormat& format, int32_t d, BlockTerms* terms) {
+void Prepare(const float* q, const std::byte* block, uint64_t seed, const CodeFormat& format, int32_t d, BlockTerms* terms) {
   const CodeBlockLayout layout = LayoutOf(format, d);
   const auto* lo = reinterpret_cast<const Half*>(block);
   const auto* step = reinterpret_cast<const Half*>(block + layout.step);
@@ -41,7 +46,9 @@ void Prepare(const float* q, const std::byte* block, const CodeFormat& format, i
       width = 0;
     }
     base += q_c * low;
+    if (format.dither) base -= q_c * width * CodeShift(seed, c);
     terms->slope[c] = q_c * width;
+    terms->squares += terms->slope[c] * terms->slope[c];
     quantisation += std::abs(q_c) * width / 2;
     magnitude += std::abs(q_c) * (std::abs(low) + levels * width);
     squares += q_c * q_c;
@@ -66,13 +73,25 @@ float ErrorBound(const BlockTerms& terms, const Half* norm, double root, float z
   return std::isnan(rounded) ? kInfinity : rounded;
 }
 
+float Variance(const BlockTerms& terms, double root) {
+  if (!terms.bounded || !std::isfinite(static_cast<float>(terms.magnitude / root))) return kInfinity;
+  const double fixed = 2048 * 0x1p-53 * terms.magnitude + 0x1p-23 * terms.quantisation +  // arithmetic, places of a shift
+                       0x1p-24 * (terms.magnitude + 0x1p-120);                            // rounding of z to fp32
+  const double spread = (std::sqrt(terms.squares / 12) + fixed) * (1 + 1e-9) / root;
+  const double variance = spread * spread;
+  auto rounded = static_cast<float>(variance);
+  if (rounded < variance) rounded = std::nextafter(rounded, kInfinity);
+  return std::isnan(rounded) ? kInfinity : rounded;
+}
+
 void ScanBlock(const ScanParams& params, const ScanTask& task, int64_t h, int64_t g) {
   const int32_t d = params.head_dim, tokens = params.format.group_tokens;
   const CodeBlockLayout layout = LayoutOf(params.format, d);
   const std::byte* block = task.blocks + layout.bytes * static_cast<size_t>(g);
   const double root = std::sqrt(static_cast<double>(d));
   BlockTerms terms;
-  Prepare(task.q + h * d, block, params.format, d, &terms);
+  Prepare(task.q + h * d, block, CodeBlockSeed(task.seed, g), params.format, d, &terms);
+  if (task.variance != nullptr) task.variance[h * task.groups + g] = Variance(terms, root);
   const auto* norm = params.format.error_norms ? reinterpret_cast<const Half*>(block + layout.norm) : nullptr;
   const int64_t at = h * task.z_stride + g * tokens;
   for (int32_t t = 0; t < tokens; ++t) {

@@ -2,6 +2,8 @@
 // refused, chunks that are lost and made anew, and the accounting of it all.
 #include <gtest/gtest.h>
 
+#include <limits>
+
 #include "base/units.h"
 #include "cache/chunk_key.h"
 #include "tests/cache/pipeline_world.h"
@@ -325,6 +327,120 @@ TEST(PipelineTiers, EveryCodeFormatEstimatesAndBounds) {
       EXPECT_EQ(report.bound_violations, 0) << bits;
       EXPECT_LE(report.dropped_audited.max(), 0.2) << bits;
     }
+  }
+}
+
+// The same promise rests on either bound; the statistical one attends to fewer rows for it.
+TEST(PipelineTiers, AStatisticalBoundKeepsThePromiseWithFewerRows) {
+  for (const int bits : {2, 4, 8}) {
+    for (const bool small : {false, true}) {
+      WorldOptions options = WorldOptions::Default();
+      options.cache.codes = {.bits = bits, .group_tokens = 16, .dither = true};
+      options.cache.selector.max_dropped_mass = 0.2;
+      if (small) options.device_budget = SmallestDevice(options, kPrompt + kSteps);
+      SequenceReport proven, statistical;
+      RunWith(options, &proven);
+      EXPECT_EQ(proven.bound_violations, 0);
+      EXPECT_EQ(proven.statistical_checked, 0);
+      EXPECT_EQ(proven.dropped_bound_statistical.count(), 0);
+      options.cache.selector.bound = BoundKind::kStatistical;
+      options.cache.selector.bound_confidence = 0.9;
+      RunWith(options, &statistical);
+      EXPECT_GT(statistical.statistical_checked, 0) << bits;
+      EXPECT_LE(statistical.statistical_violations, statistical.statistical_checked / 10) << bits;
+      EXPECT_EQ(statistical.dropped_bound.count(), 0);
+      EXPECT_EQ(statistical.dropped_bound_statistical.count(), statistical.dropped_estimated.count());
+      EXPECT_LE(statistical.dropped_bound_statistical.max(), 0.2 * 1.01);
+      EXPECT_LE(statistical.dropped_audited.max(), 0.2);
+      EXPECT_EQ(statistical.bound_violations, 0);
+      if (bits == 8) continue;  // little is left to gain
+      EXPECT_LT(statistical.attended, proven.attended) << bits;
+    }
+  }
+}
+
+// Without a promise a bound is a figure beside the estimate, and changes no choice; whatever the budget aims at.
+TEST(PipelineTiers, ABoundThatIsOnlyReportedChangesNothing) {
+  for (const char* budget : {"32", "mass(0.9,cap=1/3)"}) {
+    WorldOptions options = WorldOptions::Default();
+    ASSERT_OK(options.cache.selector.Set("budget", budget));
+    options.cache.codes.dither = true;
+    SequenceReport none, proven, statistical;
+    const std::vector<float> without = RunWith(options, &none);
+    EXPECT_EQ(none.dropped_bound.count() + none.dropped_bound_statistical.count(), 0);
+    options.cache.selector.bound = BoundKind::kProven;
+    EXPECT_EQ(RunWith(options, &proven), without) << budget;
+    options.cache.selector.bound = BoundKind::kStatistical;
+    EXPECT_EQ(RunWith(options, &statistical), without) << budget;
+    EXPECT_EQ(proven.bound_violations, 0) << budget;
+    EXPECT_EQ(statistical.statistical_violations, 0) << budget;
+    EXPECT_GT(statistical.statistical_checked, 0) << budget;
+    EXPECT_EQ(proven.dropped_bound.count(), 2 * proven.retrievals) << "a bound for each query head that selected";
+    EXPECT_EQ(statistical.dropped_bound_statistical.count(), 2 * proven.retrievals);
+    // In this order: estimate, statistical, proven, all.
+    EXPECT_GT(statistical.dropped_bound_statistical.mean(), statistical.dropped_audited.mean()) << budget;
+    EXPECT_LT(statistical.dropped_bound_statistical.mean(), proven.dropped_bound.mean()) << budget;
+    EXPECT_LT(proven.dropped_bound.mean(), 1) << budget;
+    // Of the set alone: tighter still.
+    options.cache.selector.bound_scope = SelectorOptions::BoundScope::kSet;
+    SequenceReport of_set;
+    EXPECT_EQ(RunWith(options, &of_set), without) << budget;
+    EXPECT_LT(of_set.dropped_bound_statistical.mean(), statistical.dropped_bound_statistical.mean()) << budget;
+  }
+}
+
+TEST(PipelineTiers, AStatisticalBoundNeedsDitheredCodes) {
+  WorldOptions options = WorldOptions::Default();
+  ThreadPool::Options threads{.loop_threads = 1, .job_threads = 1};
+  const auto pool = ThreadPool::Create(threads).value();
+  HostDeviceMemory device(options.device_budget);
+  CacheResources resources;
+  resources.executor = pool.get();
+  resources.device = &device;
+  options.cache.selector.bound = BoundKind::kStatistical;
+  EXPECT_TRUE(HasStatus(KvCache::Create(options.cache, resources).status(), StatusCode::kInvalid, "needs dithered codes"));
+  options.cache.codes.dither = true;
+  EXPECT_OK(KvCache::Create(options.cache, resources).status());
+}
+
+// Codes are made anew when a prefix is restored, by blocks instead of as they filled: from the same seed, the same ones.
+TEST(PipelineTiers, TheSameDitherAfterARestore) {
+  WorldOptions options = WorldOptions::Default();
+  options.cache.codes = {.bits = 2, .group_tokens = 16, .dither = true};
+  World world(options);
+  const Stream stream(options.cache.geometry, kPrompt + kSteps, 11);
+  const auto run = [&](uint64_t seed, int64_t restored) {
+    auto sequence = world.cache().OpenWithPrefix({.max_tokens = kPrompt + kSteps, .dither_seed = seed}, stream.ids(0, kPrompt));
+    EXPECT_TRUE(sequence.ok()) << sequence.status();
+    EXPECT_EQ((*sequence)->restored(), restored);
+    EXPECT_OK(PrefillAll(**sequence, stream, kPrompt, 100));
+    std::vector<float> out = Decode(**sequence, stream, kSteps);
+    EXPECT_OK(world.cache().Flush());
+    return out;
+  };
+  const std::vector<float> first = run(1, 0);
+  EXPECT_EQ(run(1, kPrompt / 64 * 64), first);
+  EXPECT_NE(run(2, kPrompt / 64 * 64), first) << "the seed decides what the codes err by";
+}
+
+// The codes of a group with an infinite key know nothing of its logits: a certificate over them must not hold.
+TEST(PipelineTiers, AnUnknownLogitIsNotANeglectedOne) {
+  for (const bool spoiled : {false, true}) {
+    WorldOptions options = WorldOptions::Default();
+    SelectorOptions& selector = options.cache.selector;
+    selector.kind = SelectorKind::kCis;
+    for (const auto& [knob, value] : {std::pair{"cis.gate", "certified"}, {"cis.scorer", "codes"}, {"cis.local_edge", "held"},
+                                      {"cis.delta_max", "0.999"}}) {
+      ASSERT_OK(selector.Set(knob, value));
+    }
+    World world(options);
+    Stream stream(options.cache.geometry, kPrompt + kSteps, 11);
+    if (spoiled) stream.SetKeys(150, -std::numeric_limits<float>::infinity());
+    auto sequence = Open(world);
+    ASSERT_OK(PrefillAll(*sequence, stream, kPrompt, 128));
+    Decode(*sequence, stream, kSteps);
+    EXPECT_EQ(sequence->Report().inherited > 0, !spoiled) << sequence->Report().inherited;
+    EXPECT_EQ(sequence->Report().bound_violations, 0);
   }
 }
 

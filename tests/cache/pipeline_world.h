@@ -52,6 +52,12 @@ class Stream {
       q_.push_back(std::move(q));
     }
   }
+  // One channel of every key of token `t`.
+  void SetKeys(int64_t t, float value) {
+    for (std::vector<float>& k : k_) {
+      for (int32_t h = 0; h < geometry_.kv_heads; ++h) k[static_cast<size_t>((t * geometry_.kv_heads + h) * geometry_.head_dim)] = value;
+    }
+  }
   int64_t tokens() const { return tokens_; }
   std::span<const int32_t> ids(int64_t first, int64_t count) const {
     return std::span(ids_).subspan(static_cast<size_t>(first), static_cast<size_t>(count));

@@ -172,6 +172,7 @@ TEST(SequenceReportTest, MergeAddsEveryCount) {
   report.bound_violations = 25, report.audited_steps = 26, report.prefill_bytes_from_disk = 27;
   report.prefill_frozen_rows = 28, report.prefill_cut_keys = 29, report.corrupt_chunks = 30;
   report.missing_chunks = 31, report.recomputed_chunks = 32;
+  report.statistical_checked = 33, report.statistical_violations = 34;
   report.times = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10};
   report.dropped_bound.Add(0.5);
   const auto before = CountersOf(report);
@@ -185,7 +186,7 @@ TEST(SequenceReportTest, MergeAddsEveryCount) {
     EXPECT_EQ(after.at(name), ratio ? value : 2 * value) << name;
     counts += !ratio && value != 0;
   }
-  EXPECT_EQ(counts, 32 + 1 + 10 + 1 + 1);  // counts, bytes_scored, times, their total, one sketch's count
+  EXPECT_EQ(counts, 34 + 1 + 10 + 1 + 1);  // counts, bytes_scored, times, their total, one sketch's count
 }
 
 TEST(SequenceReportTest, MergeWeighsTheAgeOfEstimatesByTheirNumber) {

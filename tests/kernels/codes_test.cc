@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 
+#include "kernels/code_block.h"
 #include "tests/kernels/kernel_test_util.h"
 
 namespace prehoc {
@@ -13,8 +14,9 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // What code_block.h says, read backwards: every byte of every plane is visited and its fields handed out.
 struct Decoded {
   std::vector<double> lo, step, norm;
+  std::vector<double> shift;           // [channel], 0 if not dithered
   std::vector<std::vector<int>> code;  // [token][channel]
-  double At(size_t t, size_t c) const { return lo[c] + code[t][c] * step[c]; }
+  double At(size_t t, size_t c) const { return lo[c] + (code[t][c] - shift[c]) * step[c]; }
 };
 
 void AddPlanes(const std::byte* planes, size_t count, int width, int weight, size_t first_token, Decoded* out) {
@@ -35,7 +37,10 @@ void AddPlanes(const std::byte* planes, size_t count, int width, int weight, siz
   }
 }
 
-Decoded Decode(const std::byte* block, const CodeFormat& format, int32_t head_dim) {
+constexpr uint64_t kSeed = 0x5eed;  // of all blocks here
+
+// Block `index` of those that were encoded together.
+Decoded Decode(const std::byte* block, const CodeFormat& format, int32_t head_dim, size_t index = 0) {
   const auto d = static_cast<size_t>(head_dim), tokens = static_cast<size_t>(format.group_tokens);
   Decoded out;
   const auto halves = [&](size_t count) {
@@ -50,6 +55,9 @@ Decoded Decode(const std::byte* block, const CodeFormat& format, int32_t head_di
   out.lo = halves(d);
   out.step = halves(d);
   if (format.error_norms) out.norm = halves(tokens);
+  for (int32_t c = 0; c < head_dim; ++c) {
+    out.shift.push_back(format.dither ? CodeShift(CodeBlockSeed(kSeed, static_cast<int64_t>(index)), c) : 0);
+  }
   out.code.assign(tokens, std::vector<int>(d, 0));
   for (size_t token = 0; token < tokens; token += 16) {
     const int low_bits = format.bits == 3 ? 2 : format.bits;
@@ -67,7 +75,9 @@ std::vector<CodeFormat> AllFormats() {
   std::vector<CodeFormat> formats;
   for (const int32_t bits : {2, 3, 4, 8}) {
     for (const int32_t tokens : {16, 64}) {
-      for (const bool norms : {false, true}) formats.push_back({bits, tokens, norms});
+      for (const bool norms : {false, true}) {
+        for (const bool dither : {false, true}) formats.push_back({bits, tokens, norms, dither});
+      }
     }
   }
   return formats;
@@ -75,7 +85,7 @@ std::vector<CodeFormat> AllFormats() {
 
 std::string Describe(const CodeFormat& format, int32_t head_dim, KeyKind kind) {
   return std::to_string(format.bits) + " bits over " + std::to_string(format.group_tokens) +
-         (format.error_norms ? " with norms" : "") + ", head_dim " + std::to_string(head_dim) + ", keys of kind " +
+         (format.error_norms ? " with norms" : "") + (format.dither ? ", dithered" : "") + ", head_dim " + std::to_string(head_dim) + ", keys of kind " +
          std::to_string(static_cast<int>(kind));
 }
 
@@ -94,6 +104,7 @@ class CodesTest : public KernelTest {
     std::vector<EncodeTask> tasks;
     for (size_t g = 0; g < groups; ++g) {
       EncodeTask task{.rows = rows.data() + g * tokens * row, .block = blocks.data() + g * block_bytes};
+      task.seed = CodeBlockSeed(kSeed, static_cast<int64_t>(g));
       if (page_lo != nullptr) {
         task.page_lo = lo.data() + g * (bounds / groups);
         task.page_hi = hi.data() + g * (bounds / groups);
@@ -137,13 +148,15 @@ TEST_P(CodesTest, EveryKeyIsWithinHalfAStepOfItsCode) {
         const auto blocks = Encode(rows, format, d, kernels(), &page_lo, &page_hi);
         const size_t block_bytes = blocks.size() / 2;
         for (size_t g = 0; g < 2; ++g) {
-          const Decoded block = Decode(blocks.data() + g * block_bytes, format, d);
+          const Decoded block = Decode(blocks.data() + g * block_bytes, format, d, g);
+          // Dithered, the sum of quotient and shift is rounded once.
+          const double half = format.dither ? 0.5 + 0x1p-43 : 0.5;
           for (size_t t = 0; t < tokens; ++t) {
             long double squares = 0;
             for (size_t c = 0; c < static_cast<size_t>(d); ++c) {
               const double k = HalfToFloat(rows[(g * tokens + t) * 2 * static_cast<size_t>(d) + c]);
               const double off = std::abs(k - block.At(t, c));
-              ASSERT_LE(off, block.step[c] / 2) << "token " << t << ", channel " << c << ", key " << k;
+              ASSERT_LE(off, block.step[c] * half) << "token " << t << ", channel " << c << ", key " << k;
               squares += static_cast<long double>(off) * off;
               if (kind == KeyKind::kConstant) {
                 ASSERT_EQ(block.step[c], 0);
@@ -199,7 +212,7 @@ TEST_P(CodesTest, RangesThatOverflowFp16AreStillCoded) {
     EXPECT_EQ(block.lo[0], -65504);
     EXPECT_NEAR(block.step[0], 131008.0 / ((1 << format.bits) - 1), block.step[0] * 0x1p-11);
     EXPECT_LE(std::abs(block.At(0, 0) - 65504), block.step[0] / 2);
-    EXPECT_EQ(block.At(1, 0), -65504);
+    EXPECT_NEAR(block.At(1, 0), -65504, format.dither ? block.step[0] / 2 : 0);
   }
 }
 
@@ -249,7 +262,7 @@ TEST_P(CodesTest, NoFiniteBoundOverAKeyThatIsNotFinite) {
         q[channel] = 0;  // the product with the odd channel must not be lost
         Guarded<float> z(static_cast<size_t>(group * groups * tokens)), err(z.size());
         const ScanTask tasks[] = {{.q = q.data(), .blocks = blocks.data(), .groups = groups, .z = z.data(), .err = err.data(),
-                                   .z_stride = groups * tokens}};
+                                   .z_stride = groups * tokens, .seed = kSeed}};
         ASSERT_OK(kernels().scan({.tasks = tasks, .format = format, .group = group, .head_dim = d}, launch()));
         for (int32_t h = 0; h < group; ++h) {
           for (int32_t i = 0; i < groups * tokens; ++i) {
@@ -325,9 +338,9 @@ TEST_P(CodesTest, TheBoundHoldsAndIsNotLoose) {
         const int64_t stride = n + 9;
         Guarded<float> z(static_cast<size_t>(group * stride)), err(z.size()), z_only(z.size());
         const ScanTask with[] = {{.q = q.data(), .blocks = blocks.data(), .groups = groups, .z = z.data(),
-                                  .err = err.data(), .z_stride = stride}};
+                                  .err = err.data(), .z_stride = stride, .seed = kSeed}};
         const ScanTask without[] = {
-            {.q = q.data(), .blocks = blocks.data(), .groups = groups, .z = z_only.data(), .z_stride = stride}};
+            {.q = q.data(), .blocks = blocks.data(), .groups = groups, .z = z_only.data(), .z_stride = stride, .seed = kSeed}};
         const ScanParams params{.tasks = with, .format = format, .group = group, .head_dim = d};
         ASSERT_OK(kernels().scan(params, launch()));
         ASSERT_OK(kernels().scan({.tasks = without, .format = format, .group = group, .head_dim = d}, launch()));
@@ -335,7 +348,7 @@ TEST_P(CodesTest, TheBoundHoldsAndIsNotLoose) {
         EXPECT_TRUE(err.GuardsIntact());
         for (int64_t g = 0; g < groups; ++g) {
           const size_t block_bytes = blocks.size() / static_cast<size_t>(groups);
-          const Decoded block = Decode(blocks.data() + static_cast<size_t>(g) * block_bytes, format, d);
+          const Decoded block = Decode(blocks.data() + static_cast<size_t>(g) * block_bytes, format, d, static_cast<size_t>(g));
           for (int64_t h = 0; h < group; ++h) {
             const float* query = q.data() + h * d;
             const Allowed allowed = Allow(query, block, format.bits);
@@ -369,6 +382,100 @@ TEST_P(CodesTest, TheBoundHoldsAndIsNotLoose) {
     }
   }
   EXPECT_GE(cases, on_pool() ? 50'000 : 250'000);
+}
+
+// Keys of a channel are 1, -3 and what lies between: over the seeds every decoded value has the key as its mean, the variance
+// of a uniform error, and no memory of the other channels.
+TEST_P(CodesTest, DitheredErrorsAreUniformAndIndependentBetweenChannels) {
+  SeededRng rng;
+  const int32_t d = 16, kSeeds = 4000;
+  for (const int32_t bits : {2, 8}) {
+    const CodeFormat format{bits, 16, false, true};
+    auto rows = MakeRows(rng, 16, d);
+    std::vector<std::byte> block(kernels().code_block_bytes(format, d));
+    std::vector<double> sum(16 * 16), squares(16 * 16), products(16);
+    for (int64_t s = 0; s < kSeeds; ++s) {
+      const EncodeTask task{.rows = rows.data(), .block = block.data(), .seed = CodeBlockSeed(kSeed, s)};
+      ASSERT_OK(kernels().encode({.tasks = {&task, 1}, .format = format, .head_dim = d}, {}));
+      const Decoded decoded = Decode(block.data(), format, d, static_cast<size_t>(s));
+      for (size_t t = 0; t < 16; ++t) {
+        double before = 0;
+        for (size_t c = 0; c < 16; ++c) {
+          const double off = (HalfToFloat(rows[t * 32 + c]) - decoded.At(t, c)) / decoded.step[c];  // [steps]
+          sum[t * 16 + c] += off;
+          squares[t * 16 + c] += off * off;
+          if (c > 0) products[t] += off * before;
+          before = off;
+        }
+      }
+    }
+    // Five standard deviations: of a mean 1 / sqrt(12 n), of a mean square sqrt(1 / 180 / n), of 15 n products 1 / 12 / sqrt(15 n).
+    for (size_t i = 0; i < sum.size(); ++i) {
+      EXPECT_LE(std::abs(sum[i] / kSeeds), 5 / std::sqrt(12.0 * kSeeds)) << bits << " " << i;
+      EXPECT_NEAR(squares[i] / kSeeds, 1.0 / 12, 5 * std::sqrt(1.0 / 180 / kSeeds)) << bits << " " << i;
+    }
+    for (const double product : products) EXPECT_LE(std::abs(product / (15 * kSeeds)), 5.0 / 12 / std::sqrt(15.0 * kSeeds));
+  }
+}
+
+TEST_P(CodesTest, TheVarianceIsThatOfTheSteps) {
+  SeededRng rng;
+  for (CodeFormat format : AllFormats()) {
+    if (!format.dither) continue;
+    for (const int32_t d : {16, 128}) {
+      const int32_t group = 5, groups = 70, tokens = format.group_tokens;  // more than one part of a scan
+      auto rows = MakeRows(rng, groups * tokens, d);
+      rows[static_cast<size_t>(tokens * 2 * d + 3)] = 0x7c00;  // block 1 has an infinite key
+      const auto blocks = Encode(rows, format, d, kernels());
+      const auto q = rng.Normals(static_cast<size_t>(group * d));
+      const int64_t n = int64_t{groups} * tokens;
+      Guarded<float> z(static_cast<size_t>(group * n)), err(z.size()), variance(static_cast<size_t>(group * groups));
+      const ScanTask task{.q = q.data(), .blocks = blocks.data(), .groups = groups, .z = z.data(), .err = err.data(), .z_stride = n,
+                          .seed = kSeed, .variance = variance.data()};
+      ASSERT_OK(kernels().scan({.tasks = {&task, 1}, .format = format, .group = group, .head_dim = d}, launch()));
+      EXPECT_TRUE(variance.GuardsIntact());
+      std::vector<float> exact_z(z.size());
+      ScanTask exact = task;
+      exact.z = exact_z.data();
+      exact.err = exact.variance = nullptr;
+      ASSERT_OK(ReferenceKernels().scan({.tasks = {&exact, 1}, .format = format, .group = group, .head_dim = d}, {}));
+      for (size_t g = 0; g < static_cast<size_t>(groups); ++g) {
+        const Decoded block = Decode(blocks.data() + g * (blocks.size() / static_cast<size_t>(groups)), format, d, g);
+        for (size_t h = 0; h < static_cast<size_t>(group); ++h) {
+          const float found = variance[h * static_cast<size_t>(groups) + g];
+          if (g == 1) {
+            EXPECT_EQ(found, kInfinity);
+            continue;
+          }
+          const Allowed allowed = Allow(q.data() + h * static_cast<size_t>(d), block, format.bits);
+          double want = 0;
+          for (size_t c = 0; c < static_cast<size_t>(d); ++c) {
+            want += std::pow(static_cast<double>(q[h * static_cast<size_t>(d) + c]) * block.step[c], 2) / 12 / d;
+          }
+          ASSERT_GE(std::sqrt(found), std::sqrt(want));
+          ASSERT_LE(std::sqrt(found), std::sqrt(want) * (1 + 1e-4) + allowed.arithmetic) << format.bits << " " << g;
+          for (size_t t = 0; t < static_cast<size_t>(tokens); ++t) {
+            const size_t at = h * static_cast<size_t>(n) + g * static_cast<size_t>(tokens) + t;
+            ASSERT_NEAR(z[at], exact_z[at], allowed.arithmetic);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(CodesTest, VarianceWithoutDitherOrBoundIsRefused) {
+  const std::vector<std::byte> block(kernels().code_block_bytes({4, 16, false, true}, 16));
+  const std::vector<float> q(16);
+  std::vector<float> z(16), err(16), variance(1);
+  ScanTask task{.q = q.data(), .blocks = block.data(), .groups = 1, .z = z.data(), .err = err.data(), .z_stride = 16,
+                .variance = variance.data()};
+  ScanParams params{.tasks = {&task, 1}, .format = {4, 16, false, false}, .group = 1, .head_dim = 16};
+  EXPECT_TRUE(HasStatus(kernels().scan(params, {}), StatusCode::kInvalid, "format.dither=0"));
+  params.format.dither = true;
+  EXPECT_OK(kernels().scan(params, {}));
+  task.err = nullptr;
+  EXPECT_TRUE(HasStatus(kernels().scan(params, {}), StatusCode::kInvalid, "err is null"));
 }
 
 TEST_P(CodesTest, ScanOfManyTasksAndOfNothing) {

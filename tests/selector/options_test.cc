@@ -31,6 +31,9 @@ const std::vector<KnobCase>& Cases() {
       {"budget.sinks", "8", {"0", "4"}, {"-1", "1.5", "1073741825", ""}, "window oracle cis cpe sc tc psaw"},
       {"budget.local", "32", {"1", "64"}, {"0", "-1", "x"}, "window oracle cis cpe sc tc psaw"},
       {"max_dropped_mass", "off", {"0", "0.05", "1"}, {"-1", "1.1", "on", "nan"}, kChoosers},
+      {"bound", "none", {"proven", "statistical"}, {"deterministic", "off", ""}, kChoosers},
+      {"bound.confidence", "0.999", {"0.5", "0.6", "0.999999"}, {"1", "0.49", "nan", "99%"}, kChoosers},
+      {"bound.scope", "head", {"set"}, {"layer", ""}, kChoosers},
       {"certify_every", "0", {"1", "16"}, {"-1", "1.5"}, kChoosers},
       {"cis.block", "16", {"1", "4", "8", "32"}, {"0", "-4", "16.0"}, "cis cpe"},
       {"cis.tau", "0.8", {"0.5", "0.95", "-1", "1", "2"}, {"", "nan", "inf", "high"}, "cis cpe"},
@@ -232,6 +235,8 @@ TEST(Options, ValidateFindsFieldsThatNoKnobWouldAccept) {
   refused("tc.factor=", [](auto& o) { o.tc.factor = 0; });
   refused("tc.scorer=", [](auto& o) { o.tc.scorer = Scorer::kPages; });
   refused("max_dropped_mass=", [](auto& o) { o.max_dropped_mass = 2; });
+  refused("bound=#", [](auto& o) { o.bound = static_cast<BoundKind>(9); });
+  refused("bound.confidence=1", [](auto& o) { o.bound_confidence = 1; });
   refused("certify_every=-1", [](auto& o) { o.certify_every = -1; });
   refused("selector=", [](auto& o) { o.kind = static_cast<SelectorKind>(50); });
 }
@@ -262,11 +267,40 @@ TEST(Options, PromisesThatAMethodCannotKeepAreRefused) {
   refused("cis.scorer", "cis", {"max_dropped_mass=0.1", "cis.scorer=pages"});
   refused("cis.precision", "cis", {"max_dropped_mass=0.1", "cis.precision=f16"});
   refused("takes the place of budget=mass(0.9", "tc", {"max_dropped_mass=0.1", "budget=mass(0.9)"});
+  for (const char* bound : {"bound=proven", "bound=statistical"}) {
+    refused(std::string(bound) + ": needs cis.scorer", "cis", {bound, "cis.scorer=pages"});
+    refused(std::string(bound) + ": needs cis.precision", "cis", {bound, "cis.precision=f16"});
+    refused(std::string(bound) + ": what PSAW cuts", "cpe", {bound, "psaw.phase=both"});
+    refused(std::string(bound) + ": between refreshes", "sc", {bound, "sc.inner=exact"});
+    EXPECT_OK(Options("tc", {bound, "budget=mass(0.9)"}).Validate());
+    EXPECT_OK(Options("sc", {bound, "sc.inner=codes"}).Validate());
+    EXPECT_OK(Options("cis", {bound, "cis.scorer=codes"}).Validate());
+  }
+  refused("bound=statistical: needs scores from codes", "oracle", {"bound=statistical"});
+  refused("bound=statistical: needs scores from codes", "tc", {"bound=statistical", "tc.scorer=exact"});
+  refused("bound=statistical: needs scores from codes", "cis", {"bound=statistical", "max_dropped_mass=0.1"});
+  EXPECT_OK(Options("sc", {"bound=proven", "max_dropped_mass=0.1"}).Validate());
   refused("cis.scorer", "cis", {"cis.gate=certified", "cis.scorer=pages"});
   refused("cis.precision", "cpe", {"cis.gate=certified", "cis.precision=f16"});
   refused("less than cis.block=33", "cis", {"cis.gate=certified", "cis.block=33"});
   EXPECT_OK(Options("cis", {"cis.gate=certified", "cis.block=33", "cis.local_edge=held"}).Validate());
   EXPECT_OK(Options("cis", {"cis.gate=certified", "cis.block=32"}).Validate());
+}
+
+TEST(Options, APromiseIsProvenUnlessToldOtherwise) {
+  EXPECT_EQ(Options("tc", {}).BoundInForce(), BoundKind::kNone);
+  EXPECT_EQ(Options("tc", {"max_dropped_mass=0.1"}).BoundInForce(), BoundKind::kProven);
+  EXPECT_EQ(Options("tc", {"max_dropped_mass=0.1", "bound=statistical"}).BoundInForce(), BoundKind::kStatistical);
+  EXPECT_EQ(Options("tc", {"bound=proven"}).BoundInForce(), BoundKind::kProven);
+  for (const char* knob : {"bound=proven", "bound=statistical"}) {
+    const auto selector = Selector::Create(Options("tc", {knob, "bound.confidence=0.9"})).value();
+    EXPECT_TRUE(selector->NeedsErrorBounds());
+    const StepRule rule = selector->Rule({.layer = 0, .layers = 2, .step = 1, .n = 4096});
+    EXPECT_EQ(rule.bound, selector->options().bound);
+    EXPECT_EQ(rule.confidence, rule.bound == BoundKind::kStatistical ? 0.9 : 0);
+    EXPECT_LT(rule.target_drop, 0);   // it reports, and changes no choice
+    EXPECT_TRUE(rule.may_inherit);
+  }
 }
 
 // docs/selectors has a row "| `knob` | `default` .. |" for each knob, which names its other values.

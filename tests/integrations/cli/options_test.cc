@@ -178,6 +178,10 @@ INSTANTIATE_TEST_SUITE_P(
         BadLine{{"answer", "--selector", "cis", "--set", "cis.gate=certified", "--set", "budget.local=4"}, {"--selector cis", "budget.local=4"}},
         BadLine{{"answer", "--codes", "5/64"}, {"--codes \"5/64\"", "4/64"}},
         BadLine{{"answer", "--codes", "4"}, {"--codes"}},
+        BadLine{{"answer", "--codes", "4/64+dither+dither"}, {"--codes", "4/64+dither"}},
+        BadLine{{"answer", "--set", "bound=statistical"}, {"bound=statistical", "--codes 4/64+dither"}},
+        BadLine{{"answer", "--set", "bound=statistic"}, {"none | proven | statistical"}},
+        BadLine{{"answer", "--set", "bound.confidense=0.9"}, {"bound.confidence"}},
         BadLine{{"answer", "--audit-every", "-1"}, {"--audit-every"}},
         BadLine{{"answer", "--threads", "0"}, {"--threads"}},
         BadLine{{"answer", "--threads", "1.5"}, {"--threads"}},
@@ -199,7 +203,10 @@ TEST(OptionsTest, BudgetsMustFitTheMachine) {
 }
 
 TEST(OptionsTest, CodesReadBackAsTheyPrint) {
-  for (const char* text : {"2/16", "3/64", "4/64", "8/16+norms"}) EXPECT_EQ(CodesToString(*ParseCodes(text)), text);
+  for (const char* text : {"2/16", "3/64", "4/64", "8/16+norms", "4/64+dither", "2/16+norms+dither"}) {
+    EXPECT_EQ(CodesToString(*ParseCodes(text)), text);
+  }
+  EXPECT_EQ(*ParseCodes("4/16+dither+norms"), (CodeFormat{4, 16, true, true}));
 }
 
 }  // namespace
