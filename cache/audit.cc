@@ -110,7 +110,7 @@ Status Sequence::Impl::Audit(FastStep& s) {
     if (s.rule.scorer != Scorer::kNone) audited.estimate = unit.dropped;
     const std::vector<float> nothing(static_cast<size_t>(unit.heads), -1);
     audited.bound = statistical ? nothing : unit.dropped_bound;
-    audited.bound_statistical = statistical ? unit.dropped_bound : nothing;
+    if (statistical) audited.bound_statistical = unit.dropped_bound;
     observer->OnUnit(audited);
   }
   return {};

@@ -71,7 +71,8 @@ struct AuditedUnit {
   std::span<const int32_t> attended;  // sorted positions
   int32_t sinks = 0, left = 0;        // attended at any rate: [0, sinks) and [left, n)
   std::span<const double> dropped;    // [heads], the exact share left out
-  std::span<const float> estimate, bound, bound_statistical;  // [heads], what the step knew of it; a bound < 0 = nothing
+  std::span<const float> estimate, bound;  // [heads], what the step knew of it; bound < 0 = nothing
+  std::span<const float> bound_statistical;  // [heads] as bound, at a confidence; or empty
   std::span<const double> output_error;    // [heads], |o_S - o| / |o|
   bool scanned = false;               // chose in this very step
   int64_t age = 0;                    // steps since the choice in force

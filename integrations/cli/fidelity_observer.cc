@@ -127,7 +127,7 @@ void FidelityObserver::OnUnit(const AuditedUnit& unit) {
     by_step_[unit.step].Add(truth);
     const bool bounded = unit.bound[at] >= 0;
     if (bounded && truth > unit.bound[at] + kTolerance) ++bound_violations_;
-    const float statistical = unit.bound_statistical[at];
+    const float statistical = unit.bound_statistical.empty() ? -1 : unit.bound_statistical[at];
     if (statistical >= 0 && truth > 0) {
       ++statistical_checked_;
       statistical_violations_ += truth > statistical + kTolerance;

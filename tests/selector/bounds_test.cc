@@ -19,11 +19,11 @@ namespace {
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr int kContexts = 2'000;
+constexpr int kContexts = 1'000;
 #else
-constexpr int kContexts = 40'000;
+constexpr int kContexts = 20'000;
 #endif
-constexpr int kQueries = 5, kSets = 5;  // per context
+constexpr int kQueries = 10, kSets = 5;  // per context
 constexpr int32_t kTokens = 48, kGroups = 3;
 
 // Kinds of keys that have broken, or could break, a bound.
@@ -256,7 +256,7 @@ TEST(Bounds, AMillionCases) {
 TEST(Bounds, QueriesThatPointAlongAnError) {
   SeededRng rng;
   const std::vector<const KernelTable*> tables = Tables();
-  for (int i = 0; i < kContexts / 10; ++i) {
+  for (int i = 0; i < kContexts / 5; ++i) {
     const auto kind = static_cast<Keys>(i % static_cast<int>(Keys::kCount));
     Context context;
     context.d = 16;

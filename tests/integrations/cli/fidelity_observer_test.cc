@@ -87,6 +87,17 @@ TEST(FidelityObserverTest, ABoundBelowTheTruthIsCounted) {
   unit.view.bound = unit.bound;
   observer.OnUnit(unit.view);
   EXPECT_EQ(observer.Heads()["bound_violations"], 1);
+  EXPECT_EQ(observer.Heads()["statistical_ratio"], nullptr);
+  EXPECT_EQ(observer.Heads()["statistical_checked"], 0);
+  // A statistical bound may lie below the truth now and then: counted apart.
+  const float nothing[] = {-1, -1};
+  unit.view.bound = nothing;
+  unit.view.bound_statistical = unit.bound;
+  observer.OnUnit(unit.view);
+  EXPECT_EQ(observer.Heads()["bound_violations"], 1);
+  EXPECT_EQ(observer.Heads()["statistical_checked"], 2);
+  EXPECT_EQ(observer.Heads()["statistical_violations"], 1);
+  EXPECT_EQ(observer.Heads()["statistical_ratio"]["count"], 2);
 }
 
 TEST(FidelityObserverTest, PositionsOutOfSightAreNoChoice) {
