@@ -5,7 +5,7 @@
 
 namespace prehoc::cli {
 
-// A finite number, or null.
+// A finite number to six digits, or null.
 nlohmann::ordered_json JsonNumber(double value);
 
 class Distribution {

@@ -35,9 +35,9 @@ class ResidencyByStep {
     const int64_t device = r.rows_device - last_.rows_device, host = r.rows_host - last_.rows_host, disk = r.rows_disk - last_.rows_disk;
     const double all = static_cast<double>(std::max<int64_t>(1, device + host + disk));
     json_["step"].push_back(r.decode_steps);
-    json_["device_share"].push_back(static_cast<double>(device) / all);
-    json_["host_share"].push_back(static_cast<double>(host) / all);
-    json_["disk_share"].push_back(static_cast<double>(disk) / all);
+    json_["device_share"].push_back(JsonNumber(static_cast<double>(device) / all));
+    json_["host_share"].push_back(JsonNumber(static_cast<double>(host) / all));
+    json_["disk_share"].push_back(JsonNumber(static_cast<double>(disk) / all));
     json_["resident_rows"].push_back(sequence.CountResidency().device_rows);
     last_ = {device + last_.rows_device, host + last_.rows_host, disk + last_.rows_disk};
   }

@@ -9,7 +9,7 @@ using nlohmann::ordered_json;
 
 constexpr double kTolerance = 1e-4;      // fp32 rounding of truth and bound, as in the cache's own audit
 constexpr double kLeastTruth = 1e-3;     // ratios to less than this say nothing
-constexpr int64_t kMostPoints = 2000;    // of the sample that the page plots
+constexpr int64_t kMostPoints = 1000;    // of the sample that the page plots
 
 ordered_json WithWorst(const Distribution& values, const ordered_json& worst) {
   ordered_json json = values.ToJson();
@@ -138,7 +138,7 @@ void FidelityObserver::OnUnit(const AuditedUnit& unit) {
     if (statistical >= 0) statistical_ratio_.Add(statistical / truth);
     // Every so-many-th, with a stride that no number of heads divides.
     if (unit.estimate.empty() || points_seen_++ % 17 != 0 || static_cast<int64_t>(points_.size()) >= kMostPoints) continue;
-    points_.push_back(ordered_json::array({truth, JsonNumber(unit.estimate[at]), bounded ? JsonNumber(unit.bound[at]) : ordered_json(nullptr),
+    points_.push_back(ordered_json::array({JsonNumber(truth), JsonNumber(unit.estimate[at]), bounded ? JsonNumber(unit.bound[at]) : ordered_json(nullptr),
                                            statistical >= 0 ? JsonNumber(statistical) : ordered_json(nullptr), unit.age}));
   }
   ++units_;
@@ -166,7 +166,9 @@ ordered_json FidelityObserver::Heads() const {
   json["output_error_by_layer"] = by_layer;
   json["rho_map"] = rho_map_.ToJson();
   json["steps"] = steps();
-  json["dropped_by_step"] = dropped_by_step();
+  ordered_json by_step = ordered_json::array();
+  for (const double value : dropped_by_step()) by_step.push_back(JsonNumber(value));
+  json["dropped_by_step"] = by_step;
   json["points"] = points_;
   return json;
 }

@@ -29,7 +29,7 @@ TEST(TwoClock, IsTheDefaultWithTheGateOfCisAndDensePrefill) {
   EXPECT_DOUBLE_EQ(rule.tau, 0.8);
   EXPECT_EQ(rule.max_age, 16);
   EXPECT_EQ(rule.scorer, Scorer::kCodes);
-  EXPECT_DOUBLE_EQ(rule.theta, 0.005);
+  EXPECT_DOUBLE_EQ(rule.theta, 0);
   EXPECT_FALSE(rule.residents_only);
   EXPECT_EQ(rule.sinks, 8);
   EXPECT_EQ(rule.local, 32);
