@@ -11,7 +11,9 @@
 
 namespace prehoc {
 
-enum class SelectorKind : uint8_t { kDense, kWindow, kOracle, kCis, kPsaw, kEtf, kCpe, kSharedCandidates, kTwoClock };
+enum class SelectorKind : uint8_t {
+  kDense, kWindow, kOracle, kCis, kPsaw, kEtf, kCpe, kSharedCandidates, kTwoClock, kQuest
+};
 
 // How positions are judged when a head selects.
 enum class Scorer : uint8_t { kNone, kExact, kCodes, kPages };
@@ -106,6 +108,13 @@ struct SharedCandidatesOptions {
   Scorer inner = Scorer::kExact;  // sc.inner: exact | codes, to choose among the candidates
 };
 
+struct QuestOptions {
+  static constexpr int32_t kLeastPages = 3;  // kept whatever the budget, as published; the last page is one of them
+  int32_t page = 16;         // quest.page: positions of a page
+  int32_t dense_layers = 2;  // quest.dense_layers: the first layers attend to everything
+  CisOptions::GqaSet gqa_set = CisOptions::GqaSet::kPerQueryHead;  // quest.gqa_set
+};
+
 struct SelectorOptions {
   SelectorKind kind = SelectorKind::kTwoClock;
   Budget budget;
@@ -114,6 +123,7 @@ struct SelectorOptions {
   EtfOptions etf;
   TwoClockOptions tc;
   SharedCandidatesOptions sc;
+  QuestOptions quest;
   // >= 0: widen each head's set, from the budget on, until the bound is at most this, or attend densely.
   double max_dropped_mass = -1;
   // bound: none | proven (by the error bounds of the scores) | statistical (by the variance of dithered codes). At every step
@@ -134,9 +144,10 @@ struct SelectorOptions {
 
   BoundKind BoundInForce() const;
   DepthOptions EtfDepth() const;  // etf.c, and etf.l_s with kAsPsaw resolved
+  Budget Kept() const;  // `budget` with the sinks and the local window that this kind keeps: quest has no such rule
 };
 
-// "dense", "window", "oracle", "cis", "psaw", "etf", "cpe", "sc", "tc". kInvalid with the nearest valid names.
+// "dense", "window", "oracle", "cis", "psaw", "etf", "cpe", "sc", "tc", "quest". kInvalid with the nearest valid names.
 Result<SelectorKind> ParseSelectorKind(std::string_view name);
 std::string_view SelectorKindName(SelectorKind kind);
 std::vector<std::string_view> SelectorKindNames();

@@ -43,7 +43,7 @@ struct Chosen {
   bool retrieval = true;  // everything in sight was scored for it
 };
 
-// Who decides together: the query heads of a KV head, or (cis.gqa_set = per_query_head) one of them.
+// Who decides together: the query heads of a KV head, or (gqa_set = per_query_head) one of them.
 struct Unit {
   int32_t first_head = 0, heads = 0, kv_head = 0;
   bool has_set = false;
@@ -73,6 +73,27 @@ std::vector<double> ReferenceLogits(std::span<const float> q, std::span<const fl
   return z;
 }
 
+std::vector<double> ReferencePageBounds(std::span<const float> q, std::span<const float> keys, int32_t head_dim,
+                                        int32_t page) {
+  const auto dim = static_cast<size_t>(head_dim), size = static_cast<size_t>(page);
+  const size_t n = keys.size() / dim;
+  std::vector<double> bounds;
+  for (size_t h = 0; h < q.size() / dim; ++h) {
+    for (size_t i = 0; i < n; ++i) {
+      double sum = 0;
+      for (size_t c = 0; c < dim; ++c) {
+        double most = -kInfinity;  // of q_c k_c over the page: the larger of those at the two ends
+        for (size_t j = i / size * size; j < std::min(n, i / size * size + size); ++j) {
+          most = std::max(most, static_cast<double>(q[h * dim + c]) * keys[j * dim + c]);
+        }
+        sum += most;
+      }
+      bounds.push_back(sum / std::sqrt(static_cast<double>(head_dim)));
+    }
+  }
+  return bounds;
+}
+
 struct ReferenceTrace::Impl {
   const SelectorOptions options;
   const ReferenceShape shape;
@@ -83,6 +104,7 @@ struct ReferenceTrace::Impl {
   bool is_cis() const { return options.kind == SelectorKind::kCis || options.kind == SelectorKind::kCpe; }
   bool is_sc() const { return options.kind == SelectorKind::kSharedCandidates; }
   bool is_tc() const { return options.kind == SelectorKind::kTwoClock; }
+  bool is_quest() const { return options.kind == SelectorKind::kQuest; }
 
   // PSAW's edge. Layers count from 1, or from 0 by psaw.layer_base.
   int32_t Edge(int64_t n) const {
@@ -101,6 +123,7 @@ struct ReferenceTrace::Impl {
   Sight Look(int64_t n64) const {
     const auto n = static_cast<int32_t>(n64);
     const Budget& budget = options.budget;
+    if (is_quest()) return {0, 0, std::max(0, n - 1) / options.quest.page * options.quest.page, n};
     if (n < int64_t{budget.sinks} + budget.local) return {n, n, n, n};
     const int32_t edge = Edge(n);
     Sight sight{budget.sinks, std::max(budget.sinks, edge), n - budget.local, n};
@@ -121,19 +144,37 @@ struct ReferenceTrace::Impl {
     return LogSumExp(values);
   }
 
+  // Quest: all pages of the budget, the last one included, but no fewer than three.
+  int64_t Pages(int64_t n) const {
+    const Budget& budget = options.budget;
+    const int64_t total = budget.tokens > 0 ? budget.tokens
+                                            : static_cast<int64_t>(std::floor(budget.fraction * static_cast<double>(n) + 1e-9));
+    return std::max<int64_t>(3, total / options.quest.page);
+  }
+
+  // What orders a position.
+  double Rankable(const ReferenceInput& in, int32_t head, int32_t i) const {
+    return in.scores.empty() ? Z(in, head, i)
+                             : in.scores[static_cast<size_t>(head) * static_cast<size_t>(in.n) + static_cast<size_t>(i)];
+  }
+
   // What CIS ranks by, with the other group rules of cis.gqa_set. By position; only the middle is filled. Weights are
   // shares of the mass of `scored`.
   std::vector<double> Scores(const Unit& unit, const Sight& sight, const ReferenceInput& in,
                              const Positions& scored) const {
     using Rule = CisOptions::GqaSet;
-    const Rule rule = is_cis() ? options.cis.gqa_set : Rule::kMaxWeight;
+    const Rule rule = is_cis() ? options.cis.gqa_set : is_quest() ? options.quest.gqa_set : Rule::kMaxWeight;
     std::vector<double> scores(static_cast<size_t>(sight.hi), -kInfinity);
     std::vector<double> lse;
-    for (int32_t h = 0; h < unit.heads; ++h) lse.push_back(Lse(in, unit.first_head + h, scored));
+    for (int32_t h = 0; h < unit.heads; ++h) {
+      std::vector<double> values;
+      for (const int32_t i : scored) values.push_back(Rankable(in, unit.first_head + h, i));
+      lse.push_back(LogSumExp(values));
+    }
     for (int32_t i = sight.lo; i < sight.hi; ++i) {
       std::vector<double> of_heads;
       for (int32_t h = 0; h < unit.heads; ++h) {
-        const double z = Z(in, unit.first_head + h, i);
+        const double z = Rankable(in, unit.first_head + h, i);
         of_heads.push_back(rule == Rule::kMaxLogit ? z : z - lse[static_cast<size_t>(h)]);
       }
       scores[static_cast<size_t>(i)] = rule == Rule::kMeanWeight ? LogSumExp(of_heads)
@@ -279,9 +320,13 @@ struct ReferenceTrace::Impl {
     chosen.retrieval = !is_sc() || options.max_dropped_mass >= 0;
     if (is_sc()) chosen.retrieval = Refresh(unit, sight, in) || chosen.retrieval;
     const Positions candidates = Candidates(*unit, sight);
-    const Positions scored = chosen.retrieval ? sight.All() : With(sight, candidates, sight.hi);
+    // Page bounds are there for the middle alone.
+    const Positions scored = is_quest()         ? candidates
+                             : chosen.retrieval ? sight.All()
+                                                : With(sight, candidates, sight.hi);
     const Positions ranked = Rank(Scores(*unit, sight, in, scored), candidates);
-    const auto k = static_cast<size_t>(options.budget.MiddleK(in.n));
+    // The positions of a page have the same score, so whole pages come first.
+    const auto k = static_cast<size_t>(is_quest() ? (Pages(in.n) - 1) * options.quest.page : options.budget.MiddleK(in.n));
     const Positions plain_ranked = First(ranked, HowMany(*unit, sight, in, ranked, scored, k));
     const bool fixed_k = options.max_dropped_mass < 0 && options.budget.mass == 0;
     chosen.plain = Sorted(plain_ranked);
@@ -441,10 +486,12 @@ ReferenceDecision ReferenceTrace::Impl::Step(const ReferenceInput& in) {
   const Sight sight = Look(in.n);
   const Budget& budget = options.budget;
   const int64_t most = int64_t{budget.sinks} + budget.MiddleK(in.n) + budget.local;
-  const bool chooses = is_cis() || is_tc() || is_sc() || options.kind == SelectorKind::kOracle;
-  const bool dense = in.n <= most || (!chooses && options.kind != SelectorKind::kWindow);
+  const bool chooses = is_cis() || is_tc() || is_sc() || is_quest() || options.kind == SelectorKind::kOracle;
+  const bool few = is_quest() ? (in.n + options.quest.page - 1) / options.quest.page <= Pages(in.n) : in.n <= most;
+  const bool dense = few || (!chooses && options.kind != SelectorKind::kWindow) ||
+                     (is_quest() && shape.layer < options.quest.dense_layers);
   const bool skips_prompt =
-      options.kind == SelectorKind::kOracle || (is_cis() && !options.cis.first_anchor_prompt);
+      options.kind == SelectorKind::kOracle || is_quest() || (is_cis() && !options.cis.first_anchor_prompt);
 
   // Gates are asked before any set changes: one layer-wide gate sees the anchors of all.
   std::vector<bool> shares(units.size());
@@ -480,7 +527,8 @@ ReferenceDecision ReferenceTrace::Impl::Step(const ReferenceInput& in) {
 ReferenceTrace::ReferenceTrace(const SelectorOptions& options, const ReferenceShape& shape, bool all_resident)
     : impl_(new Impl{options, shape, all_resident, {}}) {
   PREHOC_CHECK(options.Validate().ok());
-  const bool alone = impl_->is_cis() && options.cis.gqa_set == CisOptions::GqaSet::kPerQueryHead;
+  const auto set = impl_->is_quest() ? options.quest.gqa_set : options.cis.gqa_set;
+  const bool alone = (impl_->is_cis() || impl_->is_quest()) && set == CisOptions::GqaSet::kPerQueryHead;
   const int32_t together = alone ? 1 : shape.group;
   for (int32_t head = 0; head < shape.heads(); head += together) {
     Unit unit;

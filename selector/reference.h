@@ -25,6 +25,7 @@ struct ReferenceInput {
   int64_t step = 0;             // u; 0 = the last prompt token
   int64_t n = 0;                // visible positions
   std::span<const double> z;    // [heads, n]: logits as the scorer sees them
+  std::span<const double> scores;  // [heads, n]: what orders positions where that is no logit; only for quest (page bounds)
   std::span<const double> err;  // [heads, n]: |true logit - z| at most; empty = exact
   std::span<const float> q;     // [heads, head_dim], after RoPE
   std::span<const float> q_pre; // before RoPE; may be empty unless cis.cos_stage = pre_rope
@@ -38,13 +39,14 @@ struct ReferenceDecision {
   // [heads], sorted, each position once. Empty at step 0, whose attention belongs to prefill.
   std::vector<std::vector<int32_t>> attended;
   // [heads]: a retrieval ran, that is, all positions in sight were scored in order to choose.
+  //   quest                every step: the bounds of all pages
   //   oracle, CIS, CPE     a selection: no set yet, a block start, or the gate failed (with reselect_once too)
   //   two clocks           a scan: no choice yet, too old, or the gate failed. What is fetched after it does not matter
   //   shared candidates    a refresh of the slow clock. Choosing k among the residents, as every step does, is none,
   //                        even when everything is resident; with max_dropped_mass every step scores all, and is one
   //   not                  an inherited choice; a step that attends to all in sight, be it because n is small or by
   //                        cis.fail = dense; dense, window, PSAW and ETF
-  // Heads that choose together share the flag: count one head per group, or each with cis.gqa_set = per_query_head.
+  // Heads that choose together share the flag: count one head per group, or each with a gqa_set of per_query_head.
   // Step 0 can select; rho leaves it out.
   std::vector<bool> selected;
   // [heads]: mass outside the set by z, of the positions in sight (PSAW's window). At step 0: of the set it would
@@ -57,6 +59,11 @@ struct ReferenceDecision {
 
 // z[h, i] = q_h . k_i / sqrt(head_dim) in fp64, for one KV head: q [group, head_dim], keys [n, head_dim].
 std::vector<double> ReferenceLogits(std::span<const float> q, std::span<const float> keys, int32_t head_dim);
+
+// For each position the bound of its page: SUM_c max(q_c min_c, q_c max_c) / sqrt(head_dim), minimum and maximum over the
+// keys of its page of `page` positions. Shapes as above.
+std::vector<double> ReferencePageBounds(std::span<const float> q, std::span<const float> keys, int32_t head_dim,
+                                        int32_t page);
 
 class ReferenceTrace {
  public:

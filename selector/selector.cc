@@ -73,6 +73,7 @@ Scorer ScorerOf(const SelectorOptions& options) {
     case SelectorKind::kCpe: return options.cis.scorer;
     case SelectorKind::kSharedCandidates: return options.sc.inner;
     case SelectorKind::kTwoClock: return options.tc.scorer;
+    case SelectorKind::kQuest: return Scorer::kPages;
     case SelectorKind::kDense:
     case SelectorKind::kWindow:
     case SelectorKind::kPsaw:
@@ -94,6 +95,7 @@ Result<std::unique_ptr<Selector>> Selector::Create(const SelectorOptions& option
     case SelectorKind::kCpe: return selector_internal::MakeCpe(options);
     case SelectorKind::kSharedCandidates: return selector_internal::MakeSharedCandidates(options);
     case SelectorKind::kTwoClock: return selector_internal::MakeTwoClock(options);
+    case SelectorKind::kQuest: return selector_internal::MakeQuest(options);
   }
   return {StatusCode::kInvalid, "selector kind out of range"};
 }
@@ -101,7 +103,7 @@ Result<std::unique_ptr<Selector>> Selector::Create(const SelectorOptions& option
 StepRule Selector::Rule(const StepContext& context) const {
   PREHOC_CHECK(context.n >= 0 && context.n <= INT32_MAX && context.step >= 0);
   StepRule rule = DoRule(context);
-  FitEdges(options_.budget, context.n, &rule);
+  FitEdges(options_.Kept(), context.n, &rule);
   if (rule.attend_all || context.n <= int64_t{rule.sinks} + rule.k + rule.local) return WithoutChoice(rule);
   if (rule.scorer == Scorer::kNone) return rule;
 
@@ -132,6 +134,14 @@ int64_t Selector::WindowStart(int32_t, int32_t, int64_t) const { return 0; }
 bool Selector::NeedsCodes() const { return ScorerOf(options_) == Scorer::kCodes; }
 
 bool Selector::NeedsPages() const { return ScorerOf(options_) == Scorer::kPages; }
+
+int32_t Selector::PageTokens() const { return options_.kind == SelectorKind::kQuest ? options_.quest.page : 16; }
+
+bool Selector::ChoosesPerQueryHead() const {
+  constexpr auto alone = CisOptions::GqaSet::kPerQueryHead;
+  if (options_.kind == SelectorKind::kQuest) return options_.quest.gqa_set == alone;
+  return IsCis(options_) && options_.cis.gqa_set == alone;
+}
 
 bool Selector::NeedsErrorBounds() const {
   return options_.BoundInForce() != BoundKind::kNone || (IsCis(options_) && options_.cis.gate == CisOptions::Gate::kCertified && NeedsCodes());

@@ -22,6 +22,7 @@ struct DeviceRequest {
   size_t code_block_bytes = 0;  // 0 = no codes
   int32_t code_group = 64;
   bool pages = false;
+  int32_t page_tokens = 16;     // of one page's bounds; divides code_group
   bool pool = false;            // pooled scores for a slow clock
   bool scores = false;          // logits of all positions
   bool errors = false;          // ... and their error bounds

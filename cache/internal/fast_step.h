@@ -39,7 +39,6 @@ struct FastStep {
 
   // Task lists.
   std::vector<AppendTask> append;
-  std::vector<EncodeTask> encode;
   std::vector<GateTask> gate;
   std::vector<float> cosines, spreads;
   std::vector<ScanTask> scan;

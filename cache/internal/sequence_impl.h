@@ -120,8 +120,13 @@ struct Sequence::Impl {
   // prefill.cc
   Status Prefill(int32_t layer, const LayerInput& in);
   // Codes (to `unkept` where they are not kept) and page bounds of the group of tokens that begins at `rows`.
-  EncodeTask EncodeTaskFor(int32_t layer, int32_t kv_head, int64_t group, const Half* rows, std::byte* unkept);
   Status IndexRows(int32_t layer, LayerBlocks& rows, int64_t end);  // codes and bounds of whole groups up to `end`
+  struct IndexedGroup {
+    int32_t kv_head = 0;
+    int64_t index = 0;           // in groups of CacheShared::index_group()
+    const Half* rows = nullptr;
+  };
+  Status IndexGroups(int32_t layer, std::span<const IndexedGroup> groups, const Launch& launch);
   Status FillRing(int32_t layer, LayerBlocks& rows, int64_t first, int64_t end);
   Status AttendPrefill(int32_t layer, LayerBlocks& rows, const LayerInput& in, int64_t first, int64_t count);
   Status AddKeysToSummaries(int32_t layer, LayerBlocks& rows, int64_t first, int64_t end);
@@ -140,6 +145,7 @@ struct Sequence::Impl {
   Status Select(FastStep& s);
   Status Score(FastStep& s);
   Status ScoreResidents(FastStep& s, size_t index);
+  Status ScorePages(FastStep& s);
   void SpreadPageScores(FastStep& s, int64_t coded);
   void RoundLogits(FastStep& s);
   Status Choose(FastStep& s, bool plain);
@@ -223,7 +229,6 @@ struct Sequence::Impl {
   DeviceBuffer memory;
   float *z_ = nullptr, *err_ = nullptr;
   std::vector<LayerState> layers;
-  std::vector<std::byte> code_scratch;  // where bounds are wanted but codes are not kept
 
   int64_t length = 0;        // finished tokens
   int64_t restored_tokens = 0;

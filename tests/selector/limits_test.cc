@@ -165,7 +165,8 @@ TEST(Limits, RetainedAndDroppedMassAreOne) {
       const int32_t layer = kShape.layers - 1;
       ReferenceShape shape = kShape;
       shape.layer = layer;
-      const SelectorOptions options = With(kind, {"psaw.c=0.7"});
+      const SelectorOptions options =
+          kind == "quest" ? Options(kind, {"budget=48", "quest.dense_layers=0"}) : With(kind, {"psaw.c=0.7"});
       const auto selector = MakeSelector(options);
       double most = 0;
       Decode(options, 30,

@@ -32,6 +32,7 @@ class RuleTrace {
   Mask Sight() const;
   Mask Base(int32_t local_left) const;  // sinks and local
   double Z(int32_t head, int32_t i) const;
+  double Rankable(int32_t head, int32_t i) const;
   double Lse(int32_t head, const Mask& of, double errors = 0) const;
   double Cosine(const Head& head, int32_t h) const;
   double Gate(const Head& head) const;
