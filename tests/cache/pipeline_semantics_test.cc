@@ -60,6 +60,11 @@ std::vector<Case> Cases() {
       {"tc_exact_off", {{"tc.scorer", "exact"}, {"tc.theta", "0"}, {"tc.tau", "off"}}, "tc"},
       {"tc_certify", {{"tc.scorer", "exact"}, {"tc.theta", "0"}, {"tc.tau", "-1"}, {"certify_every", "3"}}, "tc"},
       {"sc", {}, "sc"},
+      {"quest", {{"budget", "64"}, {"quest.dense_layers", "1"}}, "quest"},
+      {"quest_fraction", {{"budget", "1/2"}}, "quest"},
+      {"quest_shared", {{"budget", "48"}, {"quest.dense_layers", "0"}, {"quest.gqa_set", "max_weight"}}, "quest"},
+      {"quest_raw", {{"budget", "48"}, {"quest.dense_layers", "0"}, {"quest.gqa_set", "max_logit"}}, "quest"},
+      {"quest_wide", {{"budget", "100"}, {"quest.dense_layers", "0"}, {"quest.page", "32"}}, "quest"},
       {"max_dropped", {{"tc.scorer", "exact"}, {"tc.theta", "0"}, {"max_dropped_mass", "0.1"}}, "tc"},
   };
 }
@@ -95,6 +100,7 @@ class PipelineSemantics : public testing::TestWithParam<Case> {
     auto opened = world.cache().Open({.max_tokens = kPrompt + kSteps});
     ASSERT_TRUE(opened.ok()) << opened.status();
     Sequence& sequence = **opened;
+    page_ = options.cache.selector.quest.page;
     std::vector<std::unique_ptr<ReferenceTrace>> traces;
     for (int32_t l = 0; l < geometry.layers; ++l) {
       ReferenceShape shape{.layer = l, .layers = geometry.layers, .kv_heads = geometry.kv_heads, .group = geometry.group(),
@@ -117,16 +123,16 @@ class PipelineSemantics : public testing::TestWithParam<Case> {
     EXPECT_EQ(sequence.Report().bound_violations, 0);
     EXPECT_LE(world.device().peak(), options.device_budget);
     EXPECT_LE(world.Counter("host.peak_bytes"), static_cast<double>(options.cache.host_budget));
-    const bool alone = options.cache.selector.cis.gqa_set == CisOptions::GqaSet::kPerQueryHead;
-    if (!alone && GetParam().selector != "sc") {
-      EXPECT_EQ(sequence.Report().retrievals, selected / geometry.group());
+    const bool alone = world.cache().selector().ChoosesPerQueryHead();
+    if (GetParam().selector != "sc") {
+      EXPECT_EQ(sequence.Report().retrievals, alone ? selected : selected / geometry.group());
     }
     report_ = sequence.Report();
   }
 
   ReferenceDecision Reference(ReferenceTrace& trace, const Stream& stream, int32_t layer, int64_t u, int64_t t) {
     const KvGeometry& geometry = stream.geometry();
-    std::vector<double> z;
+    std::vector<double> z, scores;
     std::vector<KeyBall> balls;
     for (int32_t h = 0; h < geometry.kv_heads; ++h) {
       std::vector<float> keys;
@@ -135,6 +141,10 @@ class PipelineSemantics : public testing::TestWithParam<Case> {
                                             static_cast<size_t>(geometry.group() * geometry.head_dim));
       const auto of_heads = ReferenceLogits(of_group, keys, geometry.head_dim);
       z.insert(z.end(), of_heads.begin(), of_heads.end());
+      if (GetParam().selector == "quest") {
+        const auto bounds = ReferencePageBounds(of_group, keys, geometry.head_dim, page_);
+        scores.insert(scores.end(), bounds.begin(), bounds.end());
+      }
       // The centre is the mean of the first piece, as the pipeline meets it.
       const auto dim = static_cast<size_t>(geometry.head_dim);
       KeyBall ball(std::span<const float>(keys).first(std::min<size_t>(keys.size(), 64 * dim)), geometry.head_dim);
@@ -145,6 +155,7 @@ class PipelineSemantics : public testing::TestWithParam<Case> {
     input.step = u;
     input.n = t + 1;
     input.z = z;
+    input.scores = scores;
     input.q = {stream.q(layer, t), static_cast<size_t>(geometry.heads * geometry.head_dim)};
     input.q_pre = input.q;
     input.balls = balls;
@@ -180,6 +191,7 @@ class PipelineSemantics : public testing::TestWithParam<Case> {
   }
 
   SequenceReport report_;
+  int32_t page_ = 0;
 };
 
 TEST_P(PipelineSemantics, AllResident) { Check(OptionsOf(GetParam()), true); }

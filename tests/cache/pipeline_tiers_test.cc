@@ -96,9 +96,13 @@ TEST(PipelineTiers, TooSmallBudgetsAreRefusedWithWhatWouldDo) {
 }
 
 TEST(PipelineTiers, APrefixComesBackBitForBit) {
-  for (const SelectorKind kind : {SelectorKind::kDense, SelectorKind::kTwoClock, SelectorKind::kCpe}) {
+  for (const SelectorKind kind :
+       {SelectorKind::kDense, SelectorKind::kTwoClock, SelectorKind::kCpe, SelectorKind::kQuest}) {
     WorldOptions options = WorldOptions::Default();
     options.cache.selector.kind = kind;
+    options.cache.selector.budget.tokens = 48;
+    options.cache.selector.quest.page = 32;  // put together from smaller ones, here and there
+    if (kind == SelectorKind::kQuest) options.cache.selector.budget.tokens = 96;
     World world(options);
     const Stream stream(options.cache.geometry, kPrompt + kSteps, 11);
     std::vector<float> first;
@@ -280,6 +284,46 @@ TEST(PipelineTiers, AnInheritedStepCostsItsGateAndNothingElse) {
   EXPECT_EQ(report.bytes_exact_keys, pairs * (kPrompt + 16) * geometry.head_dim * 2);
   EXPECT_EQ(report.bytes_gate, pairs * (kSteps - 1) * geometry.group() * geometry.head_dim * 2 * 4);
   EXPECT_DOUBLE_EQ(report.rho(), 1.0 / kSteps);
+}
+
+// Bounds of pages are read once for all query heads of a KV head, at every step, and in sparse layers alone.
+TEST(PipelineTiers, QuestReadsTheBoundsOfWholePages) {
+  WorldOptions options = WorldOptions::Default();
+  options.cache.selector.kind = SelectorKind::kQuest;
+  options.cache.selector.budget.tokens = 64;
+  SequenceReport report;
+  RunWith(options, &report);
+  const KvGeometry& geometry = options.cache.geometry;
+  int64_t pages = 0, attended = 0;  // of one head, over all steps
+  for (int64_t n = kPrompt + 1; n <= kPrompt + kSteps; ++n) {
+    pages += (n - 1) / 16;
+    attended += 3 * 16 + n - (n - 1) / 16 * 16;
+  }
+  EXPECT_EQ(report.triples, geometry.heads * kSteps);  // one of three layers, by query head
+  EXPECT_EQ(report.dense_triples, 2 * geometry.heads * kSteps);
+  EXPECT_EQ(report.retrievals, report.triples);
+  EXPECT_DOUBLE_EQ(report.rho(), 1);
+  EXPECT_EQ(report.attended, geometry.heads * attended);
+  EXPECT_EQ(report.bytes_codes, geometry.kv_heads * pages * 2 * geometry.head_dim * 2);
+  EXPECT_EQ(report.bytes_exact_keys, 0);
+  EXPECT_EQ(report.bytes_gate, 0);
+  EXPECT_EQ(report.first_selections, 0);
+  // What it dropped is known from audits alone.
+  EXPECT_EQ(report.dropped_estimated.count(), 0);
+  EXPECT_EQ(report.dropped_bound.count(), 0);
+  EXPECT_EQ(report.estimate_error.count(), 0);
+  EXPECT_EQ(report.dropped_audited.count(), geometry.heads * kSteps);
+  EXPECT_EQ(report.audited_steps, kSteps);
+}
+
+TEST(PipelineTiers, QuestPagesDivideAChunk) {
+  WorldOptions options = WorldOptions::Default();
+  options.cache.geometry.chunk_tokens = 48;
+  options.cache.selector.kind = SelectorKind::kQuest;
+  options.cache.selector.budget.tokens = 200;
+  EXPECT_OK(options.cache.Validate());
+  options.cache.selector.quest.page = 64;
+  EXPECT_STATUS(StatusCode::kInvalid, "multiple of quest.page=64", options.cache.Validate());
 }
 
 TEST(PipelineTiers, TwoClocksOnASmallDeviceFetchLittleAndStayWithinTheBound) {
