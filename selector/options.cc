@@ -264,6 +264,7 @@ std::vector<Knob> MakeKnobs() {
       Word("quest.page", kQuest, [](auto& o) -> auto& { return o.quest.page; },
            Words<int32_t>{{"16", 16}, {"32", 32}, {"64", 64}}),
       Whole("quest.dense_layers", kQuest, 0, [](auto& o) -> auto& { return o.quest.dense_layers; }),
+      Whole("quest.sinks", kQuest, 0, [](auto& o) -> auto& { return o.quest.sinks; }, QuestOptions::kLeastPages - 1),
       Word("quest.gqa_set", kQuest, [](auto& o) -> auto& { return o.quest.gqa_set; }, gqa_sets),
   };
 }
@@ -372,7 +373,10 @@ DepthOptions SelectorOptions::EtfDepth() const {
 
 Budget SelectorOptions::Kept() const {
   Budget kept = budget;
-  if (kind == SelectorKind::kQuest) kept.sinks = kept.local = 0;
+  if (kind == SelectorKind::kQuest) {
+    kept.sinks = quest.sinks * quest.page;
+    kept.local = 0;
+  }
   return kept;
 }
 

@@ -112,6 +112,7 @@ struct QuestOptions {
   static constexpr int32_t kLeastPages = 3;  // kept whatever the budget, as published; the last page is one of them
   int32_t page = 16;         // quest.page: positions of a page
   int32_t dense_layers = 2;  // quest.dense_layers: the first layers attend to everything
+  int32_t sinks = 0;         // quest.sinks: so many first pages are kept whatever their bounds
   CisOptions::GqaSet gqa_set = CisOptions::GqaSet::kPerQueryHead;  // quest.gqa_set
 };
 
@@ -144,7 +145,7 @@ struct SelectorOptions {
 
   BoundKind BoundInForce() const;
   DepthOptions EtfDepth() const;  // etf.c, and etf.l_s with kAsPsaw resolved
-  Budget Kept() const;  // `budget` with the sinks and the local window that this kind keeps: quest has no such rule
+  Budget Kept() const;  // `budget` with the sinks and the local window that this kind keeps: quest counts in pages
 };
 
 // "dense", "window", "oracle", "cis", "psaw", "etf", "cpe", "sc", "tc", "quest". kInvalid with the nearest valid names.

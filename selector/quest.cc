@@ -23,8 +23,10 @@ class Quest final : public Selector {
     // The page under way is kept, and is one of those that the budget pays for.
     const auto n = static_cast<int32_t>(context.n);
     rule.local = n - std::max(0, n - 1) / quest.page * quest.page;
-    const int32_t pages = std::max(QuestOptions::kLeastPages, options().Kept().MiddleK(context.n) / quest.page);
-    rule.k = (pages - 1) * quest.page;
+    Budget budget = options().budget;
+    budget.sinks = budget.local = 0;  // all of it is pages
+    const int32_t pages = std::max(QuestOptions::kLeastPages, budget.MiddleK(context.n) / quest.page);
+    rule.k = (pages - 1 - quest.sinks) * quest.page;
     return rule;
   }
 };

@@ -123,7 +123,10 @@ struct ReferenceTrace::Impl {
   Sight Look(int64_t n64) const {
     const auto n = static_cast<int32_t>(n64);
     const Budget& budget = options.budget;
-    if (is_quest()) return {0, 0, std::max(0, n - 1) / options.quest.page * options.quest.page, n};
+    if (is_quest()) {
+      const int32_t page = options.quest.page, sinks = options.quest.sinks * page, last = std::max(0, n - 1) / page * page;
+      return last < sinks ? Sight{n, n, n, n} : Sight{sinks, sinks, last, n};
+    }
     if (n < int64_t{budget.sinks} + budget.local) return {n, n, n, n};
     const int32_t edge = Edge(n);
     Sight sight{budget.sinks, std::max(budget.sinks, edge), n - budget.local, n};
@@ -326,7 +329,7 @@ struct ReferenceTrace::Impl {
                                                 : With(sight, candidates, sight.hi);
     const Positions ranked = Rank(Scores(*unit, sight, in, scored), candidates);
     // The positions of a page have the same score, so whole pages come first.
-    const auto k = static_cast<size_t>(is_quest() ? (Pages(in.n) - 1) * options.quest.page : options.budget.MiddleK(in.n));
+    const auto k = static_cast<size_t>(is_quest() ? (Pages(in.n) - 1 - options.quest.sinks) * options.quest.page : options.budget.MiddleK(in.n));
     const Positions plain_ranked = First(ranked, HowMany(*unit, sight, in, ranked, scored, k));
     const bool fixed_k = options.max_dropped_mass < 0 && options.budget.mass == 0;
     chosen.plain = Sorted(plain_ranked);

@@ -62,6 +62,7 @@ std::vector<Case> Cases() {
       {"sc", {}, "sc"},
       {"quest", {{"budget", "64"}, {"quest.dense_layers", "1"}}, "quest"},
       {"quest_fraction", {{"budget", "1/2"}}, "quest"},
+      {"quest_sink", {{"budget", "64"}, {"quest.dense_layers", "1"}, {"quest.sinks", "1"}}, "quest"},
       {"quest_shared", {{"budget", "48"}, {"quest.dense_layers", "0"}, {"quest.gqa_set", "max_weight"}}, "quest"},
       {"quest_raw", {{"budget", "48"}, {"quest.dense_layers", "0"}, {"quest.gqa_set", "max_logit"}}, "quest"},
       {"quest_wide", {{"budget", "100"}, {"quest.dense_layers", "0"}, {"quest.page", "32"}}, "quest"},

@@ -83,6 +83,7 @@ const std::vector<KnobCase>& Cases() {
       {"sc.inner", "exact", {"codes"}, {"pages"}, "sc"},
       {"quest.page", "16", {"32", "64"}, {"0", "8", "17", "128"}, "quest"},
       {"quest.dense_layers", "2", {"0", "4"}, {"-1", "1/2"}, "quest"},
+      {"quest.sinks", "0", {"1", "2"}, {"3", "-1"}, "quest"},
       {"quest.gqa_set", "per_query_head", {"max_weight", "mean_weight", "max_logit"}, {"union"}, "quest"},
   };
   return *cases;

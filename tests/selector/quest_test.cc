@@ -106,6 +106,18 @@ TEST_F(QuestSteps, AGroupMaySharePages) {
   EXPECT_EQ(PagesOf(shares.attended[0], 16, kN), (std::vector<int32_t>{0, 5, 7}));
 }
 
+TEST_F(QuestSteps, FirstPagesMayBeKeptOutOfTheSameBudget) {
+  const std::vector<double> bounds = {1, 2, 9, 3, 8, 5, 4};
+  ReferenceDecision step = Step(Options("quest", {"quest.sinks=1"}), bounds, bounds);
+  EXPECT_EQ(PagesOf(step.attended[0], 16, kN), (std::vector<int32_t>{0, 2, 7}));
+  step = Step(Options("quest", {"quest.sinks=2"}), bounds, bounds);
+  EXPECT_EQ(PagesOf(step.attended[0], 16, kN), (std::vector<int32_t>{0, 1, 7}));
+  const StepRule rule = RuleAt(Options("quest", {"quest.sinks=1"}), 1600);
+  EXPECT_EQ(rule.sinks, 16);
+  EXPECT_EQ(rule.lo, 16);
+  EXPECT_EQ(rule.k, 4 * 16);
+}
+
 TEST_F(QuestSteps, LargerPages) {
   // Pages of 32: {0, 1}, {2, 3}, {4, 5}, and the last one, of 20 positions.
   const ReferenceDecision step =

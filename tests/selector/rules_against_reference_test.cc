@@ -56,6 +56,7 @@ const std::vector<Choice>& Choices() {
       {"sc.lag", {"0", "1", "3"}},
       {"quest.page", {"16", "16", "32"}},
       {"quest.dense_layers", {"0", "0", "2"}},
+      {"quest.sinks", {"0", "1", "2"}},
       {"quest.gqa_set", {"per_query_head", "max_weight", "mean_weight", "max_logit"}},
   };
   return *choices;
