@@ -18,7 +18,7 @@ using selector_internal::PrintFraction;
 using selector_internal::PrintNumber;
 using selector_internal::Quote;
 
-constexpr std::array<std::pair<std::string_view, SelectorKind>, 10> kKinds = {{
+constexpr std::array<std::pair<std::string_view, SelectorKind>, 11> kKinds = {{
     {"dense", SelectorKind::kDense},
     {"window", SelectorKind::kWindow},
     {"oracle", SelectorKind::kOracle},
@@ -29,6 +29,7 @@ constexpr std::array<std::pair<std::string_view, SelectorKind>, 10> kKinds = {{
     {"sc", SelectorKind::kSharedCandidates},
     {"tc", SelectorKind::kTwoClock},
     {"quest", SelectorKind::kQuest},
+    {"hshare", SelectorKind::kHShare},
 }};
 
 using Kinds = uint32_t;  // a bit per SelectorKind
@@ -43,8 +44,9 @@ constexpr Kinds kCis = Bit(SelectorKind::kCis) | kCpe;
 constexpr Kinds kSc = Bit(SelectorKind::kSharedCandidates);
 constexpr Kinds kTc = Bit(SelectorKind::kTwoClock);
 constexpr Kinds kQuest = Bit(SelectorKind::kQuest);
+constexpr Kinds kHShare = Bit(SelectorKind::kHShare);
 constexpr Kinds kChoosing = kOracle | kCis | kSc | kTc;  // and estimate what they drop
-constexpr Kinds kAll = kDense | kWindow | kChoosing | kPsaw | kEtf | kQuest;
+constexpr Kinds kAll = kDense | kWindow | kChoosing | kPsaw | kEtf | kQuest | kHShare;
 
 struct Knob {
   std::string name;
@@ -120,7 +122,7 @@ Knob Word(std::string name, Kinds kinds, Field field, Words<Value> words) {
 }
 
 Knob BudgetKnob() {
-  return {"budget", kWindow | kChoosing | kQuest, "1/16, 0.1, 512, mass(0.95), mass(0.95,cap=1/8) or mass(0.95,cap=1024)",
+  return {"budget", kWindow | kChoosing | kQuest | kHShare, "1/16, 0.1, 512, mass(0.95), mass(0.95,cap=1/8) or mass(0.95,cap=1024)",
           [](SelectorOptions& o, std::string_view text) {
             Result<Budget> parsed = Budget::Parse(text);
             if (!parsed.ok()) return false;
@@ -150,13 +152,14 @@ std::vector<Knob> MakeKnobs() {
                                      {"mean_weight", C::GqaSet::kMeanWeight},
                                      {"max_logit", C::GqaSet::kMaxLogit},
                                      {"per_query_head", C::GqaSet::kPerQueryHead}};
+  const std::string some = "a share in (0, 1], such as 3/4";
   const std::string layers = "a share of the layers in [0, 1), such as 1/2";
   return {
       Word("selector", kAll, [](auto& o) -> auto& { return o.kind; },
            Words<SelectorKind>(kKinds.begin(), kKinds.end())),
       BudgetKnob(),
-      Whole("budget.sinks", kWindow | kChoosing | kPsaw, 0, [](auto& o) -> auto& { return o.budget.sinks; }, 1 << 30),
-      Whole("budget.local", kWindow | kChoosing | kPsaw, 1, [](auto& o) -> auto& { return o.budget.local; }, 1 << 30),
+      Whole("budget.sinks", kWindow | kChoosing | kPsaw | kHShare, 0, [](auto& o) -> auto& { return o.budget.sinks; }, 1 << 30),
+      Whole("budget.local", kWindow | kChoosing | kPsaw | kHShare, 1, [](auto& o) -> auto& { return o.budget.local; }, 1 << 30),
       WithWord("off", Real("max_dropped_mass", kChoosing, "a number in [0, 1]",
                            [](auto& o) -> auto& { return o.max_dropped_mass; }, probability),
                -1, [](const SelectorOptions& o) { return o.max_dropped_mass; },
@@ -266,6 +269,16 @@ std::vector<Knob> MakeKnobs() {
       Whole("quest.dense_layers", kQuest, 0, [](auto& o) -> auto& { return o.quest.dense_layers; }),
       Whole("quest.sinks", kQuest, 0, [](auto& o) -> auto& { return o.quest.sinks; }, QuestOptions::kLeastPages - 1),
       Word("quest.gqa_set", kQuest, [](auto& o) -> auto& { return o.quest.gqa_set; }, gqa_sets),
+
+      Real("hshare.layers", kHShare, some, [](auto& o) -> auto& { return o.hshare.layers; }, share, true),
+      Real("hshare.heads", kHShare, some, [](auto& o) -> auto& { return o.hshare.heads; }, share, true),
+      Whole("hshare.steps", kHShare, 1, [](auto& o) -> auto& { return o.hshare.steps; }, 1 << 20),
+      Real("hshare.channels", kHShare, some, [](auto& o) -> auto& { return o.hshare.channels; }, share, true),
+      Word("hshare.bits", kHShare, [](auto& o) -> auto& { return o.hshare.bits; }, Words<int32_t>{{"4", 4}, {"16", 16}}),
+      Word("hshare.list", kHShare, [](auto& o) -> auto& { return o.hshare.keep_list; },
+           Words<bool>{{"discard", false}, {"keep", true}}),
+      Whole("hshare.map_queries", kHShare, 1, [](auto& o) -> auto& { return o.hshare.map_queries; }, 1 << 20),
+      Word("hshare.gqa_set", kHShare, [](auto& o) -> auto& { return o.hshare.gqa_set; }, gqa_sets),
   };
 }
 
@@ -288,6 +301,7 @@ Status CheckBound(const SelectorOptions& o) {
   const bool cuts = o.kind == SelectorKind::kPsaw || o.kind == SelectorKind::kCpe;
   if (o.kind == SelectorKind::kWindow) return Refused(knob + "a window is chosen by position and bounds nothing");
   if (o.kind == SelectorKind::kQuest) return Refused(knob + "bounds of whole pages order them, and prove next to nothing");
+  if (o.kind == SelectorKind::kHShare) return Refused(knob + "labels order positions, and prove nothing");
   if (promises && o.budget.mass > 0) {
     return Refused(knob + "takes the place of budget=" + o.budget.ToString() + "; give the least to keep as 1/16 or 512");
   }
@@ -328,15 +342,22 @@ Status CheckBudget(const SelectorOptions& o) {
   return Refused("budget=" + o.budget.ToString() + ": less than budget.sinks + budget.local = " + std::to_string(kept));
 }
 
+// The rivals' scores only order positions.
+Status CheckRival(const SelectorOptions& o) {
+  if (o.kind != SelectorKind::kQuest && o.kind != SelectorKind::kHShare) return {};
+  const std::string name(SelectorKindName(o.kind));
+  if (o.budget.mass > 0) {
+    return Refused("budget=" + o.budget.ToString() + ": " + name + " estimates no mass; give a share or a number");
+  }
+  if (o.certify_every > 0) {
+    return Refused("certify_every=" + std::to_string(o.certify_every) + ": " + name + " estimates no mass that could age");
+  }
+  return {};
+}
+
 // Sinks and local window are no rule of Quest's: what it keeps in any case are pages.
 Status CheckQuest(const SelectorOptions& o) {
   if (o.kind != SelectorKind::kQuest) return {};
-  if (o.budget.mass > 0) {
-    return Refused("budget=" + o.budget.ToString() + ": bounds of whole pages estimate no mass; give a share or a number");
-  }
-  if (o.certify_every > 0) {
-    return Refused("certify_every=" + std::to_string(o.certify_every) + ": quest estimates no mass that could age");
-  }
   const int32_t least = QuestOptions::kLeastPages * o.quest.page;
   if (o.budget.tokens == 0 || o.budget.tokens >= least) return {};
   return Refused("budget=" + o.budget.ToString() + ": less than the " + std::to_string(QuestOptions::kLeastPages) +
@@ -408,6 +429,7 @@ Status SelectorOptions::Validate() const {
     const int32_t refresh = certify_every > 0 ? std::min(sc.refresh, certify_every) : sc.refresh;
     PREHOC_RETURN_IF_ERROR(CheckLag("sc.", sc.lag, refresh));
   }
+  PREHOC_RETURN_IF_ERROR(CheckRival(*this));
   PREHOC_RETURN_IF_ERROR(CheckQuest(*this));
   PREHOC_RETURN_IF_ERROR(CheckEvict(*this));
   PREHOC_RETURN_IF_ERROR(CheckBound(*this));

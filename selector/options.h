@@ -12,11 +12,11 @@
 namespace prehoc {
 
 enum class SelectorKind : uint8_t {
-  kDense, kWindow, kOracle, kCis, kPsaw, kEtf, kCpe, kSharedCandidates, kTwoClock, kQuest
+  kDense, kWindow, kOracle, kCis, kPsaw, kEtf, kCpe, kSharedCandidates, kTwoClock, kQuest, kHShare
 };
 
 // How positions are judged when a head selects.
-enum class Scorer : uint8_t { kNone, kExact, kCodes, kPages };
+enum class Scorer : uint8_t { kNone, kExact, kCodes, kPages, kLabels };
 
 // What is claimed of the mass that a step drops, beside its estimate.
 enum class BoundKind : uint8_t { kNone, kProven, kStatistical };
@@ -116,6 +116,17 @@ struct QuestOptions {
   CisOptions::GqaSet gqa_set = CisOptions::GqaSet::kPerQueryHead;  // quest.gqa_set
 };
 
+struct HShareOptions {
+  double layers = 0.75;      // hshare.layers: at least this share of the layers chooses; the others borrow
+  double heads = 0.75;       // hshare.heads: of the heads of such a layer
+  int32_t steps = 2;         // hshare.steps: a choice serves so many
+  double channels = 0.25;    // hshare.channels: share of a key's channels that its label holds
+  int32_t bits = 4;          // hshare.bits per channel of a label: 4, or 16 = as stored
+  bool keep_list = false;    // hshare.list: discard (what leaves the local window stays until the next choice) | keep
+  int32_t map_queries = 32;  // hshare.map_queries: of the prompt's end, that tell who borrows from whom
+  CisOptions::GqaSet gqa_set = CisOptions::GqaSet::kPerQueryHead;  // hshare.gqa_set
+};
+
 struct SelectorOptions {
   SelectorKind kind = SelectorKind::kTwoClock;
   Budget budget;
@@ -125,6 +136,7 @@ struct SelectorOptions {
   TwoClockOptions tc;
   SharedCandidatesOptions sc;
   QuestOptions quest;
+  HShareOptions hshare;
   // >= 0: widen each head's set, from the budget on, until the bound is at most this, or attend densely.
   double max_dropped_mass = -1;
   // bound: none | proven (by the error bounds of the scores) | statistical (by the variance of dithered codes). At every step
@@ -148,7 +160,8 @@ struct SelectorOptions {
   Budget Kept() const;  // `budget` with the sinks and the local window that this kind keeps: quest counts in pages
 };
 
-// "dense", "window", "oracle", "cis", "psaw", "etf", "cpe", "sc", "tc", "quest". kInvalid with the nearest valid names.
+// "dense", "window", "oracle", "cis", "psaw", "etf", "cpe", "sc", "tc", "quest", "hshare". kInvalid with the nearest
+// valid names.
 Result<SelectorKind> ParseSelectorKind(std::string_view name);
 std::string_view SelectorKindName(SelectorKind kind);
 std::vector<std::string_view> SelectorKindNames();

@@ -59,6 +59,9 @@ struct StepRule {
   // dropped.
   bool middle_only = false;
   int32_t page = 0;          // > 0: whole pages of so many positions are chosen; lo, n - local and k are multiples of it
+  // From step 1 on, heads and layers that have a source (borrow_map.h) take its choice of the same step instead of making
+  // one. At step 0 nobody borrows: what each of them chooses there, for the prompt's last queries, is what the maps come from.
+  bool borrows = false;
   bool local_held = false;   // the local window keeps its left edge until the next selection
   bool filter_each_step = false;  // drop inherited positions below lo
 
@@ -108,7 +111,9 @@ class Selector {
   bool NeedsCodes() const;      // the index must hold codes
   bool NeedsPages() const;      // ... page bounds
   int32_t PageTokens() const;   // of so many positions each
+  bool NeedsLabels() const;     // ... labels of keys (hshare)
   bool ChoosesPerQueryHead() const;  // else the query heads of a KV head share one choice
+  int32_t HeldSteps() const;    // with StepRule::local_held: how far the window's edge can fall behind
   bool NeedsErrorBounds() const;  // a bound has to include the error of the scores
   bool NeedsPreRope() const;    // the gate compares queries before RoPE
   // Part of every persisted key: how prefill changes K and V. Empty when prefill is dense. With etf.n = chunk they also

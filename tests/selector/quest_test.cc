@@ -84,7 +84,7 @@ class QuestSteps : public testing::Test {
     }
     const std::vector<float> q = {1, 0, 1, 0};
     ReferenceTrace trace(options, {.layer = 2, .layers = 4, .kv_heads = 1, .group = 2, .head_dim = 2});
-    return trace.Step({.step = 1, .n = kN, .z = z, .scores = scores, .err = {}, .q = q, .q_pre = {}, .balls = {}, .batch = {}});
+    return trace.Step({.step = 1, .n = kN, .z = z, .scores = scores, .rows = {}, .err = {}, .q = q, .q_pre = {}, .balls = {}, .batch = {}});
   }
 };
 

@@ -243,6 +243,32 @@ void RuleTrace::Keep(Head* head, const Mask& chosen) const {
   for (int32_t h = 0; h < head->count; ++h) head->lse_dropped.push_back(Lse(head->first + h, outside, 1));
 }
 
+// What the heads would choose for the prompt's last queries tells who borrows from whom.
+void RuleTrace::MapHeads() {
+  const ReferenceInput* const now = in_;
+  const auto count = static_cast<int32_t>(heads_.size());
+  std::vector<int64_t> common(heads_.size() * heads_.size(), 0);
+  for (const ReferenceRow& row : now->rows) {
+    ReferenceInput input;
+    input.n = row.n;
+    input.scores = row.scores;
+    in_ = &input;
+    n_ = static_cast<int32_t>(row.n);
+    std::vector<Head> heads(heads_);
+    for (Head& head : heads) {
+      bool retrieval = false;
+      Mask plain;
+      Choose(&head, &retrieval, &plain);
+    }
+    for (size_t i = 0; i < heads.size(); ++i) {
+      for (size_t j = 0; j < i; ++j) common[i * heads.size() + j] += InCommon(heads[i].middle, heads[j].middle);
+    }
+  }
+  in_ = now;
+  n_ = static_cast<int32_t>(now->n);
+  source_ = GreedyBorrowMap(common, count, Borrowers(selector_->options().hshare.heads, count));
+}
+
 ReferenceDecision RuleTrace::Step(const ReferenceInput& in) {
   in_ = &in;
   n_ = static_cast<int32_t>(in.n);
@@ -251,6 +277,10 @@ ReferenceDecision RuleTrace::Step(const ReferenceInput& in) {
   ReferenceDecision decision{std::vector<std::vector<int32_t>>(num), std::vector<bool>(num), std::vector<double>(num),
                              std::vector<double>(num, -1)};
   const bool chooses = !rule_.attend_all && rule_.scorer != Scorer::kNone;
+  if (in.step == 0) {
+    source_.clear();
+    if (rule_.borrows) MapHeads();
+  }
   std::vector<double> gates;
   for (const Head& head : heads_) gates.push_back(chooses && head.chosen_at >= 0 ? Gate(head) : -2);
 
@@ -275,8 +305,15 @@ ReferenceDecision RuleTrace::Step(const ReferenceInput& in) {
       } else {
         if (rule_.residents_only) retrieval = Refresh(&head);
         const std::vector<int32_t> before = head.middle;
-        Mask plain;
-        const Mask chosen = Choose(&head, &retrieval, &plain);
+        Mask plain, chosen;
+        const size_t lender = rule_.borrows && in.step > 0 && !source_.empty() ? static_cast<size_t>(source_[u]) : u;
+        if (lender != u) {
+          head.middle = heads_[lender].middle;
+          chosen = Base(n_ - rule_.local);
+          for (const int32_t i : head.middle) chosen[static_cast<size_t>(i)] = true;
+        } else {
+          chosen = Choose(&head, &retrieval, &plain);
+        }
         if (must || rule_.fail != CisOptions::OnFail::kReselectOnce) {
           Keep(&head, chosen);
         } else {

@@ -74,6 +74,7 @@ class HandLayer {
                         .n = static_cast<int64_t>(weights.front().size()),
                         .z = z,
                         .scores = {},
+                        .rows = {},
                         .err = {},
                         .q = q,
                         .q_pre = q_pre,
