@@ -30,6 +30,10 @@ Status Sequence::Impl::Prefill(int32_t layer_index, const LayerInput& in) {
       PREHOC_RETURN_IF_ERROR(FillRing(layer_index, rows, first, visible()));
       PREHOC_RETURN_IF_ERROR(AddKeysToSummaries(layer_index, rows, first, visible()));
     }
+    if (!repairing) KeepQueries(layer, in);
+    if (!repairing && visible() == prompt && selector().NeedsLabels()) {
+      PREHOC_RETURN_IF_ERROR(BuildLabels(layer_index, rows, LastQueries(layer)));
+    }
     step_report.prefill_frozen_rows += in.q_skip;
     if (in.q_skip < count) {
       PREHOC_RETURN_IF_ERROR(AttendPrefill(layer_index, rows, in, first + in.q_skip, count - in.q_skip));

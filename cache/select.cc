@@ -64,6 +64,7 @@ Status Sequence::Impl::Select(FastStep& s) {
 // Logits of everything in sight, for the units that select: from codes, page bounds or the keys themselves.
 Status Sequence::Impl::Score(FastStep& s) {
   if (s.rule.page > 0) return ScorePages(s);
+  if (s.rule.scorer == Scorer::kLabels) return ScoreByLabels(s);
   LayerState& layer = layers[static_cast<size_t>(s.layer)];
   const int64_t dim = geometry().head_dim;
   const int64_t size = geometry().chunk_tokens;

@@ -3,6 +3,7 @@
 #include <random>
 
 #include "cache/internal/fast_step.h"
+#include "cache/internal/labels.h"
 #include "cache/internal/sequence_impl.h"
 
 namespace prehoc {
@@ -96,7 +97,9 @@ Result<std::unique_ptr<Sequence::Impl>> Sequence::Impl::Open(CacheShared* shared
   request.bytes = options.device_bytes > 0 ? std::min<uint64_t>(options.device_bytes, left) : left;
   request.sinks = selector.options().Kept().sinks;
   // What leaves the local window stays until a refresh can have seen it.
-  request.ring_min = extent.local + shared->index_group() +
+  // A window whose edge is held falls behind by so many positions.
+  const auto held = static_cast<int32_t>(std::min<int64_t>(selector.HeldSteps(), options.max_tokens));
+  request.ring_min = extent.local + held + shared->index_group() +
                      (residency.factor > 0 ? residency.refresh + residency.lag + 1 : 0);
   request.slots_min = extent.chooses ? std::max(extent.middle, 1) : 0;
   request.slots_max = static_cast<int32_t>(std::min<int64_t>(options.device_slots, options.max_tokens));
@@ -106,6 +109,7 @@ Result<std::unique_ptr<Sequence::Impl>> Sequence::Impl::Open(CacheShared* shared
     request.code_block_bytes = shared->resources.kernels->code_block_bytes(shared->options.codes, geometry.head_dim);
   }
   request.pages = selector.NeedsPages();
+  if (selector.NeedsLabels()) request.label_bytes = LabelFormat::Of(selector.options().hshare, geometry.head_dim).bytes();
   request.page_tokens = selector.NeedsCodes() ? 16 : selector.PageTokens();
   request.pool = residency.factor > 0;
   request.scores = extent.chooses;
@@ -150,6 +154,7 @@ void Sequence::Impl::Carve(const DeviceRequest& request) {
         head.page_lo = reinterpret_cast<Half*>(at + layout.lo_at);
         head.page_hi = reinterpret_cast<Half*>(at + layout.hi_at);
       }
+      if (request.label_bytes > 0) head.labels = at + layout.labels_at;
       head.residency = HeadResidency(reinterpret_cast<uint64_t*>(at + layout.slotted_at),
                                  reinterpret_cast<uint64_t*>(at + layout.resident_at), max_tokens, layout.slots);
       layer.heads.push_back(std::move(head));
@@ -326,6 +331,9 @@ Status Sequence::Impl::End() {
     step_report.prompt_tokens = count;
     last_prompt = prompt;
     step = 0;
+    for (LayerState& layer : layers) {
+      if (prompt_done) layer.queries.clear();  // for the maps of this prompt alone
+    }
   }
   chain = next_chain;
   length = visible();
@@ -344,6 +352,8 @@ void Sequence::Impl::Rollback() {
       if (!layer.tail_pins.empty()) layer.tail_pins.pop_back();
       layer.blocks.pop_back();
     }
+    layer.labelled = std::min(layer.labelled, length);
+    ForgetQueries(layer);
     layer.coded = std::min(layer.coded, length / cache->index_group() * cache->index_group());
   }
   for (LayerState& layer : layers) {

@@ -35,6 +35,7 @@ DeviceLayout Lay(const DeviceRequest& r, int32_t ring, int32_t slots) {
   const uint64_t bounds = r.pages ? groups * static_cast<uint64_t>(r.code_group / r.page_tokens) * row / 2 : 0;
   layout.lo_at = take(bounds);
   layout.hi_at = take(bounds);
+  layout.labels_at = take(tokens * r.label_bytes);
   const uint64_t bitmap = (tokens + 63) / 64 * 8;
   layout.slotted_at = take(bitmap);
   layout.resident_at = take(bitmap);

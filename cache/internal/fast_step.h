@@ -11,7 +11,8 @@
 namespace prehoc {
 
 // What one unit does at this step.
-enum class Way : uint8_t { kInherit, kSelect, kSelectOnce, kEverything };
+// kBorrow: the choice that another head or layer makes at this step.
+enum class Way : uint8_t { kInherit, kSelect, kSelectOnce, kEverything, kBorrow };
 
 struct UnitStep {
   Way way = Way::kInherit;
