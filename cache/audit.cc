@@ -59,7 +59,8 @@ Status Sequence::Impl::Audit(FastStep& s) {
   LayerBlocks blocks(cache->host.get(), geometry(), layer.blocks, BlockUse::kStream);
   const int64_t dim = geometry().head_dim;
   const bool statistical = cache->options.selector.BoundInForce() == BoundKind::kStatistical;
-  if (s.layer == 0) ++step_report.audited_steps;
+  const bool estimates = s.rule.scorer != Scorer::kNone && !s.rule.middle_only;
+  step_report.audited_steps = 1;  // of one step; its first layers may be dense
 
   for (size_t index = 0; index < layer.units.size(); ++index) {
     const Unit& unit = layer.units[index];
@@ -91,7 +92,7 @@ Status Sequence::Impl::Audit(FastStep& s) {
       }
       error[at] = RelativeError(s.in.out + (unit.first_head + h) * dim, exact.data() + h * dim, dim);
       step_report.dropped_audited.Add(dropped[at]);
-      if (s.rule.scorer != Scorer::kNone) step_report.estimate_error.Add(std::abs(dropped[at] - unit.dropped[at]));
+      if (estimates) step_report.estimate_error.Add(std::abs(dropped[at] - unit.dropped[at]));
       const bool violated = unit.dropped_bound[at] >= 0 && dropped[at] > unit.dropped_bound[at] + kTolerance;
       if (statistical) {
         step_report.statistical_checked += unit.dropped_bound[at] >= 0 && !unit.attended.everything;
@@ -107,7 +108,7 @@ Status Sequence::Impl::Audit(FastStep& s) {
     audited.attended = attended;
     audited.dropped = dropped;
     audited.output_error = error;
-    if (s.rule.scorer != Scorer::kNone) audited.estimate = unit.dropped;
+    if (estimates) audited.estimate = unit.dropped;
     const std::vector<float> nothing(static_cast<size_t>(unit.heads), -1);
     audited.bound = statistical ? nothing : unit.dropped_bound;
     if (statistical) audited.bound_statistical = unit.dropped_bound;

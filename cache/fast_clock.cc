@@ -56,12 +56,15 @@ Status Sequence::Impl::Attend(int32_t layer_index, const LayerInput& in) {
     PREHOC_RETURN_IF_ERROR(AppendRows(layer_index, in, first, 1));
     s.blocks.emplace(cache->host.get(), geometry(), layer.blocks, BlockUse::kKeep);
     PREHOC_RETURN_IF_ERROR(IndexRows(layer_index, *s.blocks, visible()));
+    PREHOC_RETURN_IF_ERROR(LabelRows(layer_index, *s.blocks, visible()));
     PREHOC_RETURN_IF_ERROR(AddKeysToSummaries(layer_index, *s.blocks, first, visible()));
   }
 
   Gate(s);                                          // who keeps its last choice
   PREHOC_RETURN_IF_ERROR(CheckCertificates(s));     // ... and can prove it (only where the gate is a bound)
+  MarkBorrowers(s);                                 // ... or takes that of another head or layer
   PREHOC_RETURN_IF_ERROR(Select(s));                // the others look at everything, and choose
+  TakeBorrowed(s);
   PREHOC_RETURN_IF_ERROR(Fetch(s));                 // what is attended to and is not on the device
   PREHOC_RETURN_IF_ERROR(AttendUnits(s));
   Account(s);
@@ -87,9 +90,12 @@ Status Sequence::Impl::FirstSelection(int32_t layer_index, const float* q, const
     unit.chosen.clear();
     unit.pool_restart = true;
   }
+  if (layer_index == 0) layer_source.clear();  // of an earlier prompt
   if (s.rule.attend_all || s.rule.scorer == Scorer::kNone) return {};
   s.blocks.emplace(cache->host.get(), geometry(), layer.blocks, BlockUse::kKeep);
+  if (s.rule.borrows) PREHOC_RETURN_IF_ERROR(FindSources(s));
   PREHOC_RETURN_IF_ERROR(Select(s));
+  if (s.rule.borrows && layer_index + 1 == geometry().layers) FindLayerSources();
   s.blocks.reset();
   step_report.first_selections += static_cast<int64_t>(layer.units.size());
   // What choosing cost at u = 0 belongs to prefill.

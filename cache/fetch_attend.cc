@@ -193,7 +193,8 @@ void Sequence::Impl::Account(FastStep& s) {
     // Choosing among candidates is no retrieval; the scan that made them is.
     if (looked && (!candidates || PoolIsDue(s))) ++step_report.retrievals;
     if (now.way == Way::kInherit) ++step_report.inherited;
-    AccountMass(s, i);
+    if (now.way == Way::kBorrow) ++step_report.borrowed;
+    if (!s.rule.middle_only) AccountMass(s, i);
   }
   step_report.bytes_from_disk += s.blocks->loaded() * static_cast<int64_t>(geometry().block_bytes());
 }

@@ -17,6 +17,10 @@ Status CacheOptions::Validate() const {
     return {StatusCode::kInvalid, "chunk_tokens = " + std::to_string(geometry.chunk_tokens) +
                                       " is not a multiple of the codes' group of " + std::to_string(codes.group_tokens)};
   }
+  if (selector.kind == SelectorKind::kQuest && geometry.chunk_tokens % selector.quest.page != 0) {
+    return {StatusCode::kInvalid, "chunk_tokens = " + std::to_string(geometry.chunk_tokens) + " is not a multiple of quest.page=" +
+                                      std::to_string(selector.quest.page)};
+  }
   if (!selector.cis.clip_middle && selector.cis.exact_budget) {
     return {StatusCode::kUnsupported, "cis.clip=visible with cis.budget=cis*: an exact budget needs cis.clip=middle"};
   }

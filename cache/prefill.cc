@@ -30,6 +30,10 @@ Status Sequence::Impl::Prefill(int32_t layer_index, const LayerInput& in) {
       PREHOC_RETURN_IF_ERROR(FillRing(layer_index, rows, first, visible()));
       PREHOC_RETURN_IF_ERROR(AddKeysToSummaries(layer_index, rows, first, visible()));
     }
+    if (!repairing) KeepQueries(layer, in);
+    if (!repairing && visible() == prompt && selector().NeedsLabels()) {
+      PREHOC_RETURN_IF_ERROR(BuildLabels(layer_index, rows, LastQueries(layer)));
+    }
     step_report.prefill_frozen_rows += in.q_skip;
     if (in.q_skip < count) {
       PREHOC_RETURN_IF_ERROR(AttendPrefill(layer_index, rows, in, first + in.q_skip, count - in.q_skip));
@@ -52,44 +56,65 @@ Status Sequence::Impl::Prefill(int32_t layer_index, const LayerInput& in) {
   return {};
 }
 
-EncodeTask Sequence::Impl::EncodeTaskFor(int32_t layer, int32_t kv_head, int64_t group, const Half* rows, std::byte* unkept) {
-  const HeadState& head = layers[static_cast<size_t>(layer)].heads[static_cast<size_t>(kv_head)];
-  const CodeFormat& format = cache->options.codes;
-  const auto at = static_cast<size_t>(group);
-  EncodeTask task;
-  task.rows = rows;
-  task.block = head.codes ? head.codes + at * kernels().code_block_bytes(format, geometry().head_dim) : unkept;
-  task.seed = CodeBlockSeed(SeedOf(layer, kv_head), group);
-  if (head.page_lo) {
-    const size_t bounds_of_group = static_cast<size_t>(format.group_tokens / 16) * static_cast<size_t>(geometry().head_dim);
-    task.page_lo = head.page_lo + at * bounds_of_group;
-    task.page_hi = head.page_hi + at * bounds_of_group;
-  }
-  return task;
-}
-
 Status Sequence::Impl::IndexRows(int32_t layer_index, LayerBlocks& rows, int64_t end) {
   LayerState& layer = layers[static_cast<size_t>(layer_index)];
   if (!selector().NeedsCodes() && !selector().NeedsPages()) return {};
-  const CodeFormat& format = cache->options.codes;
-  const int64_t group = format.group_tokens;
-  const size_t block_bytes = kernels().code_block_bytes(format, geometry().head_dim);
-  std::vector<EncodeTask>& tasks = scratch->encode;
-  tasks.clear();
-  const auto num_tasks = static_cast<size_t>((end / group - layer.coded / group) * geometry().kv_heads);
-  if (!selector().NeedsCodes()) code_scratch.resize(num_tasks * block_bytes);
+  const int64_t group = cache->index_group();
+  std::vector<IndexedGroup> groups;
   for (int64_t g = layer.coded / group; g < end / group; ++g) {
     for (int32_t h = 0; h < geometry().kv_heads; ++h) {
       PREHOC_ASSIGN_OR_RETURN(const Half* source, rows.Row(g * group, h));
-      std::byte* unkept = selector().NeedsCodes() ? nullptr : code_scratch.data() + tasks.size() * block_bytes;
-      tasks.push_back(EncodeTaskFor(layer_index, h, g, source, unkept));
+      groups.push_back({h, g, source});
     }
   }
-  if (!tasks.empty()) {
-    PREHOC_RETURN_IF_ERROR(
-        kernels().encode({.tasks = tasks, .format = format, .head_dim = geometry().head_dim}, cache->launch()));
-  }
+  PREHOC_RETURN_IF_ERROR(IndexGroups(layer_index, groups, cache->launch()));
   layer.coded = end / group * group;
+  return {};
+}
+
+Status Sequence::Impl::IndexGroups(int32_t layer_index, std::span<const IndexedGroup> groups, const Launch& launch) {
+  if (groups.empty()) return {};
+  LayerState& layer = layers[static_cast<size_t>(layer_index)];
+  const CodeFormat format = cache->index_format();
+  const auto dim = static_cast<size_t>(geometry().head_dim);
+  const size_t block_bytes = kernels().code_block_bytes(format, geometry().head_dim);
+  const bool coded = selector().NeedsCodes();
+  // Bounds come for 16 tokens each; those of a larger page are put together from them.
+  const auto parts = static_cast<size_t>(cache->index_group() / format.group_tokens);
+  std::vector<std::byte> unkept(coded ? 0 : groups.size() * parts * block_bytes);
+  std::vector<Half> lo(parts > 1 ? groups.size() * parts * dim : 0), hi(lo.size());
+  std::vector<EncodeTask> tasks;
+  for (const IndexedGroup& group : groups) {
+    HeadState& head = layer.heads[static_cast<size_t>(group.kv_head)];
+    const auto at = static_cast<size_t>(group.index);
+    for (size_t part = 0; part < parts; ++part) {
+      EncodeTask task;
+      task.rows = group.rows + part * static_cast<size_t>(format.group_tokens) * row_halfs();
+      if (coded) task.seed = CodeBlockSeed(SeedOf(layer_index, group.kv_head), group.index);
+      task.block = coded ? head.codes + at * block_bytes : unkept.data() + tasks.size() * block_bytes;
+      if (head.page_lo) {
+        const size_t bounds = static_cast<size_t>(format.group_tokens / 16) * dim;
+        task.page_lo = parts > 1 ? lo.data() + tasks.size() * dim : head.page_lo + at * bounds;
+        task.page_hi = parts > 1 ? hi.data() + tasks.size() * dim : head.page_hi + at * bounds;
+      }
+      tasks.push_back(task);
+    }
+  }
+  PREHOC_RETURN_IF_ERROR(kernels().encode({.tasks = tasks, .format = format, .head_dim = geometry().head_dim}, launch));
+  for (size_t g = 0; parts > 1 && g < groups.size(); ++g) {
+    HeadState& head = layer.heads[static_cast<size_t>(groups[g].kv_head)];
+    const size_t to = static_cast<size_t>(groups[g].index) * dim;
+    for (size_t c = 0; c < dim; ++c) {
+      Half least = lo[g * parts * dim + c], most = hi[g * parts * dim + c];
+      for (size_t part = 1; part < parts; ++part) {
+        const Half other_lo = lo[(g * parts + part) * dim + c], other_hi = hi[(g * parts + part) * dim + c];
+        if (HalfToFloat(other_lo) < HalfToFloat(least)) least = other_lo;
+        if (HalfToFloat(other_hi) > HalfToFloat(most)) most = other_hi;
+      }
+      head.page_lo[to + c] = least;
+      head.page_hi[to + c] = most;
+    }
+  }
   return {};
 }
 

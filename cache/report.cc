@@ -22,6 +22,7 @@ constexpr CountField kCounts[] = {
     {"dense_triples", &SequenceReport::dense_triples},
     {"retrievals", &SequenceReport::retrievals},
     {"inherited", &SequenceReport::inherited},
+    {"borrowed", &SequenceReport::borrowed},
     {"first_selections", &SequenceReport::first_selections},
     {"widened_dense", &SequenceReport::widened_dense},
     {"attended", &SequenceReport::attended},

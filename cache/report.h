@@ -48,6 +48,7 @@ struct SequenceReport {
   int64_t dense_triples = 0;     // attended to everything visible
   int64_t retrievals = 0;        // triples that ran a selection
   int64_t inherited = 0;         // triples that kept an earlier one
+  int64_t borrowed = 0;          // triples that took what another head or layer had selected (hshare)
   int64_t first_selections = 0;  // at u = 0, reported apart
   int64_t widened_dense = 0;     // heads that attended densely because no smaller set met max_dropped_mass
   double rho() const { return triples ? static_cast<double>(retrievals) / static_cast<double>(triples) : 0; }

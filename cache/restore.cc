@@ -11,19 +11,16 @@ namespace prehoc {
 // Codes and bounds of one block. Different blocks may run at once.
 Status Sequence::Impl::EncodeBlock(int32_t layer_index, int64_t chunk, std::span<const std::byte> bytes) {
   if (!selector().NeedsCodes() && !selector().NeedsPages()) return {};
-  const CodeFormat& format = cache->options.codes;
-  const int64_t groups = geometry().chunk_tokens / format.group_tokens;
-  std::vector<EncodeTask> tasks;
-  std::vector<std::byte> unkept;
-  if (!selector().NeedsCodes()) unkept.resize(kernels().code_block_bytes(format, geometry().head_dim));
+  const int64_t group = cache->index_group();
+  const int64_t num = geometry().chunk_tokens / group;
+  std::vector<IndexedGroup> groups;
   for (int32_t h = 0; h < geometry().kv_heads; ++h) {
     const auto* rows = reinterpret_cast<const Half*>(bytes.data() + static_cast<size_t>(h) * geometry().head_block_bytes());
-    for (int64_t g = 0; g < groups; ++g) {
-      const Half* source = rows + g * format.group_tokens * static_cast<int64_t>(row_halfs());
-      tasks.push_back(EncodeTaskFor(layer_index, h, chunk * groups + g, source, unkept.data()));
+    for (int64_t g = 0; g < num; ++g) {
+      groups.push_back({h, chunk * num + g, rows + g * group * static_cast<int64_t>(row_halfs())});
     }
   }
-  return kernels().encode({.tasks = tasks, .format = format, .head_dim = geometry().head_dim}, Launch{});
+  return IndexGroups(layer_index, groups, Launch{});
 }
 
 // Where everything is resident a whole block has its place in the ring, whatever becomes of the others.

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "base/half.h"
 #include "cache/internal/fast_step.h"
@@ -24,6 +25,16 @@ GroupRule GroupRuleOf(CisOptions::GqaSet set) {
 // True if the kernel that chooses also bounds what it leaves: unless it aims at an estimate, which knows no errors.
 bool BoundsWhileChoosing(const StepRule& rule) {
   return rule.bound != BoundKind::kNone && (rule.target_is_bound || rule.target_drop < 0);
+}
+
+// Pages become their positions.
+void ExpandPages(int32_t page, std::vector<int32_t>* chosen) {
+  const size_t pages = chosen->size();
+  chosen->resize(pages * static_cast<size_t>(page));
+  for (size_t p = pages; p-- > 0;) {
+    const auto first = chosen->begin() + static_cast<std::ptrdiff_t>(p * static_cast<size_t>(page));
+    std::iota(first, first + page, (*chosen)[p] * page);
+  }
 }
 
 bool Chooses(const UnitStep& unit) { return unit.way == Way::kSelect || unit.way == Way::kSelectOnce; }
@@ -52,6 +63,8 @@ Status Sequence::Impl::Select(FastStep& s) {
 
 // Logits of everything in sight, for the units that select: from codes, page bounds or the keys themselves.
 Status Sequence::Impl::Score(FastStep& s) {
+  if (s.rule.page > 0) return ScorePages(s);
+  if (s.rule.scorer == Scorer::kLabels) return ScoreByLabels(s);
   LayerState& layer = layers[static_cast<size_t>(s.layer)];
   const int64_t dim = geometry().head_dim;
   const int64_t size = geometry().chunk_tokens;
@@ -219,6 +232,25 @@ Status Sequence::Impl::ScoreResidents(FastStep& s, size_t index) {
   return {};
 }
 
+// Where whole pages are chosen, z[h, page] holds their bounds: no key is read. One pass over the bounds of a KV head
+// serves all of its query heads, whether or not they choose together.
+Status Sequence::Impl::ScorePages(FastStep& s) {
+  LayerState& layer = layers[static_cast<size_t>(s.layer)];
+  PREHOC_DCHECK(std::all_of(s.units.begin(), s.units.end(), Chooses));  // no rule by pages has a gate
+  const int32_t pages = (s.n - s.rule.local) / s.rule.page;
+  PREHOC_CHECK(int64_t{pages} * s.rule.page <= layer.coded);
+  s.pages.clear();
+  for (int32_t h = 0; h < geometry().kv_heads; ++h) {
+    const HeadState& head = layer.heads[static_cast<size_t>(h)];
+    const int32_t first_head = h * geometry().group();
+    s.pages.push_back({.q = s.in.q + int64_t{first_head} * geometry().head_dim, .lo = head.page_lo, .hi = head.page_hi,
+                       .pages = pages, .z = z(first_head), .z_stride = layout.stride});
+    step_report.bytes_codes += pages * static_cast<int64_t>(geometry().row_bytes());
+  }
+  return kernels().score_pages({.tasks = s.pages, .group = geometry().group(), .head_dim = geometry().head_dim},
+                               cache->launch());
+}
+
 void Sequence::Impl::SpreadPageScores(FastStep& s, int64_t coded) {
   const auto pages = static_cast<size_t>(coded / 16);
   for (const ScorePagesTask& task : s.pages) {
@@ -273,6 +305,7 @@ Status Sequence::Impl::Choose(FastStep& s, bool plain) {
   for (UnitStep& now : s.units) {
     if (!Chooses(now)) continue;
     now.chosen.resize(static_cast<size_t>(now.chosen_count));
+    if (s.rule.page > 0) ExpandPages(s.rule.page, &now.chosen);
     now.met = now.met_byte != 0 || !s.rule.target_is_bound;
   }
   for (size_t i = 0; i < layer.units.size() && s.rule.bound != BoundKind::kNone && !BoundsWhileChoosing(s.rule); ++i) {
@@ -328,6 +361,13 @@ ChooseTask Sequence::Impl::ChooseTaskFor(FastStep& s, size_t index) {
   task.hi = s.n - s.rule.local;
   task.k = s.rule.k;
   task.cap = s.rule.cap;
+  if (s.rule.middle_only) {
+    task.sinks = 0;
+    task.n = task.hi;
+  }
+  if (s.rule.page > 0) {  // logits are those of pages
+    for (int32_t* bound : {&task.n, &task.lo, &task.hi, &task.k, &task.cap}) *bound /= s.rule.page;
+  }
   task.target_drop = static_cast<float>(s.rule.target_drop);
   task.dilate_m = s.rule.dilate_m;
   task.dilate_r = s.rule.dilate_r;

@@ -3,6 +3,7 @@
 #include <random>
 
 #include "cache/internal/fast_step.h"
+#include "cache/internal/labels.h"
 #include "cache/internal/sequence_impl.h"
 
 namespace prehoc {
@@ -20,10 +21,7 @@ std::string NewBranch() {
 
 std::vector<Unit> MakeUnits(const CacheShared& cache) {
   const KvGeometry& geometry = cache.geometry();
-  const SelectorOptions& selector = cache.options.selector;
-  const bool cis = selector.kind == SelectorKind::kCis || selector.kind == SelectorKind::kCpe;
-  const bool alone = cis && selector.cis.gqa_set == CisOptions::GqaSet::kPerQueryHead;
-  const int32_t together = alone ? 1 : geometry.group();
+  const int32_t together = cache.selector->ChoosesPerQueryHead() ? 1 : geometry.group();
   std::vector<Unit> units;
   for (int32_t head = 0; head < geometry.heads; head += together) {
     Unit unit;
@@ -45,12 +43,15 @@ struct Extent {
 Extent ExtentOf(const Selector& selector, int32_t num_layers, int64_t max_tokens) {
   Extent extent;
   for (int64_t n = max_tokens; n > 0; n = n * 3 / 4) {
-    const StepRule rule = selector.Rule({.layer = 0, .layers = num_layers, .step = 1, .n = n});
-    extent.local = std::max(extent.local, rule.local);
-    if (rule.attend_all || rule.scorer == Scorer::kNone) continue;
-    extent.chooses = true;
-    const int32_t wanted = selector.options().budget.mass > 0 ? selector.options().budget.MiddleCap(n) : rule.k;
-    extent.middle = std::max(extent.middle, wanted + 2 * rule.dilate_m * rule.dilate_r);
+    // The first layers may attend to everything (quest.dense_layers), the last ones see less (PSAW).
+    for (const int32_t layer : {0, num_layers - 1}) {
+      const StepRule rule = selector.Rule({.layer = layer, .layers = num_layers, .step = 1, .n = n});
+      extent.local = std::max({extent.local, rule.local, rule.page});
+      if (rule.attend_all || rule.scorer == Scorer::kNone) continue;
+      extent.chooses = true;
+      const int32_t wanted = selector.options().budget.mass > 0 ? selector.options().budget.MiddleCap(n) : rule.k;
+      extent.middle = std::max(extent.middle, wanted + 2 * rule.dilate_m * rule.dilate_r);
+    }
   }
   return extent;
 }
@@ -94,18 +95,22 @@ Result<std::unique_ptr<Sequence::Impl>> Sequence::Impl::Open(CacheShared* shared
   const DeviceMemory& device = *shared->resources.device;
   const uint64_t left = device.budget() - std::min(device.budget(), device.used());
   request.bytes = options.device_bytes > 0 ? std::min<uint64_t>(options.device_bytes, left) : left;
-  request.sinks = selector.options().budget.sinks;
+  request.sinks = selector.options().Kept().sinks;
   // What leaves the local window stays until a refresh can have seen it.
-  request.ring_min = extent.local + shared->options.codes.group_tokens +
+  // A window whose edge is held falls behind by so many positions.
+  const auto held = static_cast<int32_t>(std::min<int64_t>(selector.HeldSteps(), options.max_tokens));
+  request.ring_min = extent.local + held + shared->index_group() +
                      (residency.factor > 0 ? residency.refresh + residency.lag + 1 : 0);
   request.slots_min = extent.chooses ? std::max(extent.middle, 1) : 0;
   request.slots_max = static_cast<int32_t>(std::min<int64_t>(options.device_slots, options.max_tokens));
   request.units = static_cast<int32_t>(MakeUnits(*shared).size());
-  request.code_group = shared->options.codes.group_tokens;
+  request.code_group = shared->index_group();
   if (selector.NeedsCodes()) {
     request.code_block_bytes = shared->resources.kernels->code_block_bytes(shared->options.codes, geometry.head_dim);
   }
   request.pages = selector.NeedsPages();
+  if (selector.NeedsLabels()) request.label_bytes = LabelFormat::Of(selector.options().hshare, geometry.head_dim).bytes();
+  request.page_tokens = selector.NeedsCodes() ? 16 : selector.PageTokens();
   request.pool = residency.factor > 0;
   request.scores = extent.chooses;
   request.errors = extent.chooses && selector.NeedsErrorBounds();
@@ -120,7 +125,7 @@ Result<std::unique_ptr<Sequence::Impl>> Sequence::Impl::Open(CacheShared* shared
 Sequence::Impl::Impl(CacheShared* shared, const DeviceLayout& device_layout, DeviceBuffer buffer,
                      const SequenceOptions& sequence_options, ChunkKeyChain root)
     : cache(shared), layout(device_layout), max_tokens(sequence_options.max_tokens),
-      observer(sequence_options.observer), sinks(shared->options.selector.budget.sinks), memory(std::move(buffer)), variant(sequence_options.variant),
+      observer(sequence_options.observer), sinks(shared->options.selector.Kept().sinks), memory(std::move(buffer)), variant(sequence_options.variant),
       dither_seed(sequence_options.dither_seed), branch(NewBranch()), chain(root),
       next_chain(std::move(root)), scratch(std::make_unique<FastStep>()) {}
 
@@ -149,6 +154,7 @@ void Sequence::Impl::Carve(const DeviceRequest& request) {
         head.page_lo = reinterpret_cast<Half*>(at + layout.lo_at);
         head.page_hi = reinterpret_cast<Half*>(at + layout.hi_at);
       }
+      if (request.label_bytes > 0) head.labels = at + layout.labels_at;
       head.residency = HeadResidency(reinterpret_cast<uint64_t*>(at + layout.slotted_at),
                                  reinterpret_cast<uint64_t*>(at + layout.resident_at), max_tokens, layout.slots);
       layer.heads.push_back(std::move(head));
@@ -325,6 +331,9 @@ Status Sequence::Impl::End() {
     step_report.prompt_tokens = count;
     last_prompt = prompt;
     step = 0;
+    for (LayerState& layer : layers) {
+      if (prompt_done) layer.queries.clear();  // for the maps of this prompt alone
+    }
   }
   chain = next_chain;
   length = visible();
@@ -343,7 +352,9 @@ void Sequence::Impl::Rollback() {
       if (!layer.tail_pins.empty()) layer.tail_pins.pop_back();
       layer.blocks.pop_back();
     }
-    layer.coded = std::min(layer.coded, length / cache->options.codes.group_tokens * cache->options.codes.group_tokens);
+    layer.labelled = std::min(layer.labelled, length);
+    ForgetQueries(layer);
+    layer.coded = std::min(layer.coded, length / cache->index_group() * cache->index_group());
   }
   for (LayerState& layer : layers) {
     for (HeadState& head : layer.heads) {

@@ -16,6 +16,8 @@ std::unique_ptr<Selector> MakeEtf(const SelectorOptions& options);
 std::unique_ptr<Selector> MakeCpe(const SelectorOptions& options);
 std::unique_ptr<Selector> MakeSharedCandidates(const SelectorOptions& options);
 std::unique_ptr<Selector> MakeTwoClock(const SelectorOptions& options);
+std::unique_ptr<Selector> MakeQuest(const SelectorOptions& options);
+std::unique_ptr<Selector> MakeHShare(const SelectorOptions& options);
 
 // Rules as DoRule() returns them: Selector::Rule() adds sinks, local and what follows from them.
 StepRule AttendAll();

@@ -18,7 +18,7 @@ using selector_internal::PrintFraction;
 using selector_internal::PrintNumber;
 using selector_internal::Quote;
 
-constexpr std::array<std::pair<std::string_view, SelectorKind>, 9> kKinds = {{
+constexpr std::array<std::pair<std::string_view, SelectorKind>, 11> kKinds = {{
     {"dense", SelectorKind::kDense},
     {"window", SelectorKind::kWindow},
     {"oracle", SelectorKind::kOracle},
@@ -28,6 +28,8 @@ constexpr std::array<std::pair<std::string_view, SelectorKind>, 9> kKinds = {{
     {"cpe", SelectorKind::kCpe},
     {"sc", SelectorKind::kSharedCandidates},
     {"tc", SelectorKind::kTwoClock},
+    {"quest", SelectorKind::kQuest},
+    {"hshare", SelectorKind::kHShare},
 }};
 
 using Kinds = uint32_t;  // a bit per SelectorKind
@@ -41,8 +43,10 @@ constexpr Kinds kCpe = Bit(SelectorKind::kCpe);
 constexpr Kinds kCis = Bit(SelectorKind::kCis) | kCpe;
 constexpr Kinds kSc = Bit(SelectorKind::kSharedCandidates);
 constexpr Kinds kTc = Bit(SelectorKind::kTwoClock);
-constexpr Kinds kChoosing = kOracle | kCis | kSc | kTc;
-constexpr Kinds kAll = kDense | kWindow | kChoosing | kPsaw | kEtf;
+constexpr Kinds kQuest = Bit(SelectorKind::kQuest);
+constexpr Kinds kHShare = Bit(SelectorKind::kHShare);
+constexpr Kinds kChoosing = kOracle | kCis | kSc | kTc;  // and estimate what they drop
+constexpr Kinds kAll = kDense | kWindow | kChoosing | kPsaw | kEtf | kQuest | kHShare;
 
 struct Knob {
   std::string name;
@@ -118,7 +122,7 @@ Knob Word(std::string name, Kinds kinds, Field field, Words<Value> words) {
 }
 
 Knob BudgetKnob() {
-  return {"budget", kWindow | kChoosing, "1/16, 0.1, 512, mass(0.95), mass(0.95,cap=1/8) or mass(0.95,cap=1024)",
+  return {"budget", kWindow | kChoosing | kQuest | kHShare, "1/16, 0.1, 512, mass(0.95), mass(0.95,cap=1/8) or mass(0.95,cap=1024)",
           [](SelectorOptions& o, std::string_view text) {
             Result<Budget> parsed = Budget::Parse(text);
             if (!parsed.ok()) return false;
@@ -144,13 +148,18 @@ std::vector<Knob> MakeKnobs() {
   const Words<Scorer> scorers = {{"exact", Scorer::kExact}, {"codes", Scorer::kCodes}};
   Words<Scorer> cis_scorers = scorers;
   cis_scorers.emplace_back("pages", Scorer::kPages);
+  const Words<C::GqaSet> gqa_sets = {{"max_weight", C::GqaSet::kMaxWeight},
+                                     {"mean_weight", C::GqaSet::kMeanWeight},
+                                     {"max_logit", C::GqaSet::kMaxLogit},
+                                     {"per_query_head", C::GqaSet::kPerQueryHead}};
+  const std::string some = "a share in (0, 1], such as 3/4";
   const std::string layers = "a share of the layers in [0, 1), such as 1/2";
   return {
       Word("selector", kAll, [](auto& o) -> auto& { return o.kind; },
            Words<SelectorKind>(kKinds.begin(), kKinds.end())),
       BudgetKnob(),
-      Whole("budget.sinks", kWindow | kChoosing | kPsaw, 0, [](auto& o) -> auto& { return o.budget.sinks; }, 1 << 30),
-      Whole("budget.local", kWindow | kChoosing | kPsaw, 1, [](auto& o) -> auto& { return o.budget.local; }, 1 << 30),
+      Whole("budget.sinks", kWindow | kChoosing | kPsaw | kHShare, 0, [](auto& o) -> auto& { return o.budget.sinks; }, 1 << 30),
+      Whole("budget.local", kWindow | kChoosing | kPsaw | kHShare, 1, [](auto& o) -> auto& { return o.budget.local; }, 1 << 30),
       WithWord("off", Real("max_dropped_mass", kChoosing, "a number in [0, 1]",
                            [](auto& o) -> auto& { return o.max_dropped_mass; }, probability),
                -1, [](const SelectorOptions& o) { return o.max_dropped_mass; },
@@ -192,11 +201,7 @@ std::vector<Knob> MakeKnobs() {
       Whole("cis.r", kCis, 0, [](auto& o) -> auto& { return o.cis.r; }, 64),
       Word("cis.clip", kCis, [](auto& o) -> auto& { return o.cis.clip_middle; },
            Words<bool>{{"middle", true}, {"visible", false}}),
-      Word("cis.gqa_set", kCis, [](auto& o) -> auto& { return o.cis.gqa_set; },
-           Words<C::GqaSet>{{"max_weight", C::GqaSet::kMaxWeight},
-                            {"mean_weight", C::GqaSet::kMeanWeight},
-                            {"max_logit", C::GqaSet::kMaxLogit},
-                            {"per_query_head", C::GqaSet::kPerQueryHead}}),
+      Word("cis.gqa_set", kCis, [](auto& o) -> auto& { return o.cis.gqa_set; }, gqa_sets),
       Word("cis.precision", kCis, [](auto& o) -> auto& { return o.cis.half_logits; },
            Words<bool>{{"f32", false}, {"f16", true}}),
       Word("cis.local_edge", kCis, [](auto& o) -> auto& { return o.cis.local_edge_held; },
@@ -258,6 +263,22 @@ std::vector<Knob> MakeKnobs() {
       Whole("sc.pool", kSc, 1, [](auto& o) -> auto& { return o.sc.pool; }),
       Whole("sc.lag", kSc, 0, [](auto& o) -> auto& { return o.sc.lag; }),
       Word("sc.inner", kSc, [](auto& o) -> auto& { return o.sc.inner; }, scorers),
+
+      Word("quest.page", kQuest, [](auto& o) -> auto& { return o.quest.page; },
+           Words<int32_t>{{"16", 16}, {"32", 32}, {"64", 64}}),
+      Whole("quest.dense_layers", kQuest, 0, [](auto& o) -> auto& { return o.quest.dense_layers; }),
+      Whole("quest.sinks", kQuest, 0, [](auto& o) -> auto& { return o.quest.sinks; }, QuestOptions::kLeastPages - 1),
+      Word("quest.gqa_set", kQuest, [](auto& o) -> auto& { return o.quest.gqa_set; }, gqa_sets),
+
+      Real("hshare.layers", kHShare, some, [](auto& o) -> auto& { return o.hshare.layers; }, share, true),
+      Real("hshare.heads", kHShare, some, [](auto& o) -> auto& { return o.hshare.heads; }, share, true),
+      Whole("hshare.steps", kHShare, 1, [](auto& o) -> auto& { return o.hshare.steps; }, 1 << 20),
+      Real("hshare.channels", kHShare, some, [](auto& o) -> auto& { return o.hshare.channels; }, share, true),
+      Word("hshare.bits", kHShare, [](auto& o) -> auto& { return o.hshare.bits; }, Words<int32_t>{{"4", 4}, {"16", 16}}),
+      Word("hshare.list", kHShare, [](auto& o) -> auto& { return o.hshare.keep_list; },
+           Words<bool>{{"discard", false}, {"keep", true}}),
+      Whole("hshare.map_queries", kHShare, 1, [](auto& o) -> auto& { return o.hshare.map_queries; }, 1 << 20),
+      Word("hshare.gqa_set", kHShare, [](auto& o) -> auto& { return o.hshare.gqa_set; }, gqa_sets),
   };
 }
 
@@ -279,6 +300,8 @@ Status CheckBound(const SelectorOptions& o) {
   const bool cis = o.kind == SelectorKind::kCis || o.kind == SelectorKind::kCpe;
   const bool cuts = o.kind == SelectorKind::kPsaw || o.kind == SelectorKind::kCpe;
   if (o.kind == SelectorKind::kWindow) return Refused(knob + "a window is chosen by position and bounds nothing");
+  if (o.kind == SelectorKind::kQuest) return Refused(knob + "bounds of whole pages order them, and prove next to nothing");
+  if (o.kind == SelectorKind::kHShare) return Refused(knob + "labels order positions, and prove nothing");
   if (promises && o.budget.mass > 0) {
     return Refused(knob + "takes the place of budget=" + o.budget.ToString() + "; give the least to keep as 1/16 or 512");
   }
@@ -319,6 +342,28 @@ Status CheckBudget(const SelectorOptions& o) {
   return Refused("budget=" + o.budget.ToString() + ": less than budget.sinks + budget.local = " + std::to_string(kept));
 }
 
+// The rivals' scores only order positions.
+Status CheckRival(const SelectorOptions& o) {
+  if (o.kind != SelectorKind::kQuest && o.kind != SelectorKind::kHShare) return {};
+  const std::string name(SelectorKindName(o.kind));
+  if (o.budget.mass > 0) {
+    return Refused("budget=" + o.budget.ToString() + ": " + name + " estimates no mass; give a share or a number");
+  }
+  if (o.certify_every > 0) {
+    return Refused("certify_every=" + std::to_string(o.certify_every) + ": " + name + " estimates no mass that could age");
+  }
+  return {};
+}
+
+// Sinks and local window are no rule of Quest's: what it keeps in any case are pages.
+Status CheckQuest(const SelectorOptions& o) {
+  if (o.kind != SelectorKind::kQuest) return {};
+  const int32_t least = QuestOptions::kLeastPages * o.quest.page;
+  if (o.budget.tokens == 0 || o.budget.tokens >= least) return {};
+  return Refused("budget=" + o.budget.ToString() + ": less than the " + std::to_string(QuestOptions::kLeastPages) +
+                 " pages of " + std::to_string(o.quest.page) + " that quest keeps");
+}
+
 // A later refresh takes the place of one that is still under way: with a lag longer than that, none would ever land.
 Status CheckLag(const char* name, int32_t lag, int32_t refresh) {
   if (lag <= refresh) return {};
@@ -347,6 +392,15 @@ DepthOptions SelectorOptions::EtfDepth() const {
   return {.c = etf.c, .l_s = etf.l_s == EtfOptions::kAsPsaw ? psaw.l_s : etf.l_s};
 }
 
+Budget SelectorOptions::Kept() const {
+  Budget kept = budget;
+  if (kind == SelectorKind::kQuest) {
+    kept.sinks = quest.sinks * quest.page;
+    kept.local = 0;
+  }
+  return kept;
+}
+
 Status SelectorOptions::Set(std::string_view name, std::string_view value) {
   for (const Knob& knob : Knobs()) {
     if (knob.name != name) continue;
@@ -369,12 +423,14 @@ Status SelectorOptions::Validate() const {
     return Refused("budget=" + budget.ToString() + ": a window scores nothing and knows no mass");
   }
   const bool sized = kind != SelectorKind::kDense && kind != SelectorKind::kPsaw && kind != SelectorKind::kEtf;
-  if (sized) PREHOC_RETURN_IF_ERROR(CheckBudget(*this));
+  if (sized && kind != SelectorKind::kQuest) PREHOC_RETURN_IF_ERROR(CheckBudget(*this));
   if (kind == SelectorKind::kTwoClock) PREHOC_RETURN_IF_ERROR(CheckLag("tc.", tc.lag, tc.refresh));
   if (kind == SelectorKind::kSharedCandidates) {
     const int32_t refresh = certify_every > 0 ? std::min(sc.refresh, certify_every) : sc.refresh;
     PREHOC_RETURN_IF_ERROR(CheckLag("sc.", sc.lag, refresh));
   }
+  PREHOC_RETURN_IF_ERROR(CheckRival(*this));
+  PREHOC_RETURN_IF_ERROR(CheckQuest(*this));
   PREHOC_RETURN_IF_ERROR(CheckEvict(*this));
   PREHOC_RETURN_IF_ERROR(CheckBound(*this));
   return CheckCertifiedGate(*this);

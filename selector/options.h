@@ -11,10 +11,12 @@
 
 namespace prehoc {
 
-enum class SelectorKind : uint8_t { kDense, kWindow, kOracle, kCis, kPsaw, kEtf, kCpe, kSharedCandidates, kTwoClock };
+enum class SelectorKind : uint8_t {
+  kDense, kWindow, kOracle, kCis, kPsaw, kEtf, kCpe, kSharedCandidates, kTwoClock, kQuest, kHShare
+};
 
 // How positions are judged when a head selects.
-enum class Scorer : uint8_t { kNone, kExact, kCodes, kPages };
+enum class Scorer : uint8_t { kNone, kExact, kCodes, kPages, kLabels };
 
 // What is claimed of the mass that a step drops, beside its estimate.
 enum class BoundKind : uint8_t { kNone, kProven, kStatistical };
@@ -106,6 +108,25 @@ struct SharedCandidatesOptions {
   Scorer inner = Scorer::kExact;  // sc.inner: exact | codes, to choose among the candidates
 };
 
+struct QuestOptions {
+  static constexpr int32_t kLeastPages = 3;  // kept whatever the budget, as published; the last page is one of them
+  int32_t page = 16;         // quest.page: positions of a page
+  int32_t dense_layers = 2;  // quest.dense_layers: the first layers attend to everything
+  int32_t sinks = 0;         // quest.sinks: so many first pages are kept whatever their bounds
+  CisOptions::GqaSet gqa_set = CisOptions::GqaSet::kPerQueryHead;  // quest.gqa_set
+};
+
+struct HShareOptions {
+  double layers = 0.75;      // hshare.layers: at least this share of the layers chooses; the others borrow
+  double heads = 0.75;       // hshare.heads: of the heads of such a layer
+  int32_t steps = 2;         // hshare.steps: a choice serves so many
+  double channels = 0.25;    // hshare.channels: share of a key's channels that its label holds
+  int32_t bits = 4;          // hshare.bits per channel of a label: 4, or 16 = as stored
+  bool keep_list = false;    // hshare.list: discard (what leaves the local window stays until the next choice) | keep
+  int32_t map_queries = 32;  // hshare.map_queries: of the prompt's end, that tell who borrows from whom
+  CisOptions::GqaSet gqa_set = CisOptions::GqaSet::kPerQueryHead;  // hshare.gqa_set
+};
+
 struct SelectorOptions {
   SelectorKind kind = SelectorKind::kTwoClock;
   Budget budget;
@@ -114,6 +135,8 @@ struct SelectorOptions {
   EtfOptions etf;
   TwoClockOptions tc;
   SharedCandidatesOptions sc;
+  QuestOptions quest;
+  HShareOptions hshare;
   // >= 0: widen each head's set, from the budget on, until the bound is at most this, or attend densely.
   double max_dropped_mass = -1;
   // bound: none | proven (by the error bounds of the scores) | statistical (by the variance of dithered codes). At every step
@@ -134,9 +157,11 @@ struct SelectorOptions {
 
   BoundKind BoundInForce() const;
   DepthOptions EtfDepth() const;  // etf.c, and etf.l_s with kAsPsaw resolved
+  Budget Kept() const;  // `budget` with the sinks and the local window that this kind keeps: quest counts in pages
 };
 
-// "dense", "window", "oracle", "cis", "psaw", "etf", "cpe", "sc", "tc". kInvalid with the nearest valid names.
+// "dense", "window", "oracle", "cis", "psaw", "etf", "cpe", "sc", "tc", "quest", "hshare". kInvalid with the nearest
+// valid names.
 Result<SelectorKind> ParseSelectorKind(std::string_view name);
 std::string_view SelectorKindName(SelectorKind kind);
 std::vector<std::string_view> SelectorKindNames();

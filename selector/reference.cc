@@ -43,7 +43,7 @@ struct Chosen {
   bool retrieval = true;  // everything in sight was scored for it
 };
 
-// Who decides together: the query heads of a KV head, or (cis.gqa_set = per_query_head) one of them.
+// Who decides together: the query heads of a KV head, or (gqa_set = per_query_head) one of them.
 struct Unit {
   int32_t first_head = 0, heads = 0, kv_head = 0;
   bool has_set = false;
@@ -73,16 +73,91 @@ std::vector<double> ReferenceLogits(std::span<const float> q, std::span<const fl
   return z;
 }
 
+std::vector<double> ReferencePageBounds(std::span<const float> q, std::span<const float> keys, int32_t head_dim,
+                                        int32_t page) {
+  const auto dim = static_cast<size_t>(head_dim), size = static_cast<size_t>(page);
+  const size_t n = keys.size() / dim;
+  std::vector<double> bounds;
+  for (size_t h = 0; h < q.size() / dim; ++h) {
+    for (size_t i = 0; i < n; ++i) {
+      double sum = 0;
+      for (size_t c = 0; c < dim; ++c) {
+        double most = -kInfinity;  // of q_c k_c over the page: the larger of those at the two ends
+        for (size_t j = i / size * size; j < std::min(n, i / size * size + size); ++j) {
+          most = std::max(most, static_cast<double>(q[h * dim + c]) * keys[j * dim + c]);
+        }
+        sum += most;
+      }
+      bounds.push_back(sum / std::sqrt(static_cast<double>(head_dim)));
+    }
+  }
+  return bounds;
+}
+
+std::vector<int32_t> ReferenceChannels(std::span<const float> queries, std::span<const float> keys, int32_t head_dim,
+                                       int32_t count) {
+  const auto dim = static_cast<size_t>(head_dim);
+  std::vector<double> q(dim, 0), k(dim, 0);
+  for (size_t i = 0; i < queries.size(); ++i) q[i % dim] += std::abs(queries[i]);
+  for (size_t i = 0; i < keys.size(); ++i) k[i % dim] += std::abs(keys[i]);
+  std::vector<int32_t> channels(dim);
+  std::iota(channels.begin(), channels.end(), 0);
+  std::stable_sort(channels.begin(), channels.end(), [&](int32_t a, int32_t b) {
+    const auto at = static_cast<size_t>(a), bt = static_cast<size_t>(b);
+    return q[at] * k[at] > q[bt] * k[bt];
+  });
+  channels.resize(static_cast<size_t>(count));
+  return channels;
+}
+
+namespace {
+// As stored and read back: the step of a key's label is kept as fp16.
+std::vector<float> Label(std::span<const float> vector, std::span<const int32_t> channels, int32_t bits, bool key) {
+  std::vector<float> label;
+  for (const int32_t c : channels) label.push_back(vector[static_cast<size_t>(c)]);
+  if (bits == 16) return label;
+  const auto [least, most] = std::minmax_element(label.begin(), label.end());
+  const float lo = *least;
+  float step = (*most - lo) / 15;
+  if (key) step = HalfToFloat(FloatToHalf(step));
+  for (float& x : label) x = step > 0 ? lo + std::min(15.0f, std::floor((x - lo) / step + 0.5f)) * step : lo;
+  return label;
+}
+}  // namespace
+
+std::vector<double> ReferenceLabelScores(std::span<const float> q, std::span<const float> keys, int32_t head_dim,
+                                         std::span<const int32_t> channels, int32_t bits) {
+  const auto dim = static_cast<size_t>(head_dim);
+  std::vector<std::vector<float>> of_keys;
+  for (size_t i = 0; i < keys.size(); i += dim) of_keys.push_back(Label(keys.subspan(i, dim), channels, bits, true));
+  std::vector<double> scores;
+  for (size_t h = 0; h < q.size(); h += dim) {
+    const std::vector<float> of_query = Label(q.subspan(h, dim), channels, bits, false);
+    for (const auto& key : of_keys) {
+      double dot = 0;
+      for (size_t c = 0; c < key.size(); ++c) dot += static_cast<double>(of_query[c]) * key[c];
+      scores.push_back(dot / std::sqrt(static_cast<double>(channels.size())));
+    }
+  }
+  return scores;
+}
+
 struct ReferenceTrace::Impl {
   const SelectorOptions options;
   const ReferenceShape shape;
   const bool all_resident;
   std::vector<Unit> units;
   int64_t last_step = -1, last_n = 0;
+  // hshare.
+  const Impl* source = nullptr;          // the layer that this one borrows from
+  std::vector<size_t> head_source;       // by unit; empty: all choose
+  std::vector<std::vector<Positions>> prompt_sets;  // [rows][units]
 
   bool is_cis() const { return options.kind == SelectorKind::kCis || options.kind == SelectorKind::kCpe; }
   bool is_sc() const { return options.kind == SelectorKind::kSharedCandidates; }
   bool is_tc() const { return options.kind == SelectorKind::kTwoClock; }
+  bool is_quest() const { return options.kind == SelectorKind::kQuest; }
+  bool is_hshare() const { return options.kind == SelectorKind::kHShare; }
 
   // PSAW's edge. Layers count from 1, or from 0 by psaw.layer_base.
   int32_t Edge(int64_t n) const {
@@ -101,6 +176,10 @@ struct ReferenceTrace::Impl {
   Sight Look(int64_t n64) const {
     const auto n = static_cast<int32_t>(n64);
     const Budget& budget = options.budget;
+    if (is_quest()) {
+      const int32_t page = options.quest.page, sinks = options.quest.sinks * page, last = std::max(0, n - 1) / page * page;
+      return last < sinks ? Sight{n, n, n, n} : Sight{sinks, sinks, last, n};
+    }
     if (n < int64_t{budget.sinks} + budget.local) return {n, n, n, n};
     const int32_t edge = Edge(n);
     Sight sight{budget.sinks, std::max(budget.sinks, edge), n - budget.local, n};
@@ -121,19 +200,40 @@ struct ReferenceTrace::Impl {
     return LogSumExp(values);
   }
 
+  // Quest: all pages of the budget, the last one included, but no fewer than three.
+  int64_t Pages(int64_t n) const {
+    const Budget& budget = options.budget;
+    const int64_t total = budget.tokens > 0 ? budget.tokens
+                                            : static_cast<int64_t>(std::floor(budget.fraction * static_cast<double>(n) + 1e-9));
+    return std::max<int64_t>(3, total / options.quest.page);
+  }
+
+  // What orders a position.
+  double Rankable(const ReferenceInput& in, int32_t head, int32_t i) const {
+    return in.scores.empty() ? Z(in, head, i)
+                             : in.scores[static_cast<size_t>(head) * static_cast<size_t>(in.n) + static_cast<size_t>(i)];
+  }
+
   // What CIS ranks by, with the other group rules of cis.gqa_set. By position; only the middle is filled. Weights are
   // shares of the mass of `scored`.
   std::vector<double> Scores(const Unit& unit, const Sight& sight, const ReferenceInput& in,
                              const Positions& scored) const {
     using Rule = CisOptions::GqaSet;
-    const Rule rule = is_cis() ? options.cis.gqa_set : Rule::kMaxWeight;
+    const Rule rule = is_cis()      ? options.cis.gqa_set
+                      : is_quest()  ? options.quest.gqa_set
+                      : is_hshare() ? options.hshare.gqa_set
+                                    : Rule::kMaxWeight;
     std::vector<double> scores(static_cast<size_t>(sight.hi), -kInfinity);
     std::vector<double> lse;
-    for (int32_t h = 0; h < unit.heads; ++h) lse.push_back(Lse(in, unit.first_head + h, scored));
+    for (int32_t h = 0; h < unit.heads; ++h) {
+      std::vector<double> values;
+      for (const int32_t i : scored) values.push_back(Rankable(in, unit.first_head + h, i));
+      lse.push_back(LogSumExp(values));
+    }
     for (int32_t i = sight.lo; i < sight.hi; ++i) {
       std::vector<double> of_heads;
       for (int32_t h = 0; h < unit.heads; ++h) {
-        const double z = Z(in, unit.first_head + h, i);
+        const double z = Rankable(in, unit.first_head + h, i);
         of_heads.push_back(rule == Rule::kMaxLogit ? z : z - lse[static_cast<size_t>(h)]);
       }
       scores[static_cast<size_t>(i)] = rule == Rule::kMeanWeight ? LogSumExp(of_heads)
@@ -279,9 +379,14 @@ struct ReferenceTrace::Impl {
     chosen.retrieval = !is_sc() || options.max_dropped_mass >= 0;
     if (is_sc()) chosen.retrieval = Refresh(unit, sight, in) || chosen.retrieval;
     const Positions candidates = Candidates(*unit, sight);
-    const Positions scored = chosen.retrieval ? sight.All() : With(sight, candidates, sight.hi);
+    // Page bounds and labels are looked at in the middle alone.
+    const bool middle_only = is_quest() || is_hshare();
+    const Positions scored = middle_only        ? candidates
+                             : chosen.retrieval ? sight.All()
+                                                : With(sight, candidates, sight.hi);
     const Positions ranked = Rank(Scores(*unit, sight, in, scored), candidates);
-    const auto k = static_cast<size_t>(options.budget.MiddleK(in.n));
+    // The positions of a page have the same score, so whole pages come first.
+    const auto k = static_cast<size_t>(is_quest() ? (Pages(in.n) - 1 - options.quest.sinks) * options.quest.page : options.budget.MiddleK(in.n));
     const Positions plain_ranked = First(ranked, HowMany(*unit, sight, in, ranked, scored, k));
     const bool fixed_k = options.max_dropped_mass < 0 && options.budget.mass == 0;
     chosen.plain = Sorted(plain_ranked);
@@ -384,7 +489,7 @@ struct ReferenceTrace::Impl {
   Positions Inherited(const Unit& unit, const Sight& sight) const {
     Positions middle = unit.middle;
     if (options.psaw.filter_each_step) std::erase_if(middle, [&](int32_t i) { return i < sight.lo; });
-    const bool held = is_cis() && options.cis.local_edge_held;
+    const bool held = is_cis() ? options.cis.local_edge_held : is_hshare() && !options.hshare.keep_list;
     return With(sight, middle, held ? unit.local_left : sight.hi);
   }
 
@@ -394,6 +499,7 @@ struct ReferenceTrace::Impl {
     const int64_t age = in.step - unit.chosen_at;
     if (options.certify_every > 0 && age >= options.certify_every) return true;
     if (is_tc()) return age > options.tc.max_age;
+    if (is_hshare()) return in.n % options.hshare.steps == 0;
     if (!is_cis()) return true;
     return (in.step + (options.cis.stagger ? shape.layer : 0)) % options.cis.block == 0;
   }
@@ -403,10 +509,80 @@ struct ReferenceTrace::Impl {
       *bounds = Bounds(unit, in, inherited);
       return *std::max_element(bounds->begin(), bounds->end()) <= options.cis.delta_max;
     }
+    if (is_hshare()) return true;
     const double tau = is_cis() ? options.cis.tau : options.tc.tau;
     if (tau <= -1) return true;
     if (tau >= 1) return false;
     return GateCosine(unit, in) > tau;
+  }
+
+  // Of each prompt query, what the units would choose: as many positions as at the last one.
+  void ChooseForPrompt(const ReferenceInput& in) {
+    prompt_sets.clear();
+    for (const ReferenceRow& row : in.rows) {
+      ReferenceInput as_step;
+      as_step.n = row.n;
+      as_step.scores = row.scores;
+      const Sight sight = Look(row.n);
+      Positions middle(static_cast<size_t>(sight.hi - sight.lo));
+      std::iota(middle.begin(), middle.end(), sight.lo);
+      std::vector<Positions> sets;
+      for (const Unit& unit : units) {
+        const Positions ranked = Rank(Scores(unit, sight, as_step, middle), middle);
+        sets.push_back(Sorted(First(ranked, static_cast<size_t>(options.budget.MiddleK(in.n)))));
+      }
+      prompt_sets.push_back(std::move(sets));
+    }
+  }
+
+  // Time and again the pair that has most in common, of those that still choose.
+  static std::vector<size_t> WhoBorrows(const std::vector<std::vector<size_t>>& common, double choosing) {
+    const size_t count = common.size();
+    std::vector<size_t> from(count);
+    std::iota(from.begin(), from.end(), size_t{0});
+    size_t still = count;
+    // As few as may choose, but at least the share that must.
+    const auto must = static_cast<size_t>(std::max(1.0, std::ceil(choosing * static_cast<double>(count) - 1e-9)));
+    for (; still > must; --still) {
+      std::pair<size_t, size_t> best{0, 0};
+      for (size_t i = 0; i < count; ++i) {
+        for (size_t j = 0; j < i; ++j) {
+          if (from[i] != i || from[j] != j) continue;
+          const bool first = best.first == 0;
+          if (first || common[i][j] > common[best.first][best.second]) best = {i, j};
+        }
+      }
+      for (size_t& of : from) {
+        if (of == best.first) of = best.second;
+      }
+    }
+    return from;
+  }
+
+  static size_t Common(const Positions& a, const Positions& b) {
+    Positions both;
+    std::set_intersection(a.begin(), a.end(), b.begin(), b.end(), std::back_inserter(both));
+    return both.size();
+  }
+
+  void ShareHeads() {
+    std::vector<std::vector<size_t>> common(units.size(), std::vector<size_t>(units.size(), 0));
+    for (const auto& sets : prompt_sets) {
+      for (size_t i = 0; i < units.size(); ++i) {
+        for (size_t j = 0; j < i; ++j) common[i][j] += Common(sets[i], sets[j]);
+      }
+    }
+    head_source = WhoBorrows(common, options.hshare.heads);
+  }
+
+  // The unit whose choice of this step unit `index` takes; null: it chooses.
+  const Unit* SourceOf(size_t index, const ReferenceInput& in) const {
+    if (!is_hshare() || in.step == 0 || head_source.empty()) return nullptr;
+    if (source != nullptr) {
+      PREHOC_CHECK(source->last_step == in.step);
+      return &source->units[index];
+    }
+    return head_source[index] == index ? nullptr : &units[head_source[index]];
   }
 
   // What the unit attends to, and whether it selected.
@@ -415,7 +591,13 @@ struct ReferenceTrace::Impl {
     const bool must = MustSelect(*unit, in);
     if (!must && shares) return Inherited(*unit, sight);
     if (!must && is_cis() && options.cis.fail == Fail::kDense) return sight.All();
-    const Chosen chosen = Select(unit, sight, in);
+    Chosen chosen;
+    if (const Unit* lender = SourceOf(static_cast<size_t>(unit - units.data()), in)) {
+      PREHOC_CHECK(lender->chosen_at == in.step);
+      chosen = {lender->middle, lender->middle, false};
+    } else {
+      chosen = Select(unit, sight, in);
+    }
     *selected = chosen.retrieval;
     const bool once = !must && is_cis() && options.cis.fail == Fail::kReselectOnce;
     if (!once) Keep(unit, sight, in, chosen);
@@ -441,10 +623,21 @@ ReferenceDecision ReferenceTrace::Impl::Step(const ReferenceInput& in) {
   const Sight sight = Look(in.n);
   const Budget& budget = options.budget;
   const int64_t most = int64_t{budget.sinks} + budget.MiddleK(in.n) + budget.local;
-  const bool chooses = is_cis() || is_tc() || is_sc() || options.kind == SelectorKind::kOracle;
-  const bool dense = in.n <= most || (!chooses && options.kind != SelectorKind::kWindow);
+  const bool chooses = is_cis() || is_tc() || is_sc() || is_quest() || is_hshare() || options.kind == SelectorKind::kOracle;
+  const bool few = is_quest() ? (in.n + options.quest.page - 1) / options.quest.page <= Pages(in.n) : in.n <= most;
+  const bool dense = few || (!chooses && options.kind != SelectorKind::kWindow) ||
+                     (is_quest() && shape.layer < options.quest.dense_layers);
   const bool skips_prompt =
-      options.kind == SelectorKind::kOracle || (is_cis() && !options.cis.first_anchor_prompt);
+      options.kind == SelectorKind::kOracle || is_quest() || (is_cis() && !options.cis.first_anchor_prompt);
+
+  if (is_hshare() && in.step == 0) {
+    head_source.clear();
+    source = nullptr;
+    if (!dense) {  // a prompt within its budget tells nothing
+      ChooseForPrompt(in);
+      ShareHeads();
+    }
+  }
 
   // Gates are asked before any set changes: one layer-wide gate sees the anchors of all.
   std::vector<bool> shares(units.size());
@@ -480,7 +673,10 @@ ReferenceDecision ReferenceTrace::Impl::Step(const ReferenceInput& in) {
 ReferenceTrace::ReferenceTrace(const SelectorOptions& options, const ReferenceShape& shape, bool all_resident)
     : impl_(new Impl{options, shape, all_resident, {}}) {
   PREHOC_CHECK(options.Validate().ok());
-  const bool alone = impl_->is_cis() && options.cis.gqa_set == CisOptions::GqaSet::kPerQueryHead;
+  const auto set = impl_->is_quest()    ? options.quest.gqa_set
+                   : impl_->is_hshare() ? options.hshare.gqa_set
+                                        : options.cis.gqa_set;
+  const bool alone = (impl_->is_cis() || impl_->is_quest() || impl_->is_hshare()) && set == CisOptions::GqaSet::kPerQueryHead;
   const int32_t together = alone ? 1 : shape.group;
   for (int32_t head = 0; head < shape.heads(); head += together) {
     Unit unit;
@@ -492,6 +688,23 @@ ReferenceTrace::ReferenceTrace(const SelectorOptions& options, const ReferenceSh
 }
 
 ReferenceTrace::~ReferenceTrace() = default;
+
+void ReferenceTrace::ShareLayers(std::span<const std::unique_ptr<ReferenceTrace>> layers) {
+  for (const auto& layer : layers) {
+    if (layer->impl_->head_source.empty()) return;
+  }
+  std::vector<std::vector<size_t>> common(layers.size(), std::vector<size_t>(layers.size(), 0));
+  for (size_t i = 0; i < layers.size(); ++i) {
+    for (size_t j = 0; j < i; ++j) {
+      const auto &a = layers[i]->impl_->prompt_sets, &b = layers[j]->impl_->prompt_sets;
+      for (size_t row = 0; row < a.size(); ++row) {
+        for (size_t u = 0; u < a[row].size(); ++u) common[i][j] += Impl::Common(a[row][u], b[row][u]);
+      }
+    }
+  }
+  const std::vector<size_t> from = Impl::WhoBorrows(common, layers.front()->impl_->options.hshare.layers);
+  for (size_t i = 0; i < layers.size(); ++i) layers[i]->impl_->source = from[i] == i ? nullptr : layers[from[i]]->impl_.get();
+}
 
 ReferenceDecision ReferenceTrace::Step(const ReferenceInput& input) { return impl_->Step(input); }
 

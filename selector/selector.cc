@@ -73,6 +73,8 @@ Scorer ScorerOf(const SelectorOptions& options) {
     case SelectorKind::kCpe: return options.cis.scorer;
     case SelectorKind::kSharedCandidates: return options.sc.inner;
     case SelectorKind::kTwoClock: return options.tc.scorer;
+    case SelectorKind::kQuest: return Scorer::kPages;
+    case SelectorKind::kHShare: return Scorer::kLabels;
     case SelectorKind::kDense:
     case SelectorKind::kWindow:
     case SelectorKind::kPsaw:
@@ -94,6 +96,8 @@ Result<std::unique_ptr<Selector>> Selector::Create(const SelectorOptions& option
     case SelectorKind::kCpe: return selector_internal::MakeCpe(options);
     case SelectorKind::kSharedCandidates: return selector_internal::MakeSharedCandidates(options);
     case SelectorKind::kTwoClock: return selector_internal::MakeTwoClock(options);
+    case SelectorKind::kQuest: return selector_internal::MakeQuest(options);
+    case SelectorKind::kHShare: return selector_internal::MakeHShare(options);
   }
   return {StatusCode::kInvalid, "selector kind out of range"};
 }
@@ -101,7 +105,7 @@ Result<std::unique_ptr<Selector>> Selector::Create(const SelectorOptions& option
 StepRule Selector::Rule(const StepContext& context) const {
   PREHOC_CHECK(context.n >= 0 && context.n <= INT32_MAX && context.step >= 0);
   StepRule rule = DoRule(context);
-  FitEdges(options_.budget, context.n, &rule);
+  FitEdges(options_.Kept(), context.n, &rule);
   if (rule.attend_all || context.n <= int64_t{rule.sinks} + rule.k + rule.local) return WithoutChoice(rule);
   if (rule.scorer == Scorer::kNone) return rule;
 
@@ -132,6 +136,22 @@ int64_t Selector::WindowStart(int32_t, int32_t, int64_t) const { return 0; }
 bool Selector::NeedsCodes() const { return ScorerOf(options_) == Scorer::kCodes; }
 
 bool Selector::NeedsPages() const { return ScorerOf(options_) == Scorer::kPages; }
+
+bool Selector::NeedsLabels() const { return ScorerOf(options_) == Scorer::kLabels; }
+
+int32_t Selector::PageTokens() const { return options_.kind == SelectorKind::kQuest ? options_.quest.page : 16; }
+
+bool Selector::ChoosesPerQueryHead() const {
+  constexpr auto alone = CisOptions::GqaSet::kPerQueryHead;
+  if (options_.kind == SelectorKind::kQuest) return options_.quest.gqa_set == alone;
+  if (options_.kind == SelectorKind::kHShare) return options_.hshare.gqa_set == alone;
+  return IsCis(options_) && options_.cis.gqa_set == alone;
+}
+
+int32_t Selector::HeldSteps() const {
+  if (options_.kind == SelectorKind::kHShare) return options_.hshare.keep_list ? 0 : options_.hshare.steps - 1;
+  return IsCis(options_) && options_.cis.local_edge_held ? options_.cis.block - 1 : 0;
+}
 
 bool Selector::NeedsErrorBounds() const {
   return options_.BoundInForce() != BoundKind::kNone || (IsCis(options_) && options_.cis.gate == CisOptions::Gate::kCertified && NeedsCodes());

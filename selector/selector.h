@@ -55,6 +55,13 @@ struct StepRule {
   bool exact_budget = false;
   CisOptions::GqaSet gqa_set = CisOptions::GqaSet::kMaxWeight;
   bool half_logits = false;
+  // Scores are of the middle alone, weights are shares of it, and they only order it: nothing is known of what is
+  // dropped.
+  bool middle_only = false;
+  int32_t page = 0;          // > 0: whole pages of so many positions are chosen; lo, n - local and k are multiples of it
+  // From step 1 on, heads and layers that have a source (borrow_map.h) take its choice of the same step instead of making
+  // one. At step 0 nobody borrows: what each of them chooses there, for the prompt's last queries, is what the maps come from.
+  bool borrows = false;
   bool local_held = false;   // the local window keeps its left edge until the next selection
   bool filter_each_step = false;  // drop inherited positions below lo
 
@@ -103,6 +110,10 @@ class Selector {
   virtual int64_t WindowStart(int32_t layer, int32_t layers, int64_t n) const;
   bool NeedsCodes() const;      // the index must hold codes
   bool NeedsPages() const;      // ... page bounds
+  int32_t PageTokens() const;   // of so many positions each
+  bool NeedsLabels() const;     // ... labels of keys (hshare)
+  bool ChoosesPerQueryHead() const;  // else the query heads of a KV head share one choice
+  int32_t HeldSteps() const;    // with StepRule::local_held: how far the window's edge can fall behind
   bool NeedsErrorBounds() const;  // a bound has to include the error of the scores
   bool NeedsPreRope() const;    // the gate compares queries before RoPE
   // Part of every persisted key: how prefill changes K and V. Empty when prefill is dense. With etf.n = chunk they also

@@ -18,6 +18,9 @@ struct CacheShared {
   std::string layout_name;  // KvGeometry::LayoutName()
 
   const KvGeometry& geometry() const { return options.geometry; }
+  // What is indexed at once: a group of codes or, where only bounds are wanted, a page; and the format that gives it.
+  int32_t index_group() const { return selector->NeedsCodes() ? options.codes.group_tokens : selector->PageTokens(); }
+  CodeFormat index_format() const { return selector->NeedsCodes() ? options.codes : CodeFormat{.group_tokens = 16}; }
   Launch launch() const { return {.executor = resources.executor}; }
   // How keys of `prompt_tokens` long prompts begin.
   ChunkKeyRoot KeyRoot(const std::string& method) const;

@@ -32,9 +32,10 @@ DeviceLayout Lay(const DeviceRequest& r, int32_t ring, int32_t slots) {
   layout.ring_at = take(static_cast<uint64_t>(ring) * row);
   layout.slots_at = take(static_cast<uint64_t>(slots) * row);
   layout.codes_at = take(groups * r.code_block_bytes);
-  const uint64_t bounds = r.pages ? groups * static_cast<uint64_t>(r.code_group / 16) * row / 2 : 0;
+  const uint64_t bounds = r.pages ? groups * static_cast<uint64_t>(r.code_group / r.page_tokens) * row / 2 : 0;
   layout.lo_at = take(bounds);
   layout.hi_at = take(bounds);
+  layout.labels_at = take(tokens * r.label_bytes);
   const uint64_t bitmap = (tokens + 63) / 64 * 8;
   layout.slotted_at = take(bitmap);
   layout.resident_at = take(bitmap);

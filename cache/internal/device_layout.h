@@ -21,7 +21,9 @@ struct DeviceRequest {
   int32_t units = 0;            // (layer): heads or groups of heads that choose on their own
   size_t code_block_bytes = 0;  // 0 = no codes
   int32_t code_group = 64;
+  size_t label_bytes = 0;       // of one position; 0 = no labels
   bool pages = false;
+  int32_t page_tokens = 16;     // of one page's bounds; divides code_group
   bool pool = false;            // pooled scores for a slow clock
   bool scores = false;          // logits of all positions
   bool errors = false;          // ... and their error bounds
@@ -33,7 +35,7 @@ struct DeviceLayout {
   int32_t slots = 0;       // [rows]
   int64_t groups = 0;      // code groups
   int64_t stride = 0;      // [floats] of one row of logits, and of pooled scores
-  size_t sinks_at = 0, ring_at = 0, slots_at = 0, codes_at = 0, lo_at = 0, hi_at = 0, slotted_at = 0, resident_at = 0;
+  size_t sinks_at = 0, ring_at = 0, slots_at = 0, codes_at = 0, lo_at = 0, hi_at = 0, labels_at = 0, slotted_at = 0, resident_at = 0;
   size_t head_bytes = 0;   // of one (layer, KV head)
   size_t pool_at = 0;      // [layers, units, stride]
   bool pooled = false;     // there is a pool

@@ -11,7 +11,8 @@
 namespace prehoc {
 
 // What one unit does at this step.
-enum class Way : uint8_t { kInherit, kSelect, kSelectOnce, kEverything };
+// kBorrow: the choice that another head or layer makes at this step.
+enum class Way : uint8_t { kInherit, kSelect, kSelectOnce, kEverything, kBorrow };
 
 struct UnitStep {
   Way way = Way::kInherit;
@@ -39,7 +40,6 @@ struct FastStep {
 
   // Task lists.
   std::vector<AppendTask> append;
-  std::vector<EncodeTask> encode;
   std::vector<GateTask> gate;
   std::vector<float> cosines, spreads;
   std::vector<ScanTask> scan;

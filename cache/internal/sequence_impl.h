@@ -2,7 +2,7 @@
 //   sequence.cc    open, begin, end, roll back          prefill.cc     many tokens: append, index, attend, first choice
 //   fast_clock.cc  one token: gate, scan, choose,       slow_clock.cc  what is resident: wanted rows in, others out
 //                  fetch, attend                        restore.cc     a stored prefix back; repair of lost chunks
-//   audit.cc       the exact truth on sampled steps
+//   audit.cc       the exact truth on sampled steps      sharing.cc     HShare: labels, choices of other heads and layers
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -17,6 +17,7 @@
 #include "cache/internal/layer_blocks.h"
 #include "cache/internal/residency.h"
 #include "kernels/code_block.h"
+#include "selector/borrow_map.h"
 #include "selector/certificate.h"
 #include "transfer/transfer_engine.h"
 
@@ -79,6 +80,8 @@ struct HeadState {
   Half *sinks = nullptr, *ring = nullptr, *slots = nullptr;
   std::byte* codes = nullptr;
   Half *page_lo = nullptr, *page_hi = nullptr;
+  std::byte* labels = nullptr;
+  std::vector<int16_t> channels;  // that labels hold, best first; empty: not ranked yet
   HeadResidency residency;
   KeyBall ball;  // only for the certified gate
   KeyVariance variance;  // only for the mass gate
@@ -91,6 +94,12 @@ struct LayerState {
   std::vector<Unit> units;
   std::vector<PendingFetch> pending;
   int64_t coded = 0;                // positions that have codes
+  // HShare (sharing.cc).
+  int64_t labelled = 0;             // positions that have labels
+  std::vector<float> queries;       // [any, heads, head_dim]: the prompt's last ones, up to queries_end; until it ends
+  int64_t queries_end = 0;
+  std::vector<std::vector<std::vector<int32_t>>> prompt_sets;  // [units][queries]: what these would choose
+  BorrowMap head_source;            // by unit
 };
 
 struct FastStep;
@@ -119,9 +128,13 @@ struct Sequence::Impl {
 
   // prefill.cc
   Status Prefill(int32_t layer, const LayerInput& in);
-  // Codes (to `unkept` where they are not kept) and page bounds of the group of tokens that begins at `rows`.
-  EncodeTask EncodeTaskFor(int32_t layer, int32_t kv_head, int64_t group, const Half* rows, std::byte* unkept);
   Status IndexRows(int32_t layer, LayerBlocks& rows, int64_t end);  // codes and bounds of whole groups up to `end`
+  struct IndexedGroup {
+    int32_t kv_head = 0;
+    int64_t index = 0;           // in groups of CacheShared::index_group()
+    const Half* rows = nullptr;
+  };
+  Status IndexGroups(int32_t layer, std::span<const IndexedGroup> groups, const Launch& launch);
   Status FillRing(int32_t layer, LayerBlocks& rows, int64_t first, int64_t end);
   Status AttendPrefill(int32_t layer, LayerBlocks& rows, const LayerInput& in, int64_t first, int64_t count);
   Status AddKeysToSummaries(int32_t layer, LayerBlocks& rows, int64_t first, int64_t end);
@@ -140,6 +153,7 @@ struct Sequence::Impl {
   Status Select(FastStep& s);
   Status Score(FastStep& s);
   Status ScoreResidents(FastStep& s, size_t index);
+  Status ScorePages(FastStep& s);
   void SpreadPageScores(FastStep& s, int64_t coded);
   void RoundLogits(FastStep& s);
   Status Choose(FastStep& s, bool plain);
@@ -152,6 +166,19 @@ struct Sequence::Impl {
   Status RefreshCandidates(FastStep& s);
   void PushRing(const HeadState& head, int64_t begin, int64_t end, std::vector<RowRun>* runs) const;
   int64_t ResidentCount(const HeadState& head) const;
+
+  // sharing.cc
+  void KeepQueries(LayerState& layer, const LayerInput& in);
+  void ForgetQueries(LayerState& layer);  // those of the call that is undone
+  std::span<const float> LastQueries(const LayerState& layer) const;
+  Status BuildLabels(int32_t layer, LayerBlocks& rows, std::span<const float> queries);
+  Status LabelRows(int32_t layer, LayerBlocks& rows, int64_t end);
+  Status ScoreByLabels(FastStep& s);
+  Status FindSources(FastStep& s);
+  void FindLayerSources();
+  const Unit* SourceOf(const FastStep& s, size_t index) const;
+  void MarkBorrowers(FastStep& s);
+  void TakeBorrowed(FastStep& s);
 
   // fetch_attend.cc
   Status Fetch(FastStep& s);
@@ -223,7 +250,7 @@ struct Sequence::Impl {
   DeviceBuffer memory;
   float *z_ = nullptr, *err_ = nullptr;
   std::vector<LayerState> layers;
-  std::vector<std::byte> code_scratch;  // where bounds are wanted but codes are not kept
+  BorrowMap layer_source;    // HShare; empty: nobody borrows, neither layers nor heads
 
   int64_t length = 0;        // finished tokens
   int64_t restored_tokens = 0;

@@ -41,7 +41,7 @@ void AddAnswerFlags(CLI::App& app, RawAnswer& raw) {
 
   const char* method = "How positions are chosen";
   AddText(app, "--selector", raw.selector, "NAME",
-          "tc (two clocks, default), cis, psaw, etf, cpe, sc, oracle, window, dense", method);
+          "tc (two clocks, default), cis, psaw, etf, cpe, sc, quest, hshare, oracle, window, dense", method);
   AddText(app, "--budget", raw.budget, "B",
           "positions per KV head and step: 1/16 (default), 512, mass(0.95), mass(0.95,cap=1/8)", method);
   AddText(app, "--max-dropped-mass", raw.max_dropped_mass, "X",

@@ -47,6 +47,7 @@ std::vector<Case> Cases() {
       {"cis_gate_mean", {{"cis.gate_scope", "group_mean"}, {"cis.tau", "0.6"}}, "cis"},
       {"cis_gate_layer", {{"cis.gate_scope", "layer"}, {"cis.tau", "0.3"}}, "cis"},
       {"cis_held", {{"cis.local_edge", "held"}, {"cis.tau", "0.3"}}, "cis"},
+      {"cis_held_long", {{"cis.local_edge", "held"}, {"cis.tau", "-1"}, {"cis.block", "60"}, {"local", "40"}, {"budget", "64"}}, "cis"},
       {"cis_certified", {{"cis.gate", "certified"}, {"cis.delta_max", "0.9"}, {"local", "16"}}, "cis"},
       {"cis_visible", {{"cis.clip", "visible"}, {"cis.tau", "0.3"}}, "cis"},
       {"cis_half", {{"cis.precision", "f16"}}, "cis"},
@@ -60,6 +61,21 @@ std::vector<Case> Cases() {
       {"tc_exact_off", {{"tc.scorer", "exact"}, {"tc.theta", "0"}, {"tc.tau", "off"}}, "tc"},
       {"tc_certify", {{"tc.scorer", "exact"}, {"tc.theta", "0"}, {"tc.tau", "-1"}, {"certify_every", "3"}}, "tc"},
       {"sc", {}, "sc"},
+      {"quest", {{"budget", "64"}, {"quest.dense_layers", "1"}}, "quest"},
+      {"quest_fraction", {{"budget", "1/2"}}, "quest"},
+      {"quest_sink", {{"budget", "64"}, {"quest.dense_layers", "1"}, {"quest.sinks", "1"}}, "quest"},
+      {"quest_shared", {{"budget", "48"}, {"quest.dense_layers", "0"}, {"quest.gqa_set", "max_weight"}}, "quest"},
+      {"quest_raw", {{"budget", "48"}, {"quest.dense_layers", "0"}, {"quest.gqa_set", "max_logit"}}, "quest"},
+      {"hshare", {}, "hshare"},
+      {"hshare_alone", {{"hshare.layers", "1"}, {"hshare.heads", "1"}, {"hshare.steps", "1"}}, "hshare"},
+      {"hshare_half", {{"hshare.layers", "1/2"}, {"hshare.heads", "1/2"}, {"hshare.steps", "5"}}, "hshare"},
+      {"hshare_fraction", {{"budget", "1/3"}, {"hshare.layers", "0.1"}, {"hshare.steps", "3"}}, "hshare"},
+      {"hshare_keep", {{"hshare.list", "keep"}, {"hshare.heads", "1/2"}, {"hshare.steps", "4"}}, "hshare"},
+      {"hshare_shared", {{"hshare.gqa_set", "max_weight"}, {"hshare.heads", "1/2"}}, "hshare"},
+      {"hshare_mean", {{"hshare.gqa_set", "mean_weight"}, {"hshare.heads", "1/2"}, {"hshare.bits", "16"}}, "hshare"},
+      {"hshare_raw", {{"hshare.gqa_set", "max_logit"}, {"hshare.channels", "1/2"}}, "hshare"},
+      {"hshare_odd", {{"hshare.channels", "0.32"}, {"hshare.map_queries", "7"}, {"hshare.heads", "1/2"}}, "hshare"},
+      {"quest_wide", {{"budget", "100"}, {"quest.dense_layers", "0"}, {"quest.page", "32"}}, "quest"},
       {"max_dropped", {{"tc.scorer", "exact"}, {"tc.theta", "0"}, {"max_dropped_mass", "0.1"}}, "tc"},
   };
 }
@@ -95,6 +111,8 @@ class PipelineSemantics : public testing::TestWithParam<Case> {
     auto opened = world.cache().Open({.max_tokens = kPrompt + kSteps});
     ASSERT_TRUE(opened.ok()) << opened.status();
     Sequence& sequence = **opened;
+    selector_ = options.cache.selector;
+    channels_.clear();
     std::vector<std::unique_ptr<ReferenceTrace>> traces;
     for (int32_t l = 0; l < geometry.layers; ++l) {
       ReferenceShape shape{.layer = l, .layers = geometry.layers, .kv_heads = geometry.kv_heads, .group = geometry.group(),
@@ -103,6 +121,7 @@ class PipelineSemantics : public testing::TestWithParam<Case> {
     }
     ASSERT_OK(PrefillAll(sequence, stream, kPrompt, 64));
     for (int32_t l = 0; l < geometry.layers; ++l) Reference(*traces[static_cast<size_t>(l)], stream, l, 0, kPrompt - 1);
+    if (GetParam().selector == "hshare") ReferenceTrace::ShareLayers(traces);
     int64_t selected = 0;
     for (int64_t u = 1; u <= kSteps; ++u) {
       Outputs out;
@@ -117,16 +136,20 @@ class PipelineSemantics : public testing::TestWithParam<Case> {
     EXPECT_EQ(sequence.Report().bound_violations, 0);
     EXPECT_LE(world.device().peak(), options.device_budget);
     EXPECT_LE(world.Counter("host.peak_bytes"), static_cast<double>(options.cache.host_budget));
-    const bool alone = options.cache.selector.cis.gqa_set == CisOptions::GqaSet::kPerQueryHead;
-    if (!alone && GetParam().selector != "sc") {
-      EXPECT_EQ(sequence.Report().retrievals, selected / geometry.group());
+    const bool alone = world.cache().selector().ChoosesPerQueryHead();
+    if (GetParam().selector != "sc") {
+      EXPECT_EQ(sequence.Report().retrievals, alone ? selected : selected / geometry.group());
     }
     report_ = sequence.Report();
   }
 
   ReferenceDecision Reference(ReferenceTrace& trace, const Stream& stream, int32_t layer, int64_t u, int64_t t) {
     const KvGeometry& geometry = stream.geometry();
-    std::vector<double> z;
+    std::vector<double> z, scores;
+    if (GetParam().selector == "hshare") {
+      if (u == 0) RankChannels(stream, layer, t);
+      scores = LabelScores(stream, layer, t);
+    }
     std::vector<KeyBall> balls;
     for (int32_t h = 0; h < geometry.kv_heads; ++h) {
       std::vector<float> keys;
@@ -135,6 +158,10 @@ class PipelineSemantics : public testing::TestWithParam<Case> {
                                             static_cast<size_t>(geometry.group() * geometry.head_dim));
       const auto of_heads = ReferenceLogits(of_group, keys, geometry.head_dim);
       z.insert(z.end(), of_heads.begin(), of_heads.end());
+      if (GetParam().selector == "quest") {
+        const auto bounds = ReferencePageBounds(of_group, keys, geometry.head_dim, selector_.quest.page);
+        scores.insert(scores.end(), bounds.begin(), bounds.end());
+      }
       // The centre is the mean of the first piece, as the pipeline meets it.
       const auto dim = static_cast<size_t>(geometry.head_dim);
       KeyBall ball(std::span<const float>(keys).first(std::min<size_t>(keys.size(), 64 * dim)), geometry.head_dim);
@@ -145,10 +172,55 @@ class PipelineSemantics : public testing::TestWithParam<Case> {
     input.step = u;
     input.n = t + 1;
     input.z = z;
+    input.scores = scores;
     input.q = {stream.q(layer, t), static_cast<size_t>(geometry.heads * geometry.head_dim)};
     input.q_pre = input.q;
     input.balls = balls;
+    std::vector<std::vector<double>> of_rows;
+    std::vector<ReferenceRow> rows;
+    if (GetParam().selector == "hshare" && u == 0) {
+      for (int64_t at = std::max<int64_t>(0, t + 1 - selector_.hshare.map_queries); at <= t; ++at) {
+        of_rows.push_back(LabelScores(stream, layer, at));
+        rows.push_back({at + 1, {}});
+      }
+      for (size_t r = 0; r < rows.size(); ++r) rows[r].scores = of_rows[r];
+    }
+    input.rows = rows;
     return trace.Step(input);
+  }
+
+  // [n, head_dim] of positions [0, t].
+  static std::vector<float> Keys(const Stream& stream, int32_t layer, int64_t t, int32_t kv_head) {
+    std::vector<float> keys;
+    for (int64_t i = 0; i <= t; ++i) {
+      keys.insert(keys.end(), stream.key(layer, i, kv_head), stream.key(layer, i, kv_head) + stream.geometry().head_dim);
+    }
+    return keys;
+  }
+  std::span<const float> Group(const Stream& stream, int32_t layer, int64_t t, int32_t kv_head) {
+    const auto floats = static_cast<size_t>(stream.geometry().group() * stream.geometry().head_dim);
+    return {stream.q(layer, t) + static_cast<size_t>(kv_head) * floats, floats};
+  }
+  void RankChannels(const Stream& stream, int32_t layer, int64_t t) {
+    const int32_t dim = stream.geometry().head_dim;
+    for (int32_t h = 0; h < stream.geometry().kv_heads; ++h) {
+      std::vector<float> queries;
+      for (int64_t at = std::max<int64_t>(0, t + 1 - selector_.hshare.map_queries); at <= t; ++at) {
+        const auto q = Group(stream, layer, at, h);
+        queries.insert(queries.end(), q.begin(), q.end());
+      }
+      channels_[{layer, h}] = ReferenceChannels(queries, Keys(stream, layer, t, h), dim,
+                                                static_cast<int32_t>(selector_.hshare.channels * dim + 1e-9));
+    }
+  }
+  std::vector<double> LabelScores(const Stream& stream, int32_t layer, int64_t t) {
+    std::vector<double> scores;
+    for (int32_t h = 0; h < stream.geometry().kv_heads; ++h) {
+      const auto of_group = ReferenceLabelScores(Group(stream, layer, t, h), Keys(stream, layer, t, h), stream.geometry().head_dim,
+                                                 channels_[{layer, h}], selector_.hshare.bits);
+      scores.insert(scores.end(), of_group.begin(), of_group.end());
+    }
+    return scores;
   }
 
   // Returns the number of query heads that selected.
@@ -180,6 +252,8 @@ class PipelineSemantics : public testing::TestWithParam<Case> {
   }
 
   SequenceReport report_;
+  SelectorOptions selector_;
+  std::map<std::pair<int32_t, int32_t>, std::vector<int32_t>> channels_;  // of (layer, KV head): hshare's labels
 };
 
 TEST_P(PipelineSemantics, AllResident) { Check(OptionsOf(GetParam()), true); }

@@ -96,9 +96,13 @@ TEST(PipelineTiers, TooSmallBudgetsAreRefusedWithWhatWouldDo) {
 }
 
 TEST(PipelineTiers, APrefixComesBackBitForBit) {
-  for (const SelectorKind kind : {SelectorKind::kDense, SelectorKind::kTwoClock, SelectorKind::kCpe}) {
+  for (const SelectorKind kind :
+       {SelectorKind::kDense, SelectorKind::kTwoClock, SelectorKind::kCpe, SelectorKind::kQuest, SelectorKind::kHShare}) {
     WorldOptions options = WorldOptions::Default();
     options.cache.selector.kind = kind;
+    options.cache.selector.budget.tokens = 48;
+    options.cache.selector.quest.page = 32;  // put together from smaller ones, here and there
+    if (kind == SelectorKind::kQuest) options.cache.selector.budget.tokens = 96;
     World world(options);
     const Stream stream(options.cache.geometry, kPrompt + kSteps, 11);
     std::vector<float> first;
@@ -280,6 +284,129 @@ TEST(PipelineTiers, AnInheritedStepCostsItsGateAndNothingElse) {
   EXPECT_EQ(report.bytes_exact_keys, pairs * (kPrompt + 16) * geometry.head_dim * 2);
   EXPECT_EQ(report.bytes_gate, pairs * (kSteps - 1) * geometry.group() * geometry.head_dim * 2 * 4);
   EXPECT_DOUBLE_EQ(report.rho(), 1.0 / kSteps);
+}
+
+// Bounds of pages are read once for all query heads of a KV head, at every step, and in sparse layers alone.
+TEST(PipelineTiers, QuestReadsTheBoundsOfWholePages) {
+  WorldOptions options = WorldOptions::Default();
+  options.cache.selector.kind = SelectorKind::kQuest;
+  options.cache.selector.budget.tokens = 64;
+  SequenceReport report;
+  RunWith(options, &report);
+  const KvGeometry& geometry = options.cache.geometry;
+  int64_t pages = 0, attended = 0;  // of one head, over all steps
+  for (int64_t n = kPrompt + 1; n <= kPrompt + kSteps; ++n) {
+    pages += (n - 1) / 16;
+    attended += 3 * 16 + n - (n - 1) / 16 * 16;
+  }
+  EXPECT_EQ(report.triples, geometry.heads * kSteps);  // one of three layers, by query head
+  EXPECT_EQ(report.dense_triples, 2 * geometry.heads * kSteps);
+  EXPECT_EQ(report.retrievals, report.triples);
+  EXPECT_DOUBLE_EQ(report.rho(), 1);
+  EXPECT_EQ(report.attended, geometry.heads * attended);
+  EXPECT_EQ(report.bytes_codes, geometry.kv_heads * pages * 2 * geometry.head_dim * 2);
+  EXPECT_EQ(report.bytes_exact_keys, 0);
+  EXPECT_EQ(report.bytes_gate, 0);
+  EXPECT_EQ(report.first_selections, 0);
+  // What it dropped is known from audits alone.
+  EXPECT_EQ(report.dropped_estimated.count(), 0);
+  EXPECT_EQ(report.dropped_bound.count(), 0);
+  EXPECT_EQ(report.estimate_error.count(), 0);
+  EXPECT_EQ(report.dropped_audited.count(), geometry.heads * kSteps);
+  EXPECT_EQ(report.audited_steps, kSteps);
+}
+
+// Of 3 layers 2 choose, of 4 heads in them 3, at every other step: labels are read once for all heads of a KV head.
+TEST(PipelineTiers, HShareCountsWhatIsChosenBorrowedAndKept) {
+  WorldOptions options = WorldOptions::Default();
+  options.cache.selector.kind = SelectorKind::kHShare;
+  options.cache.selector.hshare.layers = 0.5;
+  SequenceReport report;
+  RunWith(options, &report);
+  const KvGeometry& geometry = options.cache.geometry;
+  const int64_t choosing_steps = kSteps / 2;
+  EXPECT_EQ(report.triples, geometry.layers * geometry.heads * kSteps);
+  EXPECT_EQ(report.retrievals, 2 * 3 * choosing_steps);
+  EXPECT_EQ(report.borrowed, (2 * 1 + 4) * choosing_steps);
+  EXPECT_EQ(report.inherited, geometry.layers * geometry.heads * (kSteps - choosing_steps));
+  EXPECT_EQ(report.retrievals + report.borrowed + report.inherited, report.triples);
+  EXPECT_DOUBLE_EQ(report.rho(), 2.0 / 3 * 3 / 4 / 2);
+  EXPECT_EQ(report.first_selections, geometry.layers * geometry.heads);  // at the last prompt token nobody borrows
+  // A discard list: a position more in the steps that keep a choice. Lengths are even where heads choose.
+  EXPECT_EQ(report.attended, report.triples * 32 + report.inherited);
+  int64_t middle = 0;
+  for (int64_t n = kPrompt + 1; n <= kPrompt + kSteps; ++n) middle += n % 2 == 0 ? n - 4 - 8 : 0;
+  // 4 of 16 channels: 2 bytes of codes, 4 of header; 3 of 4 heads choose, so both KV heads are looked at.
+  EXPECT_EQ(report.bytes_codes, middle * 2 * geometry.kv_heads * (4 + 2));
+  EXPECT_EQ(report.bytes_exact_keys, 0);
+  EXPECT_EQ(report.bytes_gate, 0);
+  EXPECT_EQ(report.dropped_estimated.count(), 0);
+  EXPECT_EQ(report.dropped_bound.count(), 0);
+  EXPECT_EQ(report.estimate_error.count(), 0);
+  EXPECT_EQ(report.dropped_audited.count(), report.triples);
+}
+
+TEST(PipelineTiers, HShareWithoutAPromptLabelsAtItsFirstChoice) {
+  WorldOptions options = WorldOptions::Default();
+  options.cache.selector.kind = SelectorKind::kHShare;
+  World world(options);
+  const Stream stream(options.cache.geometry, 80, 11);
+  auto sequence = Open(world, 80);
+  Decode(*sequence, stream, 80);
+  EXPECT_EQ(sequence->Report().borrowed, 0);
+  EXPECT_GT(sequence->Report().retrievals, 0);
+  EXPECT_GT(sequence->Report().inherited, 0);
+}
+
+// The maps are those of the last prompt; a step that is rolled back, or a piece of a prompt, leaves no trace in them.
+TEST(PipelineTiers, HShareIsTheSameAfterRollbacks) {
+  for (const bool again : {false, true}) {
+    WorldOptions options = WorldOptions::Default();
+    options.cache.selector.kind = SelectorKind::kHShare;
+    options.cache.selector.hshare.heads = 0.5;
+    World world(options);
+    const Stream stream(options.cache.geometry, 2 * kPrompt, 11), other(options.cache.geometry, 2 * kPrompt, 12);
+    const auto run = [&](bool undo) {
+      auto sequence = Open(world, 2 * kPrompt);
+      Outputs out;
+      std::vector<float> all;
+      for (const int64_t prompt : {int64_t{120}, int64_t{400}}) {  // the second after some steps of decoding
+        if (prompt == 400 && !again) break;
+        while (sequence->length() < prompt) {
+          const int64_t first = sequence->length(), piece = std::min<int64_t>(50, prompt - first);
+          if (undo) {
+            EXPECT_OK(sequence->Begin(other.ids(first, piece), prompt));
+            EXPECT_OK(RunLayers(*sequence, other, first, piece, false, &out, 2));
+            sequence->Rollback();
+          }
+          EXPECT_OK(PrefillPiece(*sequence, stream, piece, prompt, &out));
+        }
+        for (int i = 0; i < 12; ++i) {
+          if (undo) {
+            EXPECT_OK(sequence->Begin(other.ids(sequence->length(), 1), 0));
+            EXPECT_OK(RunLayers(*sequence, other, sequence->length(), 1, true, &out, i % 4));
+            sequence->Rollback();
+          }
+          EXPECT_OK(DecodeOne(*sequence, stream, &out));
+          for (const auto& layer : out) all.insert(all.end(), layer.begin(), layer.end());
+        }
+      }
+      EXPECT_GT(sequence->Report().borrowed, 0);
+      return all;
+    };
+    const std::vector<float> want = run(false);
+    EXPECT_EQ(run(true), want);
+  }
+}
+
+TEST(PipelineTiers, QuestPagesDivideAChunk) {
+  WorldOptions options = WorldOptions::Default();
+  options.cache.geometry.chunk_tokens = 48;
+  options.cache.selector.kind = SelectorKind::kQuest;
+  options.cache.selector.budget.tokens = 200;
+  EXPECT_OK(options.cache.Validate());
+  options.cache.selector.quest.page = 64;
+  EXPECT_STATUS(StatusCode::kInvalid, "multiple of quest.page=64", options.cache.Validate());
 }
 
 TEST(PipelineTiers, TwoClocksOnASmallDeviceFetchLittleAndStayWithinTheBound) {

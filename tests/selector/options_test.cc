@@ -25,11 +25,11 @@ constexpr char kChoosers[] = "oracle cis cpe sc tc";
 // The tables of the methods, one row per knob.
 const std::vector<KnobCase>& Cases() {
   static const auto* const cases = new std::vector<KnobCase>{
-      {"selector", "tc", {"dense", "window", "oracle", "cis", "psaw", "etf", "cpe", "sc"}, {"", "CIS", "top-k"},
-       "dense window oracle cis psaw etf cpe sc tc"},
-      {"budget", "1/16", {"1/8", "512", "0.15", "mass(0.9,cap=1/4)"}, {"0", "2.0", "mass(2)"}, "window oracle cis cpe sc tc"},
-      {"budget.sinks", "8", {"0", "4"}, {"-1", "1.5", "1073741825", ""}, "window oracle cis cpe sc tc psaw"},
-      {"budget.local", "32", {"1", "64"}, {"0", "-1", "x"}, "window oracle cis cpe sc tc psaw"},
+      {"selector", "tc", {"dense", "window", "oracle", "cis", "psaw", "etf", "cpe", "sc", "quest", "hshare"}, {"", "CIS", "top-k"},
+       "dense window oracle cis psaw etf cpe sc tc quest hshare"},
+      {"budget", "1/16", {"1/8", "512", "0.15", "mass(0.9,cap=1/4)"}, {"0", "2.0", "mass(2)"}, "window oracle cis cpe sc tc quest hshare"},
+      {"budget.sinks", "8", {"0", "4"}, {"-1", "1.5", "1073741825", ""}, "window oracle cis cpe sc tc psaw hshare"},
+      {"budget.local", "32", {"1", "64"}, {"0", "-1", "x"}, "window oracle cis cpe sc tc psaw hshare"},
       {"max_dropped_mass", "off", {"0", "0.05", "1"}, {"-1", "1.1", "on", "nan"}, kChoosers},
       {"bound", "none", {"proven", "statistical"}, {"deterministic", "off", ""}, kChoosers},
       {"bound.confidence", "0.999", {"0.5", "0.6", "0.999999"}, {"1", "0.49", "nan", "99%"}, kChoosers},
@@ -83,6 +83,18 @@ const std::vector<KnobCase>& Cases() {
       {"sc.pool", "1", {"16"}, {"0"}, "sc"},
       {"sc.lag", "0", {"4"}, {"-1"}, "sc"},
       {"sc.inner", "exact", {"codes"}, {"pages"}, "sc"},
+      {"quest.page", "16", {"32", "64"}, {"0", "8", "17", "128"}, "quest"},
+      {"quest.dense_layers", "2", {"0", "4"}, {"-1", "1/2"}, "quest"},
+      {"quest.sinks", "0", {"1", "2"}, {"3", "-1"}, "quest"},
+      {"quest.gqa_set", "per_query_head", {"max_weight", "mean_weight", "max_logit"}, {"union"}, "quest"},
+      {"hshare.layers", "0.75", {"1/2", "1", "0.875"}, {"0", "1.1", "24"}, "hshare"},
+      {"hshare.heads", "0.75", {"1/2", "1", "0.875"}, {"0", "1.1", "24"}, "hshare"},
+      {"hshare.steps", "2", {"1", "8"}, {"0", "1/2"}, "hshare"},
+      {"hshare.channels", "1/4", {"1/8", "1"}, {"0", "16"}, "hshare"},
+      {"hshare.bits", "4", {"16"}, {"8", "0"}, "hshare"},
+      {"hshare.list", "discard", {"keep"}, {"drop"}, "hshare"},
+      {"hshare.map_queries", "32", {"1", "256"}, {"0", "all"}, "hshare"},
+      {"hshare.gqa_set", "per_query_head", {"max_weight", "mean_weight", "max_logit"}, {"union"}, "hshare"},
   };
   return *cases;
 }
@@ -169,7 +181,7 @@ TEST(Options, UnknownNamesGiveNearOnes) {
 
 TEST(Options, KindsHaveNames) {
   EXPECT_EQ(SelectorKindNames(),
-            (std::vector<std::string_view>{"dense", "window", "oracle", "cis", "psaw", "etf", "cpe", "sc", "tc"}));
+            (std::vector<std::string_view>{"dense", "window", "oracle", "cis", "psaw", "etf", "cpe", "sc", "tc", "quest", "hshare"}));
   for (const std::string_view name : SelectorKindNames()) {
     const auto kind = ParseSelectorKind(name);
     ASSERT_OK(kind);
@@ -251,6 +263,13 @@ TEST(Options, BudgetsBelowSinksAndLocalAreRefused) {
   EXPECT_OK(options.Validate());
   ASSERT_OK(options.Set("budget", "mass(0.9,cap=39)"));
   EXPECT_STATUS(StatusCode::kInvalid, "39", options.Validate());
+  ASSERT_OK(options.Set("selector", "quest"));  // pages instead
+  ASSERT_OK(options.Set("budget", "47"));
+  EXPECT_STATUS(StatusCode::kInvalid, "budget=47: less than the 3 pages of 16", options.Validate());
+  ASSERT_OK(options.Set("budget", "48"));
+  EXPECT_OK(options.Validate());
+  ASSERT_OK(options.Set("quest.page", "32"));
+  EXPECT_STATUS(StatusCode::kInvalid, "3 pages of 32", options.Validate());
   ASSERT_OK(options.Set("selector", "psaw"));  // has no budget
   EXPECT_OK(options.Validate());
 }
@@ -267,6 +286,12 @@ TEST(Options, PromisesThatAMethodCannotKeepAreRefused) {
   };
   refused("window", "window", {"max_dropped_mass=0.1"});
   refused("cis.scorer", "cis", {"max_dropped_mass=0.1", "cis.scorer=pages"});
+  refused("max_dropped_mass=0.1: bounds of whole pages", "quest", {"max_dropped_mass=0.1"});
+  refused("quest estimates no mass", "quest", {"budget=mass(0.9)"});
+  refused("certify_every=4", "quest", {"certify_every=4"});
+  refused("max_dropped_mass=0.1: labels", "hshare", {"max_dropped_mass=0.1"});
+  refused("hshare estimates no mass", "hshare", {"budget=mass(0.9)"});
+  refused("certify_every=4", "hshare", {"certify_every=4"});
   refused("cis.precision", "cis", {"max_dropped_mass=0.1", "cis.precision=f16"});
   refused("takes the place of budget=mass(0.9", "tc", {"max_dropped_mass=0.1", "budget=mass(0.9)"});
   for (const char* bound : {"bound=proven", "bound=statistical"}) {

@@ -76,7 +76,7 @@ TEST(Oracle, AProvenBoundCountsTheErrorOfTheScores) {
   for (const double weight : {2, 1, 3, 1, 6, 1, 1, 1, 2, 2}) z.push_back(std::log(weight));
   const std::vector<double> err(10, std::log(1.5));
   const std::vector<float> q = {1, 0};
-  ReferenceInput input{.step = 1, .n = 10, .z = z, .err = err, .q = q, .q_pre = {}, .balls = {}, .batch = {}};
+  ReferenceInput input{.step = 1, .n = 10, .z = z, .scores = {}, .rows = {}, .err = err, .q = q, .q_pre = {}, .balls = {}, .batch = {}};
   EXPECT_EQ(trace.Step(input).attended[0], (Positions{0, 1, 2, 4, 8, 9}));
   input.step = 2;
   input.err = {};  // exact scores: 12 of 20 is enough

@@ -29,6 +29,7 @@ TEST(Rule, RegionsAreDisjointAndInOrder) {
     options.budget.sinks = static_cast<int32_t>(rng.Int(0, 20));
     options.budget.local = static_cast<int32_t>(rng.Int(1, 40));
     if (rng.Chance(0.5)) options.budget.tokens = options.budget.sinks + options.budget.local + static_cast<int32_t>(rng.Int(0, 50));
+    if (options.kind == SelectorKind::kQuest && options.budget.tokens > 0) options.budget.tokens += 48;  // three pages
     options.psaw.c = rng.Uniform(0.01, 1);
     options.psaw.keep_sink = rng.Chance(0.5);
     const int64_t n = rng.Int(1, 300);

@@ -14,8 +14,7 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 RuleTrace::RuleTrace(const SelectorOptions& options, const ReferenceShape& shape, bool all_resident)
     : selector_(std::move(Selector::Create(options)).value()), shape_(shape), all_resident_(all_resident) {
-  const StepRule rule = selector_->Rule({.layer = shape.layer, .layers = shape.layers, .step = 1, .n = 1 << 20});
-  const int32_t together = rule.gqa_set == CisOptions::GqaSet::kPerQueryHead ? 1 : shape.group;
+  const int32_t together = selector_->ChoosesPerQueryHead() ? 1 : shape.group;
   for (int32_t first = 0; first < shape.heads(); first += together) {
     Head head;
     head.first = first;
@@ -40,6 +39,11 @@ RuleTrace::Mask RuleTrace::Base(int32_t local_left) const {
 double RuleTrace::Z(int32_t head, int32_t i) const {
   const double z = in_->z[static_cast<size_t>(head) * static_cast<size_t>(n_) + static_cast<size_t>(i)];
   return rule_.half_logits ? HalfToFloat(FloatToHalf(static_cast<float>(z))) : z;
+}
+
+double RuleTrace::Rankable(int32_t head, int32_t i) const {
+  if (!rule_.middle_only) return Z(head, i);
+  return in_->scores[static_cast<size_t>(head) * static_cast<size_t>(n_) + static_cast<size_t>(i)];
 }
 
 double RuleTrace::Lse(int32_t head, const Mask& of, double errors) const {
@@ -89,7 +93,7 @@ double RuleTrace::Score(const Head& head, int32_t i, const std::vector<double>& 
   double most = -kInfinity, sum = 0;
   for (int32_t h = 0; h < head.count; ++h) {
     const bool raw = rule_.gqa_set == CisOptions::GqaSet::kMaxLogit;
-    const double value = Z(head.first + h, i) - (raw ? 0 : lse[static_cast<size_t>(h)]);
+    const double value = Rankable(head.first + h, i) - (raw ? 0 : lse[static_cast<size_t>(h)]);
     most = std::max(most, value);
     sum += std::exp(value);
   }
@@ -166,7 +170,11 @@ RuleTrace::Mask RuleTrace::Choose(Head* head, bool* retrieval, Mask* plain) cons
     if (!scans && !Resident(*head, i)) scored[static_cast<size_t>(i)] = false;
   }
   std::vector<double> lse;
-  for (int32_t h = 0; h < head->count; ++h) lse.push_back(Lse(head->first + h, scored));
+  for (int32_t h = 0; h < head->count; ++h) {
+    double middle = 0;
+    for (int32_t i = rule_.lo; rule_.middle_only && i < hi; ++i) middle += std::exp(Rankable(head->first + h, i));
+    lse.push_back(rule_.middle_only ? std::log(middle) : Lse(head->first + h, scored));
+  }
   std::vector<std::pair<double, int32_t>> order;
   for (int32_t i = rule_.lo; i < hi; ++i) {
     if (!rule_.residents_only || Resident(*head, i)) order.emplace_back(-Score(*head, i, lse), i);
@@ -235,6 +243,32 @@ void RuleTrace::Keep(Head* head, const Mask& chosen) const {
   for (int32_t h = 0; h < head->count; ++h) head->lse_dropped.push_back(Lse(head->first + h, outside, 1));
 }
 
+// What the heads would choose for the prompt's last queries tells who borrows from whom.
+void RuleTrace::MapHeads() {
+  const ReferenceInput* const now = in_;
+  const auto count = static_cast<int32_t>(heads_.size());
+  std::vector<int64_t> common(heads_.size() * heads_.size(), 0);
+  for (const ReferenceRow& row : now->rows) {
+    ReferenceInput input;
+    input.n = row.n;
+    input.scores = row.scores;
+    in_ = &input;
+    n_ = static_cast<int32_t>(row.n);
+    std::vector<Head> heads(heads_);
+    for (Head& head : heads) {
+      bool retrieval = false;
+      Mask plain;
+      Choose(&head, &retrieval, &plain);
+    }
+    for (size_t i = 0; i < heads.size(); ++i) {
+      for (size_t j = 0; j < i; ++j) common[i * heads.size() + j] += InCommon(heads[i].middle, heads[j].middle);
+    }
+  }
+  in_ = now;
+  n_ = static_cast<int32_t>(now->n);
+  source_ = GreedyBorrowMap(common, count, Borrowers(selector_->options().hshare.heads, count));
+}
+
 ReferenceDecision RuleTrace::Step(const ReferenceInput& in) {
   in_ = &in;
   n_ = static_cast<int32_t>(in.n);
@@ -243,6 +277,10 @@ ReferenceDecision RuleTrace::Step(const ReferenceInput& in) {
   ReferenceDecision decision{std::vector<std::vector<int32_t>>(num), std::vector<bool>(num), std::vector<double>(num),
                              std::vector<double>(num, -1)};
   const bool chooses = !rule_.attend_all && rule_.scorer != Scorer::kNone;
+  if (in.step == 0) {
+    source_.clear();
+    if (rule_.borrows) MapHeads();
+  }
   std::vector<double> gates;
   for (const Head& head : heads_) gates.push_back(chooses && head.chosen_at >= 0 ? Gate(head) : -2);
 
@@ -267,8 +305,15 @@ ReferenceDecision RuleTrace::Step(const ReferenceInput& in) {
       } else {
         if (rule_.residents_only) retrieval = Refresh(&head);
         const std::vector<int32_t> before = head.middle;
-        Mask plain;
-        const Mask chosen = Choose(&head, &retrieval, &plain);
+        Mask plain, chosen;
+        const size_t lender = rule_.borrows && in.step > 0 && !source_.empty() ? static_cast<size_t>(source_[u]) : u;
+        if (lender != u) {
+          head.middle = heads_[lender].middle;
+          chosen = Base(n_ - rule_.local);
+          for (const int32_t i : head.middle) chosen[static_cast<size_t>(i)] = true;
+        } else {
+          chosen = Choose(&head, &retrieval, &plain);
+        }
         if (must || rule_.fail != CisOptions::OnFail::kReselectOnce) {
           Keep(&head, chosen);
         } else {

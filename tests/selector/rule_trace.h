@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "selector/borrow_map.h"
 #include "selector/reference.h"
 #include "selector/selector.h"
 
@@ -32,6 +33,7 @@ class RuleTrace {
   Mask Sight() const;
   Mask Base(int32_t local_left) const;  // sinks and local
   double Z(int32_t head, int32_t i) const;
+  double Rankable(int32_t head, int32_t i) const;
   double Lse(int32_t head, const Mask& of, double errors = 0) const;
   double Cosine(const Head& head, int32_t h) const;
   double Gate(const Head& head) const;
@@ -42,11 +44,13 @@ class RuleTrace {
   bool Resident(const Head& head, int32_t i) const;
   Mask Choose(Head* head, bool* retrieval, Mask* plain) const;
   void Keep(Head* head, const Mask& chosen) const;
+  void MapHeads();
 
   std::unique_ptr<Selector> selector_;
   const ReferenceShape shape_;
   const bool all_resident_;
   std::vector<Head> heads_;
+  BorrowMap source_;  // empty: nobody borrows
   // Of the step under way.
   StepRule rule_;
   const ReferenceInput* in_ = nullptr;

@@ -1,5 +1,6 @@
 // The methods are told twice: as rules, carried out by RuleTrace, and step by step, in reference.cc. Random settings
 // over random layers must give the same decisions.
+#include <algorithm>
 #include <map>
 
 #include "tests/selector/rule_trace.h"
@@ -53,8 +54,38 @@ const std::vector<Choice>& Choices() {
       {"sc.refresh", {"1", "4", "16"}},
       {"sc.pool", {"1", "3"}},
       {"sc.lag", {"0", "1", "3"}},
+      {"quest.page", {"16", "16", "32"}},
+      {"quest.dense_layers", {"0", "0", "2"}},
+      {"quest.sinks", {"0", "1", "2"}},
+      {"hshare.heads", {"1", "0.75", "1/2", "0.1"}},
+      {"hshare.steps", {"1", "2", "5"}},
+      {"hshare.list", {"discard", "keep"}},
+      {"hshare.gqa_set", {"per_query_head", "per_query_head", "max_weight", "mean_weight", "max_logit"}},
+      {"quest.gqa_set", {"per_query_head", "max_weight", "mean_weight", "max_logit"}},
   };
   return *choices;
+}
+
+// The largest logit of each page, and something on top.
+std::vector<double> PageBounds(const ReferenceInput& input, size_t page, Rng* rng) {
+  std::vector<double> bounds(input.z.size());
+  const auto n = static_cast<size_t>(input.n);
+  for (size_t first = 0; first < bounds.size(); first += n) {
+    for (size_t i = 0; i < n; i += page) {
+      const auto end = static_cast<std::ptrdiff_t>(first + std::min(n, i + page));
+      const auto begin = static_cast<std::ptrdiff_t>(first + i);
+      const double bound = *std::max_element(input.z.begin() + begin, input.z.begin() + end) + rng->Uniform(0, 2);
+      std::fill(bounds.begin() + begin, bounds.begin() + end, bound);
+    }
+  }
+  return bounds;
+}
+
+// Logits, off by something: what labels are.
+std::vector<double> LabelScores(std::span<const double> z, Rng* rng) {
+  std::vector<double> scores(z.begin(), z.end());
+  for (double& score : scores) score += rng->Uniform(-1, 1);
+  return scores;
 }
 
 std::string Text(const SelectorOptions& options) {
@@ -93,6 +124,26 @@ TEST(RulesAgainstReference, AgreeOnRandomSettings) {
       for (double& e : err) e = rng.Uniform(0, 0.2);
       for (double& cosine : batch) cosine = rng.Uniform(0.4, 1);
       input.err = err;
+      std::vector<double> bounds;
+      if (options.kind == SelectorKind::kQuest) {
+        bounds = PageBounds(input, static_cast<size_t>(options.quest.page), &rng);
+        input.scores = bounds;
+      }
+      std::vector<ReferenceRow> rows;
+      std::vector<std::vector<double>> of_rows;
+      if (options.kind == SelectorKind::kHShare) {
+        bounds = LabelScores(input.z, &rng);
+        input.scores = bounds;
+        // Prompt queries that see less and less; each with scores of its own.
+        for (int64_t n = input.n; u == 0 && n > 0 && n > input.n - 3; --n) {
+          std::vector<double> of_row;
+          while (of_row.size() < static_cast<size_t>(shape.heads() * n)) of_row.push_back(rng.Normal() + input.z[of_row.size()]);
+          of_rows.push_back(std::move(of_row));
+          rows.push_back({n, {}});
+        }
+        for (size_t r = 0; r < rows.size(); ++r) rows[r].scores = of_rows[r];
+        input.rows = rows;
+      }
       input.batch = batch;
       const ReferenceDecision want = reference.Step(input), got = rules.Step(input);
       ASSERT_EQ(got.attended, want.attended) << "step " << u;

@@ -73,6 +73,8 @@ class HandLayer {
     return trace_.Step({.step = step_++,
                         .n = static_cast<int64_t>(weights.front().size()),
                         .z = z,
+                        .scores = {},
+                        .rows = {},
                         .err = {},
                         .q = q,
                         .q_pre = q_pre,

@@ -182,7 +182,7 @@ TEST_F(AnswerTest, ABudgetOfEverythingIsDense) {
 }
 
 TEST_F(AnswerTest, EverySelectorAnswers) {
-  for (const char* name : {"dense", "window", "oracle", "cis", "psaw", "etf", "cpe", "sc", "tc"}) {
+  for (const char* name : {"dense", "window", "oracle", "cis", "psaw", "etf", "cpe", "sc", "tc", "quest", "hshare"}) {
     AnswerOptions options = options_;
     options.selector = {};
     ASSERT_OK(options.selector.Set("selector", name));
