@@ -146,6 +146,7 @@ def write_calibrations():
                          "codes": "4/64"},
             "calibrated": {"knob": "budget", "value": "1/16"}, "method": "rcps", "alpha": 0.05, "confidence": 0.9,
             "delta_max": 0.05, "units": 500, "violations": 0, "upper_limit": 1 - 0.1 ** (1 / 500),
+            "unprotected": ["0.3"],
             "guarantee": f"with confidence 0.9 over the calibration requests, in at most 0.05 of requests like them {head}",
             "prompt_tokens": {"from": 512, "to": 8192}}
     average = dict(good, method="conformal", confidence=None, units=99, violations=1, upper_limit=0.02, guarantee=(

@@ -9,6 +9,7 @@
 #include "integrations/cli/document.h"
 #include "integrations/cli/exit_code.h"
 #include "integrations/cli/figures.h"
+#include "integrations/cli/format.h"
 #include "integrations/cli/interrupt.h"
 #include "integrations/cli/json.h"
 #include "integrations/cli/load.h"
@@ -75,6 +76,8 @@ class AnswerJob {
   void DescribePromise() {
     if (!calibration_) return;
     figures_.calibration = calibration_->claim.Guarantee();
+    const size_t outside_heads = calibration_->unprotected.size();
+    if (outside_heads > 0) figures_.calibration += "; " + FormatCount(static_cast<int64_t>(outside_heads)) + " heads are not protected";
     const std::string outside = OutsideBand(*calibration_, figures_.prompt_tokens);
     if (outside.empty()) return;
     err_ << "prehoc: warning: --calibration " << options_.calibration << ": " << outside << std::endl;

@@ -52,6 +52,15 @@ bool IsSha256(std::string_view text) {
   return text.size() == 64 && text.find_first_not_of(kDigits) == std::string_view::npos;
 }
 
+// "12.3", as this program prints it.
+bool IsHead(std::string_view text) {
+  const size_t dot = text.find('.');
+  const auto number = [](std::string_view part) {
+    return !part.empty() && part.size() <= 6 && part.find_first_not_of("0123456789") == std::string_view::npos && (part == "0" || part[0] != '0');
+  };
+  return dot != std::string_view::npos && number(text.substr(0, dot)) && number(text.substr(dot + 1));
+}
+
 std::string Listed(const std::vector<std::string>& names) {
   std::string list;
   for (const std::string& name : names) list += (list.empty() ? "" : ", ") + name;
@@ -232,6 +241,7 @@ std::string FormatCalibration(const CalibrationFile& file) {
   json["violations"] = file.violations;
   json["upper_limit"] = file.upper_limit;
   json["guarantee"] = file.claim.Guarantee();
+  json["unprotected"] = file.unprotected;
   json["prompt_tokens"] = {{"from", file.least_prompt_tokens}, {"to", file.most_prompt_tokens}};
   return json.dump(2, ' ', false, ordered_json::error_handler_t::replace) + "\n";
 }
@@ -251,7 +261,7 @@ Result<CalibrationFile> ParseCalibration(std::string_view text, const std::strin
   }
   if (**schema != kCalibrationSchema) return {StatusCode::kUnsupported, name + ": schema " + Quoted(**schema) + expected};
   const Reader top(fields, name, {"schema", "model", "text", "selector", "calibrated", "method", "alpha", "confidence",
-                                  "delta_max", "units", "violations", "upper_limit", "guarantee", "prompt_tokens"});
+                                  "delta_max", "units", "violations", "upper_limit", "guarantee", "unprotected", "prompt_tokens"});
   PREHOC_RETURN_IF_ERROR(top.CheckKeys());
   CalibrationFile file;
   PREHOC_ASSIGN_OR_RETURN(const Reader model, top.Object("model", {"fingerprint", "name"}));
@@ -264,6 +274,10 @@ Result<CalibrationFile> ParseCalibration(std::string_view text, const std::strin
   PREHOC_RETURN_IF_ERROR(ReadCalibrated(top, &file));
   PREHOC_RETURN_IF_ERROR(ReadClaim(top, &file.claim));
   PREHOC_RETURN_IF_ERROR(ReadEvidence(top, &file));
+  PREHOC_ASSIGN_OR_RETURN(file.unprotected, top.Texts("unprotected"));
+  for (const std::string& head : file.unprotected) {
+    if (!IsHead(head)) return top.Bad("unprotected " + Quoted(head) + ": expected LAYER.HEAD, such as 0.3");
+  }
   PREHOC_ASSIGN_OR_RETURN(const Reader band, top.Object("prompt_tokens", {"from", "to"}));
   PREHOC_ASSIGN_OR_RETURN(file.least_prompt_tokens, band.Whole("from", 1, kMostTokens));
   PREHOC_ASSIGN_OR_RETURN(file.most_prompt_tokens, band.Whole("to", file.least_prompt_tokens, kMostTokens));

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "base/result.h"
 #include "integrations/cli/options.h"
@@ -25,6 +26,7 @@ struct CalibrationFile {
   CalibrationClaim claim;
   int64_t units = 0, violations = 0;
   double upper_limit = 1;                     // of the risk, at most claim.alpha
+  std::vector<std::string> unprotected;       // heads that the claim leaves out, "LAYER.HEAD"; all others are protected
   int64_t least_prompt_tokens = 0, most_prompt_tokens = 0;  // the band of prompt lengths, both included
 };
 

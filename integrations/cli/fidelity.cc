@@ -16,6 +16,7 @@
 #include "base/units.h"
 #include "integrations/cli/document.h"
 #include "integrations/cli/exit_code.h"
+#include "integrations/cli/fidelity_calibrate.h"
 #include "integrations/cli/fidelity_lab.h"
 #include "integrations/cli/fidelity_notes.h"
 #include "integrations/cli/fidelity_report.h"
@@ -62,11 +63,16 @@ class FidelityJob {
     PREHOC_ASSIGN_OR_RETURN(loaded_, Load(options_.model, paths, environment_, err_, clock_));
     PREHOC_ASSIGN_OR_RETURN(const std::vector<int32_t> tokens, loaded_.tokenizer->Encode(document.text, {.add_special = false, .parse_special = false}));
     PREHOC_ASSIGN_OR_RETURN(const std::string store, StoreDirectory());
-    FidelityLab lab({options_, environment_, loaded_, tokens, store, kernels_, err_, clock_});
+    const LabTask lab_task{options_, environment_, loaded_, tokens, store, kernels_, err_, clock_};
+    FidelityLab lab(lab_task);
     PREHOC_RETURN_IF_ERROR(lab.Prepare());
     Describe(document, static_cast<int64_t>(tokens.size()), lab);
+    if (options_.calibrate) {
+      PREHOC_ASSIGN_OR_RETURN(calibration_size_, PlanCalibration(lab_task, lab.context()));
+    }
     PREHOC_RETURN_IF_ERROR(Resume());
     PREHOC_RETURN_IF_ERROR(RunAll(lab));
+    if (options_.calibrate && !interrupted_) PREHOC_RETURN_IF_ERROR(RunCalibration(lab_task, lab.context(), document));
     return Finish();
   }
 
@@ -75,6 +81,7 @@ class FidelityJob {
   Status CheckOutputs() const {
     if (!options_.json.empty()) PREHOC_RETURN_IF_ERROR(OutputFile::Create("--json", options_.json).status());
     if (!options_.html.empty()) PREHOC_RETURN_IF_ERROR(OutputFile::Create("--html", options_.html).status());
+    if (!options_.calibration.empty()) PREHOC_RETURN_IF_ERROR(OutputFile::Create("--calibration", options_.calibration).status());
     return {};
   }
 
@@ -168,8 +175,8 @@ class FidelityJob {
     if (open.size() < runs_.size()) {
       err_ << "prehoc: " << options_.json << " has " << runs_.size() - open.size() << " of " << runs_.size() << " runs; the others follow" << std::endl;
     }
-    if (!open.empty()) {
-      if (open.front().selector.kind != SelectorKind::kDense) open.insert(open.begin(), runs_.front());  // the reference is not kept in the file
+    if (!open.empty() || options_.calibrate) {
+      if (!open.empty() && open.front().selector.kind != SelectorKind::kDense) open.insert(open.begin(), runs_.front());  // the reference is not kept in the file
       PREHOC_RETURN_IF_ERROR(CheckTime(lab, open));
     }
     size_t number = 0;
@@ -207,7 +214,12 @@ class FidelityJob {
   }
 
   Status CheckTime(FidelityLab& lab, const std::vector<FidelityRun>& open) {
-    PREHOC_ASSIGN_OR_RETURN(const FidelityLab::Estimate estimate, lab.EstimateSeconds(open));
+    constexpr double kStepsOfARequest = 10;  // with what opening it costs
+    PREHOC_ASSIGN_OR_RETURN(FidelityLab::Estimate estimate, lab.EstimateSeconds(open));
+    const auto units = static_cast<double>(calibration_size_.units), points = static_cast<double>(calibration_size_.points);
+    const double calibration = units * (estimate.prompt + points * (1 + kStepsOfARequest * estimate.step));
+    estimate.seconds += calibration;
+    if (units > 0) err_ << "prehoc: the calibration takes about " << FormatSeconds(calibration) << " of it" << std::endl;
     err_ << "prehoc: " << open.size() << " runs of about " << FormatSeconds(estimate.per_run) << ", and up to " << FormatSeconds(estimate.prefill)
          << " for prompts that are not stored yet: about " << FormatSeconds(estimate.seconds) << std::endl;
     if (estimate.seconds <= options_.max_minutes * 60) return {};
@@ -218,9 +230,26 @@ class FidelityJob {
       cut = "the " + std::to_string(values) + " values of --sweep, " + cut;
     }
     if (!options_.tasks.empty()) cut += ", fewer --tasks";
+    if (calibration > estimate.seconds / 2) cut = "the context or the values of the calibration, " + cut;
     if (estimate.prefill > estimate.per_run) cut += ", a smaller --context";
     return UsageError("this would take about " + FormatSeconds(estimate.seconds) + ", more than --max-minutes " + FormatNumber(options_.max_minutes) +
                       ": cut " + cut + ", or allow more with --max-minutes " + std::to_string(static_cast<int64_t>(estimate.seconds / 60) + 1));
+  }
+
+  Status RunCalibration(const LabTask& task, int64_t context, const Document& document) {
+    PREHOC_ASSIGN_OR_RETURN(std::optional<CalibrationRun> run, Calibrate(task, context));
+    interrupted_ = !run;
+    if (!run) return {};
+    document_["calibration"] = run->json;
+    if (!run->file) {
+      err_ << "prehoc: warning: --calibrate: " << run->refusal.message() << std::endl;
+      return {};
+    }
+    run->file->text_path = document.path;
+    run->file->text_sha256 = Sha256Hex(document.text);
+    if (options_.calibration.empty()) return {};
+    PREHOC_ASSIGN_OR_RETURN(OutputFile file, OutputFile::Create("--calibration", options_.calibration));
+    return WriteCalibration(*run->file, &file);
   }
 
   // Choosing costs, per step, against the oracle at the same budget: exact keys of everything, every step.
@@ -273,6 +302,7 @@ class FidelityJob {
   std::vector<FidelityRun> runs_;
   ordered_json document_;
   ordered_json kept_ = ordered_json::array();  // runs of the file that was there
+  CalibrationSize calibration_size_;
   bool interrupted_ = false;
 };
 

@@ -100,24 +100,31 @@ Status FidelityLab::Prepare() {
   return {};
 }
 
-SessionOptions FidelityLab::OptionsFor(const FidelityRun& run, const Pass& pass) const {
+SessionOptions LabSession(const LabTask& task, const FidelityRun& run, int64_t prompt_tokens, int64_t new_tokens) {
   SessionOptions session;
   session.selector = run.selector;
   session.codes = run.codes;
-  session.max_tokens = static_cast<int64_t>(pass.prompt.size()) + std::max<int64_t>(static_cast<int64_t>(pass.forced.size()), pass.new_tokens);
-  session.prompt_tokens = static_cast<int64_t>(pass.prompt.size());
-  const uint64_t kv = geometry_.token_bytes() * static_cast<uint64_t>(session.max_tokens);
-  // Budgets are not what is measured here: the device holds what device_slots allows, the host everything.
+  session.max_tokens = prompt_tokens + new_tokens;
+  session.prompt_tokens = prompt_tokens;
+  const uint64_t kv = GeometryOf(task.loaded.model->config).token_bytes() * static_cast<uint64_t>(session.max_tokens);
+  // Budgets are not what is measured here.
   session.device_budget = 3 * kv + 256 * kMiB;
   session.host_budget = kv + kv / 4 + 64 * kMiB;
-  session.device_slots = DeviceSlots(run.selector, task_.options.device_factor, session.max_tokens);
-  session.store = task_.store;
-  session.store_budget = task_.options.store_budget;
+  session.device_slots = DeviceSlots(run.selector, task.options.device_factor, session.max_tokens);
+  session.store = task.store;
+  session.store_budget = task.options.store_budget;
   session.persist_decode = false;
+  session.audit_every = 0;
+  session.kernels = task.kernels;
+  session.threads = task.options.threads;
+  return session;
+}
+
+SessionOptions FidelityLab::OptionsFor(const FidelityRun& run, const Pass& pass) const {
+  SessionOptions session = LabSession(task_, run, static_cast<int64_t>(pass.prompt.size()),
+                                      std::max<int64_t>(static_cast<int64_t>(pass.forced.size()), pass.new_tokens));
   session.audit_every = pass.audit_every;
   session.observer = pass.observer;
-  session.kernels = task_.kernels;
-  session.threads = task_.options.threads;
   return session;
 }
 
@@ -348,6 +355,8 @@ Result<FidelityLab::Estimate> FidelityLab::EstimateSeconds(const std::vector<Fid
   Estimate estimate;
   estimate.per_run = restore + steps * (step + audit / static_cast<double>(task_.options.audit_every)) +
                      (streams + static_cast<double>(task_.options.generate)) * step;
+  estimate.prompt = prefill;
+  estimate.step = step;
   estimate.prefill = prefill * static_cast<double>(1 + sets_.size());
   estimate.seconds = estimate.prefill + estimate.per_run * static_cast<double>(runs.size());
   return estimate;

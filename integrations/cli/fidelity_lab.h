@@ -33,6 +33,10 @@ struct LabTask {
   const Clock& clock;
 };
 
+// A session for laboratory runs: the device holds what --device-factor allows, the host everything, prompts go to the store, and
+// what is generated does not. Neither audits nor observes yet.
+SessionOptions LabSession(const LabTask& task, const FidelityRun& run, int64_t prompt_tokens, int64_t new_tokens);
+
 class FidelityLab {
  public:
   explicit FidelityLab(const LabTask& task);
@@ -45,7 +49,7 @@ class FidelityLab {
 
   // Expected seconds of `runs`, from a small prefill and a few steps run now. `parts` says where they go.
   struct Estimate {
-    double seconds = 0, per_run = 0, prefill = 0;
+    double seconds = 0, per_run = 0, prefill = 0, prompt = 0, step = 0;  // prompt: one of them
   };
   Result<Estimate> EstimateSeconds(const std::vector<FidelityRun>& runs);
 

@@ -230,7 +230,7 @@ TEST_F(AnswerTest, ACalibrationDecidesAndShowsItsPromise) {
   const Outcome outcome = Run();
   ASSERT_EQ(outcome.exit_code, kExitOk) << outcome.err;
   EXPECT_EQ(outcome.err, "");
-  EXPECT_EQ(outcome.figures["calibration"], file.claim.Guarantee());
+  EXPECT_EQ(outcome.figures["calibration"], file.claim.Guarantee() + "; 2 heads are not protected");
   EXPECT_NE(outcome.out.find("\npromise   with confidence 0.9"), std::string::npos) << outcome.out;
   EXPECT_EQ(outcome.figures["run"]["selector"]["knobs"], file.selector.Describe());
   EXPECT_EQ(outcome.figures["run"]["selector"]["codes"], "8/16+norms");

@@ -30,6 +30,7 @@ TEST(CalibrationFileTest, IsReadAsWritten) {
   EXPECT_EQ(file->codes, (CodeFormat{8, 16, true}));
   EXPECT_EQ(file->claim, CalibrationClaim());
   EXPECT_EQ(file->value, "0.7");
+  EXPECT_EQ(file->unprotected, (std::vector<std::string>{"0.3", "12.0"}));
   EXPECT_EQ(file->most_prompt_tokens, 2000);
 }
 
@@ -46,7 +47,7 @@ TEST(CalibrationFileTest, ConformalHasNoConfidence) {
 TEST(CalibrationFileTest, EveryMissingFieldIsNamed) {
   const std::string text = FormatCalibration(GoodCalibration());
   for (const std::string key : {"model", "text", "selector", "calibrated", "method", "alpha", "confidence", "delta_max", "units",
-                                "violations", "upper_limit", "guarantee", "prompt_tokens"}) {
+                                "violations", "upper_limit", "guarantee", "unprotected", "prompt_tokens"}) {
     const std::string renamed = With(text, "\n  \"" + key + "\":", "\n  \"x\":");
     EXPECT_STATUS(StatusCode::kCorrupt, "--calibration c.json: field " + key + " is missing; found ", Parse(renamed));
     EXPECT_STATUS(StatusCode::kCorrupt, "schema", Parse(renamed));
@@ -72,6 +73,9 @@ TEST(CalibrationFileTest, WhatIsWrongIsNamedWithWhatWasFound) {
   refused("\"units\": 500", "\"units\": 1e300", "units");
   refused("\"alpha\": 0.05", "\"alpha\": 0.03", "exceeds alpha 0.0300");
   refused("in at most 0.05", "in none", "guarantee \"with confidence 0.9");
+  refused("\"12.0\"", "\"12\"", "unprotected \"12\"");
+  refused("\"12.0\"", "\"12.x\"", "LAYER.HEAD");
+  refused("\"12.0\"", "\"012.0\"", "LAYER.HEAD");
   refused("\"to\": 2000", "\"to\": 499", "prompt_tokens.to");
   refused("\"codes\": \"8/16+norms\"", "\"codes\": \"9/9\"", "selector.codes \"9/9\"");
   refused("\"name\": \"tc\"", "\"name\": \"tk\"", "no selector \"tk\"");

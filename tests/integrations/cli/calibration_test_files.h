@@ -19,6 +19,7 @@ inline CalibrationFile GoodCalibration() {
   file.units = 500;
   file.violations = 12;
   file.upper_limit = ClopperPearsonUpper(12, 500, file.claim.delta_c());
+  file.unprotected = {"0.3", "12.0"};
   file.least_prompt_tokens = 500;
   file.most_prompt_tokens = 2000;
   return file;

@@ -10,6 +10,7 @@
 #include <streambuf>
 
 #include "base/units.h"
+#include "integrations/cli/calibration_file.h"
 #include "integrations/cli/exit_code.h"
 #include "integrations/cli/fidelity_notes.h"
 #include "integrations/cli/fidelity_table.h"
@@ -205,6 +206,40 @@ TEST_F(FidelityTest, WhatCannotBeIsRefusedWithWhatWouldDo) {
   options_.max_minutes = 1e-4;
   options_.sweeps = {{"cis.tau", {"0.5", "0.6"}}};
   ExpectRefused(kExitUsage, {"--max-minutes", "--sweep"});
+}
+
+TEST_F(FidelityTest, ACalibrationNamesItsEvidenceAndReadsBack) {
+  WriteFile(path("verses.txt"), Verses(700));
+  options_.context = 512;
+  options_.selectors = {SelectorKind::kDense, SelectorKind::kTwoClock};
+  options_.calibrate = *CalibrationClaim::Parse("max_dropped_mass<=0.5 alpha=0.3 confidence=0.8");
+  options_.calibrate_knob = "budget=500|64|48";  // all but the window's rows at first
+  options_.calibration = path("calibration.json");
+  const Outcome outcome = Run();
+  ASSERT_EQ(outcome.exit_code, kExitOk) << outcome.err;
+  const ordered_json& calibration = outcome.json["calibration"];
+  const int64_t needed = UnitsNeeded(*options_.calibrate);
+  EXPECT_EQ(calibration["units"], needed + needed / 2);
+  ASSERT_EQ(calibration["curve"].size(), 3u);
+  EXPECT_EQ(calibration["curve"][0]["violations"], 0);
+  EXPECT_EQ(calibration["splits"], 20);
+  const auto file = ReadCalibration(options_.calibration);
+  ASSERT_TRUE(file.ok()) << file.status();
+  EXPECT_EQ(file->value, calibration["value"]);
+  EXPECT_EQ(file->model_fingerprint, outcome.json["model"]["fingerprint"]);
+  EXPECT_EQ(file->most_prompt_tokens, 512);
+  EXPECT_LE(file->upper_limit, 0.3);
+}
+
+TEST_F(FidelityTest, ACalibrationWithoutEnoughUnitsSaysHowManyItTakes) {
+  options_.selectors = {SelectorKind::kDense, SelectorKind::kTwoClock};
+  options_.calibrate = *CalibrationClaim::Parse("max_dropped_mass<=0.05 alpha=0.1");
+  options_.calibrate_units = 10;
+  ExpectRefused(kExitUsage, {"--calibrate-units 10", "at least 22"});
+  options_.calibrate_units = 0;
+  ExpectRefused(kExitUsage, {"35 windows", "the document has room for"});
+  options_.calibrate_knob = "cis.tau=0.9|0.5";
+  ExpectRefused(kExitUsage, {"--calibrate-knob", "does not use cis.tau"});
 }
 
 TEST_F(FidelityTest, TaskValuesLieWhereTheItemsSay) {
