@@ -189,11 +189,11 @@ void Sequence::Impl::GateByMass(FastStep& s) {
   for (size_t i = 0; i < layer.units.size(); ++i) {
     const Unit& unit = layer.units[i];
     if (MustSelect(s.rule, AgeOf(s, unit))) continue;
-    double worst = 0;
+    bool keep = true;  // NaN fails
     for (int32_t h = 0; h < unit.heads; ++h) {
-      worst = std::max(worst, ExpectedMiss(unit.dropped[static_cast<size_t>(h)], s.spreads[static_cast<size_t>(unit.first_head + h)]));
+      keep = keep && ExpectedMiss(unit.dropped[static_cast<size_t>(h)], s.spreads[static_cast<size_t>(unit.first_head + h)]) <= s.rule.epsilon;
     }
-    s.units[i].way = worst <= s.rule.epsilon ? Way::kInherit : WayOfFailure(s.rule);
+    s.units[i].way = keep ? Way::kInherit : WayOfFailure(s.rule);
   }
 }
 

@@ -9,6 +9,7 @@
 
 #include "base/check.h"
 #include "base/half.h"
+#include "selector/selector.h"
 
 namespace prehoc {
 namespace {
@@ -52,6 +53,7 @@ struct Unit {
   std::vector<float> anchor, anchor_pre;  // [heads, head_dim]
   Positions middle;
   std::vector<double> lse_dropped;  // [heads]: L_D
+  std::vector<double> dropped;  // [heads], of the choice when it was made
   // Shared candidates: what is resident now, and what will be.
   std::deque<std::vector<double>> scans;  // scores by position, oldest first
   Positions candidates, next_candidates;
@@ -420,6 +422,11 @@ struct ReferenceTrace::Impl {
     unit->middle = chosen.dilated;
     unit->anchor = slice(in.q);
     if (!in.q_pre.empty()) unit->anchor_pre = slice(in.q_pre);
+    unit->dropped.clear();
+    const Positions all = sight.All(), out = Without(all, With(sight, chosen.dilated, sight.hi));
+    for (int32_t h = 0; h < unit->heads; ++h) {
+      unit->dropped.push_back(out.empty() ? 0 : std::exp(Lse(in, unit->first_head + h, out) - Lse(in, unit->first_head + h, all)));
+    }
     unit->lse_dropped.clear();
     if (!is_cis() || options.cis.gate != CisOptions::Gate::kCertified) return;
     Positions outside = Without(sight.All(), With(sight, chosen.dilated, sight.hi));
@@ -485,6 +492,21 @@ struct ReferenceTrace::Impl {
     return bounds;
   }
 
+  // The mass gate's figure, the worst of the unit's heads.
+  double MostMissed(const Unit& unit, const ReferenceInput& in) const {
+    const auto dim = static_cast<size_t>(shape.head_dim);
+    double most = 0;
+    for (int32_t h = 0; h < unit.heads; ++h) {
+      double square = 0;
+      for (size_t c = 0; c < dim; ++c) {
+        const double moved = static_cast<double>(in.q[static_cast<size_t>(unit.first_head + h) * dim + c]) - unit.anchor[static_cast<size_t>(h) * dim + c];
+        square += moved * moved * in.variance[static_cast<size_t>(unit.kv_head) * dim + c];
+      }
+      most = std::max(most, ExpectedMiss(unit.dropped[static_cast<size_t>(h)], std::sqrt(square / shape.head_dim)));
+    }
+    return most;
+  }
+
   // What an inherited set means at this step.
   Positions Inherited(const Unit& unit, const Sight& sight) const {
     Positions middle = unit.middle;
@@ -510,6 +532,7 @@ struct ReferenceTrace::Impl {
       return *std::max_element(bounds->begin(), bounds->end()) <= options.cis.delta_max;
     }
     if (is_hshare()) return true;
+    if (is_tc() && options.tc.gate == TwoClockOptions::Gate::kMass) return MostMissed(unit, in) <= options.tc.epsilon;
     const double tau = is_cis() ? options.cis.tau : options.tc.tau;
     if (tau <= -1) return true;
     if (tau >= 1) return false;

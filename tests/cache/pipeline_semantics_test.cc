@@ -57,6 +57,8 @@ std::vector<Case> Cases() {
       {"cpe", {{"psaw.c", "0.5"}, {"cis.tau", "0.5"}}, "cpe"},
       {"cpe_filter", {{"psaw.c", "0.5"}, {"cis.tau", "-1"}, {"psaw.cis_filter", "step"}}, "cpe"},
       {"tc_exact", {{"tc.scorer", "exact"}, {"tc.theta", "0"}, {"tc.tau", "0.6"}}, "tc"},
+      {"tc_mass", {{"tc.scorer", "exact"}, {"tc.gate", "mass"}, {"tc.epsilon", "0.2"}}, "tc"},
+      {"tc_mass_strict", {{"tc.scorer", "exact"}, {"tc.gate", "mass"}, {"tc.epsilon", "0.02"}, {"tc.max_age", "3"}}, "tc"},
       {"tc_exact_old", {{"tc.scorer", "exact"}, {"tc.theta", "0"}, {"tc.tau", "-1"}, {"tc.max_age", "5"}}, "tc"},
       {"tc_exact_off", {{"tc.scorer", "exact"}, {"tc.theta", "0"}, {"tc.tau", "off"}}, "tc"},
       {"tc_certify", {{"tc.scorer", "exact"}, {"tc.theta", "0"}, {"tc.tau", "-1"}, {"certify_every", "3"}}, "tc"},
@@ -151,6 +153,7 @@ class PipelineSemantics : public testing::TestWithParam<Case> {
       scores = LabelScores(stream, layer, t);
     }
     std::vector<KeyBall> balls;
+    std::vector<float> variance;
     for (int32_t h = 0; h < geometry.kv_heads; ++h) {
       std::vector<float> keys;
       for (int64_t i = 0; i <= t; ++i) keys.insert(keys.end(), stream.key(layer, i, h), stream.key(layer, i, h) + geometry.head_dim);
@@ -161,6 +164,15 @@ class PipelineSemantics : public testing::TestWithParam<Case> {
       if (GetParam().selector == "quest") {
         const auto bounds = ReferencePageBounds(of_group, keys, geometry.head_dim, selector_.quest.page);
         scores.insert(scores.end(), bounds.begin(), bounds.end());
+      }
+      for (int32_t c = 0; c < geometry.head_dim; ++c) {
+        double sum = 0, squares = 0;
+        for (int64_t i = 0; i <= t; ++i) {
+          const double x = stream.key(layer, i, h)[c];
+          sum += x, squares += x * x;
+        }
+        const auto count = static_cast<double>(t + 1);
+        variance.push_back(static_cast<float>(squares / count - sum / count * sum / count));
       }
       // The centre is the mean of the first piece, as the pipeline meets it.
       const auto dim = static_cast<size_t>(geometry.head_dim);
@@ -176,6 +188,7 @@ class PipelineSemantics : public testing::TestWithParam<Case> {
     input.q = {stream.q(layer, t), static_cast<size_t>(geometry.heads * geometry.head_dim)};
     input.q_pre = input.q;
     input.balls = balls;
+    input.variance = variance;
     std::vector<std::vector<double>> of_rows;
     std::vector<ReferenceRow> rows;
     if (GetParam().selector == "hshare" && u == 0) {

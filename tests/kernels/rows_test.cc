@@ -105,6 +105,41 @@ TEST_P(RowsTest, GateIsTheSmallestCosineOfTheGroup) {
   }
 }
 
+TEST_P(RowsTest, GateSpreadIsHowFarLogitsMoved) {
+  SeededRng rng;
+  for (const int32_t d : Dims()) {
+    for (const int32_t group : Groups()) {
+      const auto width = static_cast<size_t>(group * d);
+      const auto q = rng.Normals(width, 3), anchor = rng.Normals(width, 3);
+      auto variance = rng.Normals(static_cast<size_t>(d), 2);
+      for (float& x : variance) x *= x;
+      Guarded<float> spread(static_cast<size_t>(group)), cosine(1);
+      std::vector<double> want;
+      for (size_t h = 0; h < static_cast<size_t>(group); ++h) {
+        double sum = 0;
+        for (size_t c = 0; c < static_cast<size_t>(d); ++c) {
+          const double moved = static_cast<double>(q[h * static_cast<size_t>(d) + c]) - anchor[h * static_cast<size_t>(d) + c];
+          sum += variance[c] * moved * moved;
+        }
+        want.push_back(std::sqrt(sum / d));
+      }
+      for (float* with_cosine : {static_cast<float*>(nullptr), cosine.data()}) {
+        const GateTask task{.q = q.data(), .anchor = anchor.data(), .cosine = with_cosine, .variance = variance.data(), .spread = spread.data()};
+        ASSERT_OK(kernels().gate({.tasks = {&task, 1}, .group = group, .head_dim = d}, launch()));
+        EXPECT_TRUE(AllClose(spread.span(), want, {.relative = 1e-6}));
+      }
+      EXPECT_TRUE(spread.GuardsIntact());
+    }
+  }
+  const std::vector<float> ones(16, 1.0f);
+  auto far = ones;
+  far[3] = std::numeric_limits<float>::infinity();
+  float spread = 0;
+  const GateTask task{.q = far.data(), .anchor = ones.data(), .variance = ones.data(), .spread = &spread};
+  ASSERT_OK(kernels().gate({.tasks = {&task, 1}, .group = 1, .head_dim = 16}, launch()));
+  EXPECT_EQ(spread, std::numeric_limits<float>::infinity());
+}
+
 TEST_P(RowsTest, GateRefusesNormsThatMeanNothingAndClampsTheRest) {
   constexpr int32_t kDim = 16, kGroup = 3;
   const std::vector<float> ones(kDim * kGroup, 1.0f);

@@ -1,4 +1,7 @@
 // Two clocks: scan everything whenever the gate does not hold; only residency is slow. The default.
+#include <cmath>
+#include <limits>
+
 #include "tests/selector/selector_test_util.h"
 
 namespace prehoc {
@@ -120,6 +123,17 @@ TEST(TwoClock, KnobsOfTheSlowClock) {
   SelectorOptions options = Small();
   options.tc.lag = 17;
   EXPECT_STATUS(StatusCode::kInvalid, "tc.lag=17", options.Validate());
+}
+
+TEST(TwoClock, ExpectedMissGrowsWithWhatWasDroppedAndWithTheMove) {
+  EXPECT_EQ(ExpectedMiss(0.2, 0), 0);
+  EXPECT_LT(ExpectedMiss(0.1, 1), ExpectedMiss(0.2, 1));
+  EXPECT_LT(ExpectedMiss(0.1, 1), ExpectedMiss(0.1, 1.1));
+  // Of weights outside that grow e^(1/2) times: 0.1 e^(1/2) / (0.9 + 0.1 e^(1/2)) - 0.1.
+  EXPECT_NEAR(ExpectedMiss(0.1, 1), 0.1 * std::exp(0.5) / (0.9 + 0.1 * std::exp(0.5)) - 0.1, 1e-12);
+  EXPECT_EQ(ExpectedMiss(0, 2), ExpectedMiss(1e-3, 2));  // what was not seen outside is not nothing
+  EXPECT_NEAR(ExpectedMiss(0.25, std::numeric_limits<double>::infinity()), 0.75, 1e-12);
+  EXPECT_EQ(ExpectedMiss(1, 3), 0);
 }
 
 TEST(TwoClock, ExactScoresNeedNoCodes) {
