@@ -18,8 +18,10 @@ using nlohmann::ordered_json;
 constexpr int64_t kDefaultFidelityContext = 8192;
 constexpr int64_t kGenerationAudits = 32;  // at most so many of a generation's steps are audited
 
-const char* RoleOf(SelectorKind kind) {
-  switch (kind) {
+// Without a budget a method reads what it likes, and is no rival of those that have one.
+const char* RoleOf(const FidelityRun& run) {
+  if (run.selector.kind != SelectorKind::kDense && run.budget.empty()) return "unbudgeted";
+  switch (run.selector.kind) {
     case SelectorKind::kDense: return "reference";
     case SelectorKind::kOracle: return "ceiling";
     case SelectorKind::kWindow: return "floor";
@@ -190,7 +192,7 @@ Result<std::optional<ordered_json>> FidelityLab::Run(const FidelityRun& run, siz
   json["codes"] = selector->NeedsCodes() ? CodesToString(run.codes) : "none";
   json["knobs"] = run.selector.Describe();
   json["swept"] = run.swept ? ordered_json{{"knob", run.swept->first}, {"value", run.swept->second}} : ordered_json(nullptr);
-  json["role"] = RoleOf(run.selector.kind);
+  json["role"] = RoleOf(run);
   PREHOC_ASSIGN_OR_RETURN(const bool text, RunText(run, label, &json));
   if (!text) return std::optional<ordered_json>();
   PREHOC_ASSIGN_OR_RETURN(const bool tasks, RunTasks(run, label, &json));
@@ -210,14 +212,14 @@ Result<bool> FidelityLab::RunText(const FidelityRun& run, const std::string& lab
                           RunPass(run, {"text", text_.prompt, text_.forced, 0, dense ? 1 : task_.options.audit_every, observer}, label + ", text"));
   if (!passed) return false;
   if (dense) query_cosine_ = queries.ToJson();
-  (*json)["model"] = ModelFigures(run, *passed, text_.forced);
+  (*json)["model"] = ModelFigures(*passed, text_.forced);
   (*json)["heads"] = heads.Heads();
-  (*json)["cost"] = CostFigures(run, *passed);
+  (*json)["cost"] = CostFigures(*passed);
   (*json)["residency"] = passed->residency;
   return true;
 }
 
-ordered_json FidelityLab::ModelFigures(const FidelityRun&, const Passed& passed, std::span<const int32_t> forced) const {
+ordered_json FidelityLab::ModelFigures(const Passed& passed, std::span<const int32_t> forced) const {
   const std::vector<int32_t>& dense = references_.at("text").decisions;
   double nll = 0;
   int64_t same = 0;
@@ -232,17 +234,17 @@ ordered_json FidelityLab::ModelFigures(const FidelityRun&, const Passed& passed,
           {"top1_agreement", static_cast<double>(same) / static_cast<double>(steps)}, {"kl_by_step", by_step}};
 }
 
-ordered_json FidelityLab::CostFigures(const FidelityRun& run, const Passed& passed) const {
+ordered_json FidelityLab::CostFigures(const Passed& passed) const {
   const SequenceReport& r = passed.report;
   const auto steps = static_cast<double>(std::max<int64_t>(1, passed.steps));
   const auto per_step = [&](int64_t total) { return static_cast<double>(total) / steps; };
   ordered_json cost;
-  cost["rho"] = run.selector.kind == SelectorKind::kDense ? ordered_json(nullptr) : JsonNumber(r.rho());
+  const bool selects = r.triples > 0;  // else everything in sight is attended to
+  cost["rho"] = selects ? JsonNumber(r.rho()) : ordered_json(nullptr);
   cost["triples"] = r.triples;
   cost["retrievals"] = r.retrievals;
-  cost["mean_attended"] = run.selector.kind == SelectorKind::kDense
-                              ? static_cast<double>(prompt_tokens()) + (steps + 1) / 2
-                              : r.mean_attended();
+  const double rows = per_step(r.bytes_attended) / static_cast<double>(geometry_.row_bytes());
+  cost["mean_attended"] = JsonNumber(selects ? r.mean_attended() : rows / geometry_.layers / geometry_.kv_heads);
   cost["steps"] = passed.steps;
   cost["bytes_per_step"] = {{"gate", per_step(r.bytes_gate)}, {"codes", per_step(r.bytes_codes)}, {"keys", per_step(r.bytes_exact_keys)},
                             {"scored", per_step(r.bytes_scored())}, {"attended", per_step(r.bytes_attended)},
@@ -254,7 +256,6 @@ ordered_json FidelityLab::CostFigures(const FidelityRun& run, const Passed& pass
                               {"slow_clock", t.slow_clock / steps}, {"total", t.Total() / steps},
                               {"engine", std::max(0.0, passed.decode_seconds - t.Total() - t.audit) / steps}};
   // Against selecting at every step with exact keys: one retrieval per triple, n keys each.
-  const bool selects = r.triples > 0;
   const double keys = (static_cast<double>(prompt_tokens()) + (steps + 1) / 2) * static_cast<double>(geometry_.row_bytes()) / 2 *
                       static_cast<double>(r.triples) / steps;
   cost["saved"] = selects ? ordered_json{{"events", 1 - r.rho()},

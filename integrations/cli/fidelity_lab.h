@@ -93,8 +93,8 @@ class FidelityLab {
   Result<bool> RunText(const FidelityRun& run, const std::string& label, nlohmann::ordered_json* json);
   Result<bool> RunTasks(const FidelityRun& run, const std::string& label, nlohmann::ordered_json* json);
   Result<bool> RunGeneration(const FidelityRun& run, const std::string& label, nlohmann::ordered_json* json);
-  nlohmann::ordered_json ModelFigures(const FidelityRun& run, const Passed& passed, std::span<const int32_t> forced) const;
-  nlohmann::ordered_json CostFigures(const FidelityRun& run, const Passed& passed) const;
+  nlohmann::ordered_json ModelFigures(const Passed& passed, std::span<const int32_t> forced) const;
+  nlohmann::ordered_json CostFigures(const Passed& passed) const;
 
   const LabTask task_;
   const KvGeometry geometry_;
