@@ -16,6 +16,10 @@ set(PREHOC_CUDA_ARCHITECTURES "80-real;90" CACHE STRING
   "As CMAKE_CUDA_ARCHITECTURES. 80-virtual alone runs the A100 code on newer devices, through the driver's compiler")
 set(CMAKE_CUDA_ARCHITECTURES ${PREHOC_CUDA_ARCHITECTURES})
 enable_language(CUDA)
+if(NOT DEFINED CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake 3.25 does not know nvcc 13's
+  set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")
+  set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION "-std=c++20")
+endif()
 set(CMAKE_CUDA_STANDARD 20)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_EXTENSIONS OFF)
@@ -29,7 +33,7 @@ add_custom_target(gpu)  # everything that the CUDA build adds
 # prehoc_cuda_target(NAME): flags of our CUDA code, and a place in the target `gpu`.
 function(prehoc_cuda_target name)
   target_compile_options(${name} PRIVATE
-    $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo -Xptxas=-warn-spills --threads=2
+    $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo --threads=2
       -Xcompiler=-Wall,-Wextra,-Wno-missing-field-initializers>
     $<$<AND:$<COMPILE_LANGUAGE:CUDA>,$<BOOL:${PREHOC_WERROR}>>:-Werror=all-warnings>)
   add_dependencies(gpu ${name})

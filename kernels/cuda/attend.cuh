@@ -1,0 +1,417 @@
+// Attention of one step over scattered rows.
+//
+// A block takes a part of the keys of one task (KV head), for eight query heads; its warps take tiles of 16 keys in turn. Keys and
+// values go from memory straight into the registers of the tensor cores' operands: which channel of K is which k of the
+// product is free as long as q agrees, and which channel of V is which column of the output is free as well, so a lane loads
+// whole 16-byte pieces of a row.
+// The product has 16 rows and a tile has 8 heads: the other 8 rows carry what rounding to the row type took from q, and later
+// from the softmax weights. So both products are nearly exact, at no cost.
+// Parts are merged by log-sum-exp: the warps of a block in shared memory, the blocks of a task by the one that ends last.
+#pragma once
+#include "kernels/cuda/common.cuh"
+
+namespace prehoc::cuda {
+
+inline constexpr int kHeadTile = 8;
+inline constexpr int kKeyTile = 16;
+
+struct AttendArgs {
+  const AttendTask* tasks;
+  float* parts;        // [tasks, head tiles, splits, kHeadTile * (D + 2)]
+  uint32_t* arrived;   // [tasks, head tiles], zero between calls
+  int32_t group;
+  float scale;         // log2(e) / sqrt(head_dim)
+};
+
+template <int D>
+struct AttendShape {
+  static constexpr int kWarps = D == 256 ? 4 : 8;
+  static constexpr int kThreads = kWarps * kWarp;
+  static constexpr int kKVectors = D / 32;                    // 16-byte pieces of K per lane and key
+  static constexpr int kVChannels = D % 64 == 0 ? 8 : 4;      // channels in one piece of V
+  static constexpr int kVVectors = D / (8 * kVChannels);
+  // Registers hold the output, and beside it: up to 128 channels, q and whole tiles, the next keys loaded ahead; above, q lies in
+  // shared memory and values come in halves.
+  static constexpr bool kRoomy = D <= 128;
+  static constexpr int kValuePasses = kRoomy ? 1 : 2;
+  static constexpr int kPassVectors = kVVectors / kValuePasses;
+  static constexpr int kPart = kHeadTile * (D + 2);           // floats: out, then most, then sum
+  static constexpr size_t kQueryBytes = kRoomy ? 0 : size_t{D / 16} * kWarp * sizeof(uint4);
+  static constexpr size_t kSharedBytes = kQueryBytes + sizeof(float) * kWarps * kPart;
+  static_assert(D % 32 == 0, "a lane quad loads 64 bytes of K at a time");
+};
+
+// Where the rows of one task lie. Requires 0 <= i < total().
+struct AttendRows {
+  const std::byte* rows;
+  const std::byte* host_rows;
+  const int32_t* refs;
+  int64_t row_limit, host_limit;
+  int32_t sinks, local, chosen;  // how many of each; the tile order is local, sinks, chosen
+  int32_t local_begin, sink_row, ring_row, ring_rows;
+
+  __device__ int32_t total() const { return sinks + local + chosen; }
+  // >= 0: row of `rows`; < 0: ~row of `host_rows`.
+  __device__ int32_t Ref(int32_t i) const {
+    if (i < local) {
+      const int32_t p = local_begin + i;
+      return ring_row + (p < ring_rows ? p : p % ring_rows);
+    }
+    i -= local;
+    return i < sinks ? sink_row + i : __ldg(refs + (i - sinks));
+  }
+};
+
+__device__ inline AttendRows RowsOf(const AttendTask& task) {
+  AttendRows r;
+  const int32_t n = max(0, *task.n);
+  r.rows = static_cast<const std::byte*>(task.rows);
+  r.host_rows = static_cast<const std::byte*>(task.host_rows);
+  r.refs = task.refs;
+  r.row_limit = task.row_limit;
+  r.host_limit = task.host_rows != nullptr ? task.host_limit : 0;
+  r.sinks = min(max(task.sinks, 0), n);
+  r.local = min(max(task.local, 0), n - r.sinks);
+  r.local_begin = n - r.local;
+  r.chosen = task.refs != nullptr ? *task.num_refs : 0;
+  r.sink_row = task.sink_row;
+  r.ring_row = task.ring_row;
+  r.ring_rows = max(task.ring_rows, 1);
+  return r;
+}
+
+// q of 8 heads as the left operand of K^T: [k step] = {most b0, rest b0, most b1, rest b1}. Lane (g, j) of k steps 2i and 2i + 1
+// holds channels 32 i + 8 j .. + 7 of head g. Returns what the logits are to be multiplied with.
+template <RowType R, int D>
+__device__ inline float LoadQuery(const AttendArgs& args, const float* q, int head, int j, uint32_t (&a)[D / 16][4]) {
+  constexpr int kVectors = AttendShape<D>::kKVectors;
+  float x[kVectors][8];
+  float most = 0;
+  const bool exists = head < args.group;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const float4* from = reinterpret_cast<const float4*>(q + int64_t{head} * D + 32 * i + 8 * j);
+    const float4 low = exists ? __ldg(from) : float4{}, high = exists ? __ldg(from + 1) : float4{};
+    x[i][0] = low.x, x[i][1] = low.y, x[i][2] = low.z, x[i][3] = low.w;
+    x[i][4] = high.x, x[i][5] = high.y, x[i][6] = high.z, x[i][7] = high.w;
+#pragma unroll
+    for (int c = 0; c < 8; ++c) most = fmaxf(most, fabsf(x[i][c]));
+  }
+  most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
+  most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));
+  const float down = PowerBelow(most);  // so that halves neither overflow nor lose small heads
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+#pragma unroll
+    for (int c = 0; c < 8; c += 2) {
+      const int step = 2 * i + c / 4, half = c / 2 % 2;
+      SplitPair<R>(x[i][c] * down, x[i][c + 1] * down, &a[step][2 * half], &a[step][2 * half + 1]);
+    }
+  }
+  return args.scale / down;
+}
+
+// One tile of K: lane (g, j) holds pieces of keys g and g + 8.
+template <int D>
+struct KeyTile {
+  uint4 piece[2][AttendShape<D>::kKVectors];
+};
+// One tile of V: lane (g, j) holds pieces of keys 2j, 2j + 1, 2j + 8, 2j + 9.
+template <int D>
+struct ValueTile {
+  uint32_t word[4][AttendShape<D>::kPassVectors][AttendShape<D>::kVChannels / 2];
+};
+
+// q where the products take it from.
+template <int D, bool kInRegisters>
+struct Query {
+  uint32_t a[D / 16][4];
+  __device__ uint4 operator()(int step) const { return {a[step][0], a[step][1], a[step][2], a[step][3]}; }
+};
+template <int D>
+struct Query<D, false> {
+  const uint4* a;  // of this lane, kWarp apart
+  __device__ uint4 operator()(int step) const { return a[step * kWarp]; }
+};
+
+template <int D>
+__device__ inline const std::byte* RowAt(const AttendRows& r, int32_t ref) {
+  constexpr int64_t kRowBytes = int64_t{4} * D;
+  return ref >= 0 ? r.rows + int64_t{ref} * kRowBytes : r.host_rows + int64_t{~ref} * kRowBytes;
+}
+
+// `ref` of lane L < 16 is that of key L; `valid` has a bit for each key that is loaded, the others are zero.
+template <int D>
+__device__ inline void LoadKeys(const AttendRows& r, int32_t ref, uint32_t valid, int g, int j, KeyTile<D>* k) {
+#pragma unroll
+  for (int t = 0; t < 2; ++t) {
+    const int key = g + 8 * t;
+    const std::byte* row = RowAt<D>(r, __shfl_sync(kAllLanes, ref, key)) + 16 * j;
+    const bool load = (valid >> key) & 1;
+#pragma unroll
+    for (int i = 0; i < AttendShape<D>::kKVectors; ++i) {
+      k->piece[t][i] = load ? __ldg(reinterpret_cast<const uint4*>(row + 64 * i)) : uint4{};
+    }
+  }
+}
+template <int D>
+__device__ inline void LoadValues(const AttendRows& r, int32_t ref, uint32_t valid, int g, int j, int pass, ValueTile<D>* v) {
+  constexpr int kVectors = AttendShape<D>::kPassVectors;
+  constexpr int kChannels = AttendShape<D>::kVChannels;
+#pragma unroll
+  for (int s = 0; s < 4; ++s) {
+    const int key = 2 * j + s % 2 + 8 * (s / 2);
+    const std::byte* row = RowAt<D>(r, __shfl_sync(kAllLanes, ref, key)) + 2 * D + 2 * kChannels * (g + 8 * kVectors * pass);
+    const bool load = (valid >> key) & 1;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const std::byte* at = row + 16 * kChannels * i;
+      if constexpr (kChannels == 8) {
+        const uint4 x = load ? __ldg(reinterpret_cast<const uint4*>(at)) : uint4{};
+        v->word[s][i][0] = x.x, v->word[s][i][1] = x.y, v->word[s][i][2] = x.z, v->word[s][i][3] = x.w;
+      } else {
+        const uint2 x = load ? __ldg(reinterpret_cast<const uint2*>(at)) : uint2{};
+        v->word[s][i][0] = x.x, v->word[s][i][1] = x.y;
+      }
+    }
+  }
+}
+
+// Online softmax of 8 heads: lane (g, j) holds `most` of head g (the same in its quad), its own part of the sum, and of the output
+// channels 8 C v + 2 C j + c (x) and .. + C (y) with C = kVChannels: out[v * C + c] = {x most, y most, x rest, y rest}.
+template <RowType R, int D>
+struct Softmax {
+  using S = AttendShape<D>;
+  float most = -Infinity();
+  float sum = 0;
+  float out[D / 8][4] = {};
+
+  template <class Q>
+  __device__ void Add(const Q& q, const KeyTile<D>& k, float factor, uint32_t valid, uint32_t missing, int j,
+                      uint32_t (&p)[4]) {
+    float z[2][4] = {};
+#pragma unroll
+    for (int i = 0; i < S::kKVectors; ++i) {
+      const uint4 even = q(2 * i), odd = q(2 * i + 1);
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+        const uint4& x = k.piece[t][i];
+        Number<R>::Mma(z[t], even.x, even.y, even.z, even.w, x.x, x.y);
+        Number<R>::Mma(z[t], odd.x, odd.y, odd.z, odd.w, x.z, x.w);
+      }
+    }
+    float w[4];
+    float tile_most = -Infinity();
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      const int key = 2 * j + s % 2 + 8 * (s / 2);
+      w[s] = (z[s / 2][s % 2] + z[s / 2][s % 2 + 2]) * factor;
+      if (!((valid >> key) & 1)) w[s] = (missing >> key) & 1 ? NotANumber() : -Infinity();
+      tile_most = fmaxf(tile_most, w[s]);
+    }
+    tile_most = fmaxf(tile_most, __shfl_xor_sync(kAllLanes, tile_most, 1));
+    tile_most = fmaxf(tile_most, __shfl_xor_sync(kAllLanes, tile_most, 2));
+    const float now = fmaxf(most, tile_most);
+    const float from = now == -Infinity() ? 0.0f : now;
+    if (__any_sync(kAllLanes, now != most)) {
+      const float shrink = Exp2(most - from);  // 0 from nothing
+      sum *= shrink;
+#pragma unroll
+      for (int i = 0; i < D / 8; ++i) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) out[i][c] *= shrink;
+      }
+      most = now;
+    }
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      w[s] = Exp2(w[s] - from);
+      sum += w[s];
+    }
+    SplitPair<R>(w[0], w[1], &p[0], &p[1]);
+    SplitPair<R>(w[2], w[3], &p[2], &p[3]);
+  }
+
+  template <int kPass>
+  __device__ void AddValues(const uint32_t (&p)[4], const ValueTile<D>& v) {
+#pragma unroll
+    for (int i = 0; i < S::kPassVectors; ++i) {
+#pragma unroll
+      for (int c = 0; c < S::kVChannels; ++c) {
+        const int at = c / 2;
+        const uint32_t b0 = c % 2 == 0 ? LowHalves(v.word[0][i][at], v.word[1][i][at]) : HighHalves(v.word[0][i][at], v.word[1][i][at]);
+        const uint32_t b1 = c % 2 == 0 ? LowHalves(v.word[2][i][at], v.word[3][i][at]) : HighHalves(v.word[2][i][at], v.word[3][i][at]);
+        Number<R>::Mma(out[(kPass * S::kPassVectors + i) * S::kVChannels + c], p[0], p[1], p[2], p[3], b0, b1);
+      }
+    }
+  }
+
+  // To part [kHeadTile][D], most [kHeadTile], sum [kHeadTile].
+  __device__ void Store(float* part, int g, int j) {
+    sum += __shfl_xor_sync(kAllLanes, sum, 1);
+    sum += __shfl_xor_sync(kAllLanes, sum, 2);
+    constexpr int C = S::kVChannels;
+#pragma unroll
+    for (int i = 0; i < S::kVVectors; ++i) {
+      float* to = part + g * D + 8 * C * i + 2 * C * j;
+#pragma unroll
+      for (int c = 0; c < C; c += 4) {
+        float x[4], y[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float(&o)[4] = out[i * C + c + e];
+          x[e] = o[0] + o[2], y[e] = o[1] + o[3];
+        }
+        *reinterpret_cast<float4*>(to + c) = {x[0], x[1], x[2], x[3]};
+        *reinterpret_cast<float4*>(to + C + c) = {y[0], y[1], y[2], y[3]};
+      }
+    }
+    if (j == 0) {
+      part[kHeadTile * D + g] = most;
+      part[kHeadTile * D + kHeadTile + g] = sum;
+    }
+  }
+};
+
+// Joins `count` parts, `stride` floats apart, for channels [c, c + 4) of head g: the weighted sum, and (in *most, *sum) its weight.
+template <int D, bool kFromOtherBlocks>
+__device__ inline float4 JoinParts(const float* parts, int64_t stride, int count, int g, int c, float* most, float* sum) {
+  const auto load = [](const float* p) { return kFromOtherBlocks ? __ldcg(p) : *p; };
+  const auto load4 = [](const float* p) {
+    return kFromOtherBlocks ? __ldcg(reinterpret_cast<const float4*>(p)) : *reinterpret_cast<const float4*>(p);
+  };
+  float top = -Infinity();
+  for (int i = 0; i < count; ++i) top = fmaxf(top, load(parts + i * stride + kHeadTile * D + g));
+  const float from = top == -Infinity() ? 0.0f : top;
+  float4 out{};
+  float total = 0;
+#pragma unroll 4
+  for (int i = 0; i < count; ++i) {
+    const float* part = parts + i * stride;
+    const float weight = Exp2(load(part + kHeadTile * D + g) - from);
+    const float4 x = load4(part + g * D + c);
+    total += weight * load(part + kHeadTile * D + kHeadTile + g);
+    out.x += weight * x.x, out.y += weight * x.y, out.z += weight * x.z, out.w += weight * x.w;
+  }
+  *most = top;
+  *sum = total;
+  return out;
+}
+
+template <RowType R, int D>
+__global__ void __launch_bounds__(AttendShape<D>::kThreads, 1) AttendKernel(const __grid_constant__ AttendArgs args) {
+  using S = AttendShape<D>;
+  extern __shared__ float4 shared_[];
+  float* const shared = reinterpret_cast<float*>(shared_) + S::kQueryBytes / sizeof(float);
+  __shared__ bool last;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, j = lane % 4;
+  const int splits = gridDim.x, split = blockIdx.x, head_tile = blockIdx.z;
+  const AttendTask& task = args.tasks[blockIdx.y];
+  const AttendRows rows = RowsOf(task);
+  const int32_t total = rows.chosen < 0 ? 1 : rows.total();
+  const bool broken = rows.chosen < 0;
+
+  // --- the keys of this warp
+  Query<D, S::kRoomy> q;
+  float factor;
+  if constexpr (S::kRoomy) {
+    factor = LoadQuery<R, D>(args, task.q, head_tile * kHeadTile + g, j, q.a);
+  } else {
+    uint32_t a[D / 16][4];
+    factor = LoadQuery<R, D>(args, task.q, head_tile * kHeadTile + g, j, a);
+    q.a = reinterpret_cast<const uint4*>(shared_) + lane;
+    for (int s = warp; s < D / 16; s += S::kWarps) {
+#pragma unroll
+      for (int i = 0; i < D / 16; ++i) {
+        if (i == s) reinterpret_cast<uint4*>(shared_)[i * kWarp + lane] = {a[i][0], a[i][1], a[i][2], a[i][3]};
+      }
+    }
+    __syncthreads();
+  }
+  Softmax<R, D> softmax;
+  const int64_t stride = int64_t{splits} * S::kWarps * kKeyTile;
+  int64_t base = (int64_t{split} * S::kWarps + warp) * kKeyTile;
+  int32_t ref = 0;
+  uint32_t valid = 0, missing = 0;
+  const auto find = [&](int64_t at) {  // ref, valid and missing of the tile at `at`
+    const bool exists = lane < kKeyTile && at + lane < total;
+    ref = exists && !broken ? rows.Ref(static_cast<int32_t>(at + lane)) : 0;
+    const bool loads = exists && !broken && (ref >= 0 ? ref < rows.row_limit : ~ref < rows.host_limit);
+    valid = __ballot_sync(kAllLanes, loads);
+    missing = __ballot_sync(kAllLanes, exists && !loads);
+  };
+  if (base < total) {
+    find(base);
+    KeyTile<D> k;
+    ValueTile<D> v;
+    LoadKeys<D>(rows, ref, valid, g, j, &k);
+#pragma unroll 1
+    for (;;) {
+      if constexpr (S::kRoomy) LoadValues<D>(rows, ref, valid, g, j, 0, &v);
+      const int32_t ref_now = ref;
+      const uint32_t valid_now = valid, missing_now = missing;
+      base += stride;
+      const bool more = base < total;
+      if (more) find(base);
+      uint32_t p[4];
+      softmax.Add(q, k, factor, valid_now, missing_now, j, p);
+      if constexpr (S::kRoomy) {
+        if (more) LoadKeys<D>(rows, ref, valid, g, j, &k);  // on their way while the values are used
+        softmax.template AddValues<0>(p, v);
+        if (!more) break;
+      } else {
+        LoadValues<D>(rows, ref_now, valid_now, g, j, 0, &v);
+        softmax.template AddValues<0>(p, v);
+        LoadValues<D>(rows, ref_now, valid_now, g, j, 1, &v);
+        softmax.template AddValues<1>(p, v);
+        if (!more) break;
+        LoadKeys<D>(rows, ref, valid, g, j, &k);
+      }
+    }
+  }
+  softmax.Store(shared + warp * S::kPart, g, j);
+  __syncthreads();
+
+  // --- the warps of this block
+  const int heads = min(kHeadTile, args.group - head_tile * kHeadTile);
+  const int64_t tile = int64_t{blockIdx.y} * gridDim.z + head_tile;
+  float* const parts = args.parts + tile * splits * S::kPart;
+  const auto write = [&](int h, int c, float4 out, float most, float sum) {
+    const float over = sum == 0 ? 0.0f : 1 / sum;
+    const int64_t head = head_tile * kHeadTile + h;
+    *reinterpret_cast<float4*>(task.out + head * D + c) = {out.x * over, out.y * over, out.z * over, out.w * over};
+    if (c == 0 && task.lse != nullptr) task.lse[head] = sum == 0 ? -Infinity() : (most + __log2f(sum)) * kLn2;
+  };
+  for (int i = threadIdx.x; i < heads * (D / 4); i += S::kThreads) {
+    const int h = i / (D / 4), c = i % (D / 4) * 4;
+    float most, sum;
+    const float4 out = JoinParts<D, false>(shared, S::kPart, S::kWarps, h, c, &most, &sum);
+    if (splits == 1) {
+      write(h, c, out, most, sum);
+    } else {
+      float* const part = parts + split * S::kPart;
+      *reinterpret_cast<float4*>(part + h * D + c) = out;
+      if (c == 0) part[kHeadTile * D + h] = most, part[kHeadTile * D + kHeadTile + h] = sum;
+    }
+  }
+  if (splits == 1) return;
+
+  // --- the blocks of this task
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = atomicAdd(args.arrived + tile, 1u) + 1 == static_cast<uint32_t>(splits);
+    if (last) args.arrived[tile] = 0;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!last) return;
+  for (int i = threadIdx.x; i < heads * (D / 4); i += S::kThreads) {
+    const int h = i / (D / 4), c = i % (D / 4) * 4;
+    float most, sum;
+    const float4 out = JoinParts<D, true>(parts, S::kPart, splits, h, c, &most, &sum);
+    write(h, c, out, most, sum);
+  }
+}
+
+}  // namespace prehoc::cuda
