@@ -74,7 +74,7 @@ struct ScanSource {
 struct ScanTask {
   ScanSource source;
   float* z = nullptr;    // [group] rows, `z_stride` floats apart, a multiple of 4
-  float* err = nullptr;  // as z, or null; 0.0001 of the magnitude is the least that it claims (fp16 products, fp32 sums)
+  float* err = nullptr;  // as z, or null; the arithmetic adds 2^-7 of SUM |q_c| step_c and 2^-14 of SUM |q_c| (|lo_c| + levels step_c)
   int64_t z_stride = 0;
 };
 struct ScanParams {

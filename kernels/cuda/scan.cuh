@@ -198,9 +198,10 @@ struct BlockScan {
             const float by_norm = scale.norm[g] * __half2float(norm);
             if (by_norm < quantisation) quantisation = by_norm;
           }
-          // fp32 sums of d / 16 + 1 products of the tensor cores, of numbers of 21 bits, and below them the grain of subnormals:
-          // 2^-25 of a product before the field is divided out. Then what bf16 keys lost below 2^-14.
-          const float arithmetic = 0x1p-14f * (lo_sum + kLevels * step_sum);
+          // fp32 sums of d / 16 + 1 products of the tensor cores, of numbers of 21 bits. A subnormal enters them unnormalised, ten bits
+          // of the sum above it: of each of 16 products and the sum before, 2^-13 of the largest slope is lost; here 2^-7 of all
+          // slopes. Then the grain of subnormal slopes, 2^-25 before the field is divided out, and what bf16 keys lost below 2^-14.
+          const float arithmetic = 0x1p-14f * (lo_sum + kLevels * step_sum) + 0x1p-7f * step_sum;
           const float grain = unit * static_cast<float>(D) * kLevels * 0x1p-22f * static_cast<float>(1 << (8 - BITS));
           const float bound = quantisation * 1.0002f + arithmetic + grain + scale.absolute[g] * 0x1p-25f;
           e[t] = unbounded || !isfinite(of[t]) || !(bound < Infinity()) ? Infinity() : bound;

@@ -158,9 +158,11 @@ class Selector {
  public:
   static constexpr bool kScans = BITS != 0;
   static constexpr size_t kQueryBytes = QuerySize<D, BITS>::kBytes;
+  // Two per head, in whole pieces of 16 bytes: the logits behind them are stored by the piece.
+  static __host__ __device__ int MassFloats(int group) { return (2 * group + 3) / 4 * 4; }
   // Shared memory: q steps, histogram or list, words of the chosen and of the class, masses, keys, logits.
   static size_t SharedBytes(const SelectArgs& args) {
-    size_t bytes = kQueryBytes + kBins * 4 + static_cast<size_t>(args.chunk / 32) * 8 + static_cast<size_t>(args.group) * 8;
+    size_t bytes = kQueryBytes + kBins * 4 + static_cast<size_t>(args.chunk / 32) * 8 + static_cast<size_t>(MassFloats(args.group)) * 4;
     if (args.keys_in_shared) bytes += static_cast<size_t>(args.chunk) * 4;
     if (args.z_in_shared) bytes += static_cast<size_t>(args.group) * static_cast<size_t>(args.z_stride) * 4;
     return bytes;
@@ -237,7 +239,7 @@ class Selector {
   __device__ float* lse() const { return reinterpret_cast<float*>(class_words() + args_.chunk / 32); }  // [group]
   __device__ float* top() const { return lse() + args_.group; }                               // [group] largest logits
   __device__ uint32_t* keys() const {                                                         // [own]
-    if (args_.keys_in_shared) return reinterpret_cast<uint32_t*>(top() + args_.group);
+    if (args_.keys_in_shared) return reinterpret_cast<uint32_t*>(lse() + MassFloats(args_.group));
     return args_.keys + (int64_t{team_index_} * args_.team_blocks + block_) * args_.chunk;
   }
   __device__ float* kept_z() const {                                                          // [group, z_stride] of this launch
