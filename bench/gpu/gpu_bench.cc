@@ -182,7 +182,7 @@ void AttendChosen(Bench& bench, int batch, int kv_heads, int group, int d, int32
     tasks.push_back({.q = q.data() + at, .out = out.data() + at, .lse = lse.data() + i * static_cast<size_t>(group),
                      .rows = rows.data() + i * head_rows * row, .row_limit = static_cast<int64_t>(head_rows), .sink_row = slots,
                      .ring_row = slots, .ring_rows = 64, .n = n.data(), .refs = device_refs.data() + i * static_cast<size_t>(k),
-                     .num_refs = count.data()});
+                     .num_refs = count.data(), .refs_room = k});
     gates.push_back({.q = q.data() + at, .anchor = q.data() + (at + 17 * static_cast<size_t>(d)) % (q.size() - static_cast<size_t>(group * d)),
                      .cosine = cosine.data() + i});
   }
@@ -243,7 +243,7 @@ void Dense(Bench& bench, int batch, int kv_heads, int group, int d, int32_t n) {
 }
 
 // Codes of random keys, made by append.
-void Select(Bench& bench, int kv_heads, int group, int d, int32_t n, int bits, int32_t k, bool lse_out) {
+void Select(Bench& bench, int kv_heads, int group, int d, int32_t n, int bits, int32_t k, bool lse_out, bool scan_too = false) {
   Rng rng(3);
   const CodeFormat format{bits, 64, false};
   const size_t head_bytes = LayoutOf(format, d).bytes * static_cast<size_t>(n / 64);
@@ -277,6 +277,23 @@ void Select(Bench& bench, int kv_heads, int group, int d, int32_t n, int bits, i
     tasks.push_back({.source = {.q = q.data() + i * static_cast<size_t>(group * d), .blocks = blocks.data() + i * head_bytes, .rows = ring.data(),
                                 .ring_rows = 64, .n = length.data()},
                      .rule = rule});
+  }
+  if (scan_too) {
+    const int64_t stride = n;
+    const Array<float> z(static_cast<size_t>(layers * kv_heads * group) * static_cast<size_t>(stride));
+    std::vector<cuda::ScanTask> scans;
+    for (size_t i = 0; i < tasks.size(); ++i) {
+      scans.push_back({.source = tasks[i].source, .z = z.data() + i * static_cast<size_t>(group * stride), .z_stride = stride});
+    }
+    const Array<cuda::ScanTask> device_scans(scans);
+    const Times t = bench.Measure([&] {
+      for (int layer = 0; layer < layers; ++layer) {
+        Ok(cuda::Scan({.tasks = device_scans.data() + layer * kv_heads, .num_tasks = kv_heads, .max_n = n, .format = format, .group = group,
+                       .head_dim = d}, bench.stream()));
+      }
+    });
+    bench.Report("scan, logits to memory", {{"kv_heads", kv_heads}, {"group", group}, {"head_dim", d}, {"n", n}, {"bits", bits}, {"layers", layers}}, t,
+                 layers, layer_bytes + 4.0 * kv_heads * group * n, bench.rate, 1);
   }
   const Array<cuda::SelectTask> device(tasks);
   cuda::SelectParams params{.num_tasks = kv_heads, .max_n = n, .format = format, .group = group, .head_dim = d};
@@ -406,7 +423,7 @@ int Main(int argc, char** argv) {
   }
   if (bench.Wants("select")) {
     for (const int bits : {4, 2}) {
-      Select(bench, 8, 4, 128, 131072, bits, 2048, false);
+      Select(bench, 8, 4, 128, 131072, bits, 2048, false, true);
       Select(bench, 8, 4, 128, 131072, bits, 2048, true);
       Select(bench, 8, 4, 128, 1048576, bits, 2048, false);
       Select(bench, 8, 4, 128, 32768, bits, 2048, false);

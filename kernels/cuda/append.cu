@@ -140,7 +140,9 @@ template <RowType R>
 __global__ void __launch_bounds__(kThreads) AppendKernel(const __grid_constant__ AppendArgs args) {
   extern __shared__ __align__(16) __half keys[];  // [group_tokens, head_dim], then Channel [head_dim]
   __shared__ bool bounded;
-  const AppendTask& task = args.tasks[blockIdx.y];
+  const AppendTask task = args.tasks[blockIdx.y];
+  WaitForEarlierWork();
+  LetLaterWorkLaunch();
   const int d = args.head_dim, tokens = args.format.group_tokens;
   const int64_t first = *task.first;
   if (task.count <= 0 || task.count > args.max_count || first < 0) return;

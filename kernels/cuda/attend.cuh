@@ -6,7 +6,8 @@
 // whole 16-byte pieces of a row.
 // The product has 16 rows and a tile has 8 heads: the other 8 rows carry what rounding to the row type took from q, and later
 // from the softmax weights. So both products are nearly exact, at no cost.
-// Parts are merged by log-sum-exp: the warps of a block in shared memory, the blocks of a task by the one that ends last.
+// Parts are merged by log-sum-exp: the warps of a block in shared memory; the blocks of a task through each other's shared memory
+// where they form a cluster, else by the one that ends last.
 #pragma once
 #include "kernels/cuda/common.cuh"
 
@@ -20,6 +21,7 @@ struct AttendArgs {
   float* parts;        // [tasks, head tiles, splits, kHeadTile * (D + 2)]
   uint32_t* arrived;   // [tasks, head tiles], zero between calls
   int32_t group;
+  bool cluster;        // the blocks of a task are one; a power of two of them
   float scale;         // log2(e) / sqrt(head_dim)
 };
 
@@ -37,34 +39,34 @@ struct AttendShape {
   static constexpr int kPassVectors = kVVectors / kValuePasses;
   static constexpr int kPart = kHeadTile * (D + 2);           // floats: out, then most, then sum
   static constexpr size_t kQueryBytes = kRoomy ? 0 : size_t{D / 16} * kWarp * sizeof(uint4);
-  static constexpr size_t kSharedBytes = kQueryBytes + sizeof(float) * kWarps * kPart;
+  static constexpr size_t kSharedBytes = kQueryBytes + sizeof(float) * (kWarps + 1) * kPart;  // of warps, and of the block
   static_assert(D % 32 == 0, "a lane quad loads 64 bytes of K at a time");
 };
 
-// Where the rows of one task lie. Requires 0 <= i < total().
+// Where the rows of one task lie. Requires 0 <= i < total(). Chosen rows come first: their refs can be loaded before their
+// number is known.
 struct AttendRows {
   const std::byte* rows;
   const std::byte* host_rows;
   const int32_t* refs;
   int64_t row_limit, host_limit;
-  int32_t sinks, local, chosen;  // how many of each; the tile order is local, sinks, chosen
+  int32_t sinks, local, chosen;  // how many of each
   int32_t local_begin, sink_row, ring_row, ring_rows;
 
   __device__ int32_t total() const { return sinks + local + chosen; }
   // >= 0: row of `rows`; < 0: ~row of `host_rows`.
   __device__ int32_t Ref(int32_t i) const {
-    if (i < local) {
-      const int32_t p = local_begin + i;
-      return ring_row + (p < ring_rows ? p : p % ring_rows);
-    }
-    i -= local;
-    return i < sinks ? sink_row + i : __ldg(refs + (i - sinks));
+    if (i < chosen) return refs[i];
+    i -= chosen;
+    if (i >= local) return sink_row + i - local;
+    const int32_t p = local_begin + i;
+    return ring_row + (p < ring_rows ? p : p % ring_rows);
   }
 };
 
-__device__ inline AttendRows RowsOf(const AttendTask& task) {
+__device__ inline AttendRows RowsOf(const AttendTask& task, int32_t visible, int32_t num_refs) {
   AttendRows r;
-  const int32_t n = max(0, *task.n);
+  const int32_t n = max(0, visible);
   r.rows = static_cast<const std::byte*>(task.rows);
   r.host_rows = static_cast<const std::byte*>(task.host_rows);
   r.refs = task.refs;
@@ -73,7 +75,7 @@ __device__ inline AttendRows RowsOf(const AttendTask& task) {
   r.sinks = min(max(task.sinks, 0), n);
   r.local = min(max(task.local, 0), n - r.sinks);
   r.local_begin = n - r.local;
-  r.chosen = task.refs != nullptr ? *task.num_refs : 0;
+  r.chosen = num_refs;
   r.sink_row = task.sink_row;
   r.ring_row = task.ring_row;
   r.ring_rows = max(task.ring_rows, 1);
@@ -91,7 +93,7 @@ __device__ inline float LoadQuery(const AttendArgs& args, const float* q, int he
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const float4* from = reinterpret_cast<const float4*>(q + int64_t{head} * D + 32 * i + 8 * j);
-    const float4 low = exists ? __ldg(from) : float4{}, high = exists ? __ldg(from + 1) : float4{};
+    const float4 low = exists ? from[0] : float4{}, high = exists ? from[1] : float4{};
     x[i][0] = low.x, x[i][1] = low.y, x[i][2] = low.z, x[i][3] = low.w;
     x[i][4] = high.x, x[i][5] = high.y, x[i][6] = high.z, x[i][7] = high.w;
 #pragma unroll
@@ -305,11 +307,19 @@ __global__ void __launch_bounds__(AttendShape<D>::kThreads, 1) AttendKernel(cons
   float* const shared = reinterpret_cast<float*>(shared_) + S::kQueryBytes / sizeof(float);
   __shared__ bool last;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, j = lane % 4;
-  const int splits = gridDim.x, split = blockIdx.x, head_tile = blockIdx.z;
-  const AttendTask& task = args.tasks[blockIdx.y];
-  const AttendRows rows = RowsOf(task);
-  const int32_t total = rows.chosen < 0 ? 1 : rows.total();
-  const bool broken = rows.chosen < 0;
+  const int splits = static_cast<int>(gridDim.x), split = static_cast<int>(blockIdx.x), head_tile = static_cast<int>(blockIdx.z);
+  const AttendTask task = args.tasks[blockIdx.y];
+  WaitForEarlierWork();
+  LetLaterWorkLaunch();
+  const int64_t stride = int64_t{splits} * S::kWarps * kKeyTile;
+  int64_t base = (int64_t{split} * S::kWarps + warp) * kKeyTile;
+  // Loads that do not wait for each other: lengths, the first refs, q.
+  const bool has_refs = task.refs != nullptr;
+  const int32_t visible = *task.n, num_refs = has_refs ? *task.num_refs : 0;
+  const int32_t first_ref = has_refs && lane < kKeyTile && base + lane < task.refs_room ? task.refs[base + lane] : 0;
+  const bool broken = num_refs < 0 || num_refs > task.refs_room;
+  const AttendRows rows = RowsOf(task, visible, broken ? 0 : num_refs);
+  const int32_t total = broken ? 1 : rows.total();
 
   // --- the keys of this warp
   Query<D, S::kRoomy> q;
@@ -329,19 +339,25 @@ __global__ void __launch_bounds__(AttendShape<D>::kThreads, 1) AttendKernel(cons
     __syncthreads();
   }
   Softmax<R, D> softmax;
-  const int64_t stride = int64_t{splits} * S::kWarps * kKeyTile;
-  int64_t base = (int64_t{split} * S::kWarps + warp) * kKeyTile;
   int32_t ref = 0;
   uint32_t valid = 0, missing = 0;
-  const auto find = [&](int64_t at) {  // ref, valid and missing of the tile at `at`
+  const auto check = [&](int64_t at, int32_t found) {  // valid and missing of the tile at `at`
     const bool exists = lane < kKeyTile && at + lane < total;
-    ref = exists && !broken ? rows.Ref(static_cast<int32_t>(at + lane)) : 0;
+    ref = found;
     const bool loads = exists && !broken && (ref >= 0 ? ref < rows.row_limit : ~ref < rows.host_limit);
     valid = __ballot_sync(kAllLanes, loads);
     missing = __ballot_sync(kAllLanes, exists && !loads);
   };
+  const auto find = [&](int64_t at) {
+    const bool exists = lane < kKeyTile && at + lane < total && !broken;
+    check(at, exists ? rows.Ref(static_cast<int32_t>(at + lane)) : 0);
+  };
   if (base < total) {
-    find(base);
+    if (base + kKeyTile <= rows.chosen) {
+      check(base, first_ref);
+    } else {
+      find(base);
+    }
     KeyTile<D> k;
     ValueTile<D> v;
     LoadKeys<D>(rows, ref, valid, g, j, &k);
@@ -376,25 +392,58 @@ __global__ void __launch_bounds__(AttendShape<D>::kThreads, 1) AttendKernel(cons
   const int heads = min(kHeadTile, args.group - head_tile * kHeadTile);
   const int64_t tile = int64_t{blockIdx.y} * gridDim.z + head_tile;
   float* const parts = args.parts + tile * splits * S::kPart;
+  float* const block_part = shared + S::kWarps * S::kPart;
   const auto write = [&](int h, int c, float4 out, float most, float sum) {
     const float over = sum == 0 ? 0.0f : 1 / sum;
     const int64_t head = head_tile * kHeadTile + h;
     *reinterpret_cast<float4*>(task.out + head * D + c) = {out.x * over, out.y * over, out.z * over, out.w * over};
     if (c == 0 && task.lse != nullptr) task.lse[head] = sum == 0 ? -Infinity() : (most + __log2f(sum)) * kLn2;
   };
-  for (int i = threadIdx.x; i < heads * (D / 4); i += S::kThreads) {
+  const int items = heads * (D / 4);  // four channels of a head
+  for (int i = static_cast<int>(threadIdx.x); i < items; i += S::kThreads) {
     const int h = i / (D / 4), c = i % (D / 4) * 4;
     float most, sum;
     const float4 out = JoinParts<D, false>(shared, S::kPart, S::kWarps, h, c, &most, &sum);
     if (splits == 1) {
       write(h, c, out, most, sum);
     } else {
-      float* const part = parts + split * S::kPart;
+      float* const part = args.cluster ? block_part : parts + split * S::kPart;
       *reinterpret_cast<float4*>(part + h * D + c) = out;
       if (c == 0) part[kHeadTile * D + h] = most, part[kHeadTile * D + kHeadTile + h] = sum;
     }
   }
   if (splits == 1) return;
+
+  if (args.cluster) {
+    // Each block writes every splits-th item; each of `splits` lanes brings the part of one block.
+    ClusterArrive();
+    ClusterWait();
+    const int from = static_cast<int>(threadIdx.x) % splits;
+    const uint32_t part = ClusterAddress(block_part, from);
+    for (int at = 0; at * splits + split < items; at += S::kThreads / splits) {
+      const int i = (at + static_cast<int>(threadIdx.x) / splits) * splits + split;
+      const int h = min(i, items - 1) / (D / 4), c = min(i, items - 1) % (D / 4) * 4;
+      const float4 x = LoadCluster4(part + static_cast<uint32_t>(4 * (h * D + c)));
+      const float own_most = LoadCluster(part + static_cast<uint32_t>(4 * (kHeadTile * D + h)));
+      const float own_sum = LoadCluster(part + static_cast<uint32_t>(4 * (kHeadTile * D + kHeadTile + h)));
+      float most = own_most;
+      for (int offset = splits / 2; offset > 0; offset /= 2) most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, offset));
+      const float weight = Exp2(own_most - (most == -Infinity() ? 0.0f : most));
+      float sum = own_sum * weight;
+      float4 out = {x.x * weight, x.y * weight, x.z * weight, x.w * weight};
+      for (int offset = splits / 2; offset > 0; offset /= 2) {
+        sum += __shfl_xor_sync(kAllLanes, sum, offset);
+        out.x += __shfl_xor_sync(kAllLanes, out.x, offset);
+        out.y += __shfl_xor_sync(kAllLanes, out.y, offset);
+        out.z += __shfl_xor_sync(kAllLanes, out.z, offset);
+        out.w += __shfl_xor_sync(kAllLanes, out.w, offset);
+      }
+      if (from == 0 && i < items) write(h, c, out, most, sum);
+    }
+    ClusterArrive();  // no block ends while another reads its part
+    ClusterWait();
+    return;
+  }
 
   // --- the blocks of this task
   __threadfence();

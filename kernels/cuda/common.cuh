@@ -73,16 +73,61 @@ __device__ inline void SplitPair(float x, float y, uint32_t* most, uint32_t* res
 __device__ inline uint32_t LowHalves(uint32_t x, uint32_t y) { return __byte_perm(x, y, 0x5410); }
 __device__ inline uint32_t HighHalves(uint32_t x, uint32_t y) { return __byte_perm(x, y, 0x7632); }
 
-// Loads past the first-level cache: what other blocks of this launch wrote.
-template <class T>
-__device__ inline T LoadShared(const T* p) {
-  return __ldcg(p);
-}
-
 // 2^-e so that |x| * 2^-e lies in [1, 2); 1 for 0, subnormal, infinite and NaN.
 __device__ inline float PowerBelow(float x) {
   const int exponent = (__float_as_int(x) >> 23) & 0xff;
   return exponent == 0 || exponent >= 254 ? 1.0f : __int_as_float((254 - exponent) << 23);
+}
+
+// --- order of kernels ------------------------------------------------------------------------------------------------------------
+// On sm_90 a kernel is launched while the one before it still runs: it may then load what nothing on the stream writes (its tasks),
+// and waits before everything else, which it loads by plain loads: read-only ones may be moved before the wait unless their address is
+// loaded after it. Every block of every kernel waits, so that the end of one kernel means the end of all before it.
+__device__ inline void WaitForEarlierWork() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ inline void LetLaterWorkLaunch() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// --- clusters: blocks that run at once and reach each other's shared memory (sm_90) --------------------------------------------------
+// All threads of all blocks arrive, then wait; what was written before, in shared or global memory, is seen after.
+__device__ inline void ClusterArrive() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+__device__ inline void ClusterWait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+// The address of `p`, in shared memory, of block `rank` of the cluster.
+__device__ inline uint32_t ClusterAddress(const void* p, int rank) {
+  uint32_t address = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const auto own = static_cast<uint32_t>(__cvta_generic_to_shared(p));
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(own), "r"(rank));
+#endif
+  return address;
+}
+__device__ inline float LoadCluster(uint32_t address) {
+  float x = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(address));
+#endif
+  return x;
+}
+__device__ inline float4 LoadCluster4(uint32_t address) {
+  float4 x{};
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(address));
+#endif
+  return x;
 }
 
 // Log-sum-exp in parts: sum of exp(x - most). NaN, once in `sum`, stays; +inf is its own maximum.
@@ -98,6 +143,18 @@ __device__ inline void AddLogit(Mass* mass, float x) {
     mass->most = x;
   }
   mass->sum += x == mass->most ? 1.0f : __expf(x - mass->most);
+}
+__device__ inline void AddLogits(Mass* mass, const float4& x) {
+  const float most = fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w));
+  if (most == Infinity() || most == -Infinity()) {
+    AddLogit(mass, x.x), AddLogit(mass, x.y), AddLogit(mass, x.z), AddLogit(mass, x.w);
+    return;
+  }
+  if (most > mass->most) {
+    mass->sum *= __expf(mass->most - most);
+    mass->most = most;
+  }
+  mass->sum += __expf(x.x - mass->most) + __expf(x.y - mass->most) + __expf(x.z - mass->most) + __expf(x.w - mass->most);
 }
 __device__ inline Mass Join(Mass a, Mass b) {
   const float most = fmaxf(a.most, b.most);

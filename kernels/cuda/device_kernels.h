@@ -4,7 +4,8 @@
 //
 // Every entry: enqueues on `stream` and returns at once; allocates nothing; can be captured in a CUDA graph; leaves nothing
 // enqueued when it returns an error. Returns kInvalid or kUnsupported, naming field and value, for shapes that it does not
-// take; kCuda if the launch fails. Tasks outlive the enqueued work. Pointers are aligned to 16 bytes, counts may be 0.
+// take; kCuda if the launch fails. Task arrays outlive the enqueued work, and no work on the stream writes them (on sm_90 they are read
+// while earlier kernels still run); what tasks point to is ordered by the stream as usual. Pointers are aligned to 16 bytes, counts may be 0.
 // head_dim is 64, 96, 128 or 256; any group from 1 to 256. Rows are fp16 or bf16: K[head_dim], then V[head_dim].
 //
 // A position or row that does not exist never reaches a load: each entry says what it reports instead.
@@ -164,8 +165,9 @@ struct AttendTask {
   int32_t sink_row = 0, ring_row = 0, ring_rows = 0;
   int32_t sinks = 0, local = 0;
   const int32_t* n = nullptr;         // [1] visible positions
-  const int32_t* refs = nullptr;      // [*num_refs]; or null
-  const int32_t* num_refs = nullptr;  // [1]; below 0 as 1 row that does not exist
+  const int32_t* refs = nullptr;      // [refs_room] readable, the first *num_refs count; or null
+  const int32_t* num_refs = nullptr;  // [1]; outside [0, refs_room] as one row that does not exist
+  int32_t refs_room = 0;
   const void* host_rows = nullptr;    // [host_limit, 2, head_dim]; or null
   int64_t host_limit = 0;
 };

@@ -2,6 +2,8 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <array>
+#include <atomic>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -15,6 +17,8 @@ namespace prehoc::cuda {
 struct DeviceLimits {
   int multiprocessors = 0;
   int block_shared_bytes = 0;
+  int major = 0;  // compute capability
+  bool clusters() const { return major >= 9; }
 };
 // Of the current device; asked once per device.
 Result<DeviceLimits> CurrentLimits();
@@ -73,25 +77,29 @@ struct Shape {
   dim3 grid;
   int threads = 0;
   size_t shared_bytes = 0;
+  int cluster = 1;           // neighbours in x that run at once
   bool cooperative = false;  // all blocks run at once
 };
+// How many clusters of `shape` the current device runs at once; 0 if none. Asks the driver each time.
+int MostClusters(const void* kernel, const Shape& shape);
+
+// How many blocks of a kernel run at once in clusters of 2^log; asked once per device. For one kernel and shape, or those alike.
+class ClusterPlaces {
+ public:
+  static constexpr int kMostLog = 4;  // 16 blocks
+  int Of(const void* kernel, Shape shape, int log);
+
+ private:
+  static constexpr int kDevices = 64;
+  std::array<std::array<std::atomic<int>, kMostLog + 1>, kDevices> known_{};  // + 1
+};
+
+// A kernel that calls WaitForEarlierWork() first. On sm_90 it is launched while the kernel before it ends.
+Status LaunchAny(const void* kernel, const char* name, void** args, const Shape& shape, cudaStream_t stream);
 template <class Args>
 Status LaunchKernel(void (*kernel)(Args), const char* name, const Args& args, const Shape& shape, cudaStream_t stream) {
-  if (shape.shared_bytes > 48 * 1024) {
-    PREHOC_RETURN_IF_ERROR(CudaStatus(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                           static_cast<int>(shape.shared_bytes)), name));
-  }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = shape.grid;
-  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
-  config.dynamicSmemBytes = shape.shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = shape.cooperative ? 1 : 0;
-  return CudaStatus(cudaLaunchKernelEx(&config, kernel, args), name);
+  void* pointers[] = {const_cast<Args*>(&args)};
+  return LaunchAny(reinterpret_cast<const void*>(kernel), name, pointers, shape, stream);
 }
 
 }  // namespace prehoc::cuda

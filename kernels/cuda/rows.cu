@@ -21,7 +21,9 @@ struct GateArgs {
 // A warp takes a head at a time. fp64, as the reference: a cosine near tau decides.
 __global__ void __launch_bounds__(kGateThreads) GateKernel(const __grid_constant__ GateArgs args) {
   __shared__ float least[kGateThreads / kWarp];
-  const GateTask& task = args.tasks[blockIdx.x];
+  const GateTask task = args.tasks[blockIdx.x];
+  WaitForEarlierWork();
+  LetLaterWorkLaunch();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   float mine = 1;
   for (int h = warp; h < args.group; h += kGateThreads / kWarp) {
@@ -58,6 +60,8 @@ struct GatherArgs {
 // All warps of all blocks share the words of all pieces, task after task: neighbouring lanes read neighbouring words, and each lane
 // has kInFlight loads on their way.
 __global__ void __launch_bounds__(kGatherThreads) GatherKernel(const __grid_constant__ GatherArgs args) {
+  WaitForEarlierWork();
+  LetLaterWorkLaunch();
   const int64_t threads = int64_t{gridDim.x} * kGatherThreads, me = int64_t{blockIdx.x} * kGatherThreads + threadIdx.x;
   for (int t = 0; t < args.num_tasks; ++t) {
     const GatherTask& task = args.tasks[t];

@@ -29,21 +29,45 @@ Check CheckPositions(const char* kernel, int32_t max_n) {
   return check;
 }
 
-// Splits every task over as many blocks as there are multiprocessors for it; each block keeps what fits in its shared memory.
+// Blocks that run at once in clusters of 2^log, with all the shared memory that there is; 0 if there are no such clusters.
+int PlacesOf(int log, const DeviceLimits& limits) {
+  static ClusterPlaces places;
+  constexpr int kDeclared = 2048;  // at least what the kernel declares itself
+  return places.Of(reinterpret_cast<const void*>(SelectKernel<0, 0>),
+                   {.threads = kSelectThreads, .shared_bytes = static_cast<size_t>(limits.block_shared_bytes - kDeclared)}, log);
+}
+
+// A task is split over as many blocks as there are multiprocessors for it, but for short ones: waiting costs more than they do. Clusters
+// wait for each other faster than other teams, but have 2^i blocks, at most 16: worth it unless they leave much more idle.
+void MakeTeams(int tasks, int32_t max_n, const DeviceLimits& limits, Plan* plan) {
+  SelectArgs& args = plan->args;
+  const int64_t useful = std::max<int64_t>(1, CeilDiv(max_n, 512));
+  args.team_blocks = static_cast<int>(std::clamp<int64_t>(std::min<int64_t>(limits.multiprocessors / tasks, useful), 1, kMaxTeam));
+  args.cluster = false;
+  int teams = std::min(tasks, limits.multiprocessors / args.team_blocks);
+  for (int log = ClusterPlaces::kMostLog; log > 0 && limits.clusters() && args.team_blocks > 1; --log) {
+    const int blocks = 1 << log;
+    if (blocks >= 2 * useful || blocks * 4 < args.team_blocks * 3 || PlacesOf(log, limits) < tasks * blocks) continue;
+    args.team_blocks = blocks;
+    args.cluster = true;
+    teams = tasks;
+    break;
+  }
+  plan->blocks = teams * args.team_blocks;
+}
+
+// Each block keeps what fits in its shared memory.
 Status MakePlan(int32_t num_tasks, int32_t max_n, bool scans, size_t query_bytes, std::byte* workspace, Plan* plan) {
   PREHOC_ASSIGN_OR_RETURN(const DeviceLimits limits, CurrentLimits());
   SelectArgs& args = plan->args;
-  const int tasks = std::max(num_tasks, 1);
-  const int useful = static_cast<int>(std::max<int64_t>(1, CeilDiv(max_n, 512)));  // fewer positions than that: waiting costs more
-  args.team_blocks = std::clamp(std::min(limits.multiprocessors / tasks, useful), 1, kMaxTeam);
-  const int teams = std::min(tasks, limits.multiprocessors / args.team_blocks);
-  plan->blocks = teams * args.team_blocks;
+  MakeTeams(std::max(num_tasks, 1), max_n, limits, plan);
+  const int teams = plan->blocks / args.team_blocks;
   args.num_tasks = num_tasks;
   args.max_n = max_n;
   args.chunk = static_cast<int32_t>(std::max<int64_t>(1, CeilDiv(max_n, int64_t{64} * args.team_blocks)) * 64);
   args.z_stride = args.chunk + 16;  // heads 64 bytes apart: a warp's stores of one page meet no bank twice
   const auto chunk = static_cast<size_t>(args.chunk), group = static_cast<size_t>(args.group);
-  const size_t fixed = query_bytes + kBins * 4 + chunk / 32 * 8 + group * 8 + 1024;  // and what the kernel declares itself
+  const size_t fixed = query_bytes + kBins * 4 + chunk / 32 * 8 + group * 8 + 16 + 2048;  // and what the kernel declares itself
   const size_t z_bytes = scans ? group * static_cast<size_t>(args.z_stride) * 4 : 0;
   const auto room = static_cast<size_t>(limits.block_shared_bytes);
   args.keys_in_shared = fixed + chunk * 4 <= room;
@@ -119,7 +143,8 @@ Status Choose(const ChooseParams& params, cudaStream_t stream) {
   PREHOC_RETURN_IF_ERROR(CheckWorkspace("choose", params.workspace, params.workspace_bytes, plan.bytes));
   using Kernel = Selector<0, 0>;
   const Shape shape{.grid = dim3(static_cast<unsigned>(plan.blocks)), .threads = kSelectThreads,
-                    .shared_bytes = Kernel::SharedBytes(plan.args), .cooperative = true};
+                    .shared_bytes = Kernel::SharedBytes(plan.args), .cluster = plan.args.cluster ? plan.args.team_blocks : 1,
+                    .cooperative = !plan.args.cluster && plan.args.team_blocks > 1};
   return LaunchKernel(SelectKernel<0, 0>, "choose", plan.args, shape, stream);
 }
 

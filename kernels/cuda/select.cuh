@@ -14,11 +14,11 @@ namespace prehoc::cuda {
 
 inline constexpr int kSelectThreads = 384;
 inline constexpr int kSelectWarps = kSelectThreads / kWarp;
-inline constexpr int kBins = 4096;
-inline constexpr float kBinsPerNat = 128;   // the bins reach 32 nats below the best weight: 1e-14 of it
+inline constexpr int kBins = 2048;
+inline constexpr float kBinsPerNat = 64;    // the bins reach 32 nats below the best weight: 1e-14 of it
 inline constexpr int kRefineBits = 11;
-inline constexpr int kListRoom = 2048;      // members of a bin that are compared with each other
-inline constexpr int kMaxTeam = 64;         // blocks
+inline constexpr int kListRoom = 1024;      // members of a bin that are compared with each other
+inline constexpr int kMaxTeam = 64;         // blocks: two to a lane
 static_assert(kListRoom * 2 <= kBins, "the list takes the place of the histogram in shared memory");
 
 // What the blocks of a team share; zero before the first launch, and left so that the next one can start.
@@ -44,12 +44,13 @@ struct SelectArgs {
   GroupRule rule;
   bool dilate;
   int32_t team_blocks;   // blocks per team
+  bool cluster;          // a team is a cluster; else all blocks of the launch run at once
   int32_t chunk;         // most positions of a block, a multiple of 64
   int64_t z_stride;      // [floats] of a head in the logits that this launch keeps
   bool z_in_shared, keys_in_shared;
   Team* teams;           // [teams]
-  Mass* parts;           // [teams, kMaxTeam, group]
-  Mass* outside;         // [teams, kMaxTeam, group]
+  Mass* parts;           // [teams, group, kMaxTeam]
+  Mass* outside;         // [teams, group, kMaxTeam]
   uint32_t* bitmaps;     // [teams, max_n / 32 rounded up], zero between calls; only with dilate
   float* z;              // [teams, team_blocks, group, z_stride], unless in shared memory or found
   uint32_t* keys;        // [teams, team_blocks, chunk], unless in shared memory
@@ -63,7 +64,12 @@ __device__ inline uint32_t LoadAcquire(const uint32_t* p) {
   return value;
 }
 // Every block of the team has arrived, and what they wrote before is seen.
-__device__ inline void WaitForTeam(Team* team, int blocks) {
+__device__ inline void WaitForTeam(Team* team, int blocks, bool cluster) {
+  if (cluster && blocks > 1) {
+    ClusterArrive();
+    ClusterWait();
+    return;
+  }
   __syncthreads();
   if (blocks > 1 && threadIdx.x == 0) {
     __threadfence();
@@ -200,11 +206,10 @@ class Selector {
       z_ = task.z + begin_, z_stride_ = task.z_stride;
     }
     __syncthreads();
-    OwnMass();
-    WaitForTeam(team_, args_.team_blocks);
+    if constexpr (!kScans) BlockMass(args_.parts, [&](int32_t i) { return InSight(i); });
+    Wait();
     JoinMass();
     MakeKeys();
-    for (int i = threadIdx.x; i < args_.chunk / 32; i += kSelectThreads) kept_words()[i] = 0;
     round_ = 0;
     const int32_t middle = hi_ - lo_;
     const int32_t k = min(max(rule_->k, 0), middle);
@@ -247,6 +252,7 @@ class Selector {
     return args_.z + (int64_t{team_index_} * args_.team_blocks + block_) * args_.group * args_.z_stride;
   }
 
+  __device__ void Wait() const { WaitForTeam(team_, args_.team_blocks, args_.cluster); }
   __device__ bool Leads() const { return block_ == 0; }
   __device__ bool InSight(int32_t i) const { return i < sinks_ || i >= lo_; }
 
@@ -260,26 +266,13 @@ class Selector {
   }
 
   // --- 1
+  // Logits of the own part to kept_z, their masses to `parts`.
   __device__ void ScanOwn() {
     if constexpr (kScans) {
       __shared__ QueryScale scale;
+      __shared__ Mass of_warps[kSelectWarps][kScanHeads];
       const int32_t tokens = args_.format.group_tokens, coded = n_ / tokens * tokens;
       const int32_t coded_end = min(end_, coded);
-      for (int first = 0; first < args_.group; first += kScanHeads) {
-        __syncthreads();
-        if (warp() == 0) PrepareQuery<D, BITS>(source_->q, first, args_.group, lane(), steps(), &scale);
-        __syncthreads();
-        const int g = lane() / 4, j = lane() % 4;
-        float* const mine = kept_z() + (first + g) * args_.z_stride;
-        for (int32_t at = begin_ + warp() * tokens; at < coded_end; at += kSelectWarps * tokens) {
-          const std::byte* block = source_->blocks + int64_t{at / tokens} * static_cast<int64_t>(args_.layout.bytes);
-          const auto emit = [&](int page, const float4& z) {
-            if (first + g < args_.group) *reinterpret_cast<float4*>(mine + (at - begin_) + kCodePageTokens * page + 4 * j) = z;
-          };
-          BlockScan<D, BITS, false>::Run(block, args_.layout, tokens / kCodePageTokens, steps(), scale, false, lane(), emit,
-                                         [](int, const float4&) {});
-        }
-      }
       for (int32_t i = max(begin_, coded) + warp(); i < end_; i += kSelectWarps) {
         const std::byte* row = static_cast<const std::byte*>(source_->rows) + int64_t{i % source_->ring_rows} * (4 * D);
         for (int h = 0; h < args_.group; ++h) {
@@ -287,54 +280,106 @@ class Selector {
           if (lane() == 0) kept_z()[h * args_.z_stride + (i - begin_)] = logit.x;
         }
       }
+      for (int first = 0; first < args_.group; first += kScanHeads) {
+        __syncthreads();
+        if (warp() == 0) PrepareQuery<D, BITS>(source_->q, first, args_.group, lane(), steps(), &scale);
+        __syncthreads();
+        const int g = lane() / 4, j = lane() % 4;
+        const bool exists = first + g < args_.group;
+        float* const mine = kept_z() + (first + g) * args_.z_stride;
+        Mass mass = NoMass();
+        for (int32_t at = begin_ + warp() * tokens; at < coded_end; at += kSelectWarps * tokens) {
+          const std::byte* block = source_->blocks + int64_t{at / tokens} * static_cast<int64_t>(args_.layout.bytes);
+          const bool whole = at >= lo_ || at + tokens <= sinks_;
+          const auto emit = [&](int page, const float4& z) {
+            if (!exists) return;
+            const int32_t i = at + kCodePageTokens * page + 4 * j;
+            *reinterpret_cast<float4*>(mine + (i - begin_)) = z;
+            if (whole) {
+              AddLogits(&mass, z);
+            } else {
+              if (InSight(i)) AddLogit(&mass, z.x);
+              if (InSight(i + 1)) AddLogit(&mass, z.y);
+              if (InSight(i + 2)) AddLogit(&mass, z.z);
+              if (InSight(i + 3)) AddLogit(&mass, z.w);
+            }
+          };
+          BlockScan<D, BITS, false>::Run(block, args_.layout, tokens / kCodePageTokens, steps(), scale, false, lane(), emit,
+                                         [](int, const float4&) {});
+        }
+#pragma unroll
+        for (int offset = 1; offset <= 2; offset *= 2) {
+          mass = Join(mass, {__shfl_xor_sync(kAllLanes, mass.most, offset), __shfl_xor_sync(kAllLanes, mass.sum, offset)});
+        }
+        if (j == 0) of_warps[warp()][g] = mass;
+        __syncthreads();
+        const int h = first + warp();
+        if (warp() >= kScanHeads || h >= args_.group) continue;
+        mass = lane() < kSelectWarps ? of_warps[lane()][warp()] : NoMass();
+        for (int32_t i = max(begin_, coded) + lane(); i < end_; i += kWarp) {
+          if (InSight(i)) AddLogit(&mass, kept_z()[h * args_.z_stride + (i - begin_)]);
+        }
+        mass = WarpJoin(mass);
+        if (lane() == 0) *PartOf(args_.parts, h, block_) = mass;
+      }
     }
   }
 
-  // Of the own positions in sight that `counts` takes, for each head, to `parts`.
+  __device__ Mass* PartOf(Mass* parts, int h, int block) const {
+    return parts + (int64_t{team_index_} * args_.group + h) * kMaxTeam + block;
+  }
+  // Of the own positions that `counts` takes, for each head, to `parts`.
   template <class Counts>
   __device__ void BlockMass(Mass* parts, Counts&& counts) {
+    for (int h = 0; h < args_.group; ++h) HeadMass(parts, h, counts);
+  }
+  template <class Counts>
+  __device__ void HeadMass(Mass* parts, int h, Counts&& counts) {
     __shared__ Mass of_warps[kSelectWarps];
-    for (int h = 0; h < args_.group; ++h) {
-      const float* const z = z_ + h * z_stride_;
-      Mass mass = NoMass();
-      for (int32_t i = begin_ + static_cast<int32_t>(threadIdx.x); i < end_; i += kSelectThreads) {
-        if (counts(i)) AddLogit(&mass, z[i - begin_]);
-      }
-      mass = WarpJoin(mass);
-      __syncthreads();
-      if (lane() == 0) of_warps[warp()] = mass;
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        for (int w = 1; w < kSelectWarps; ++w) mass = Join(mass, of_warps[w]);
-        parts[h] = mass;
-      }
-    }
-  }
-  __device__ Mass* PartsOf(Mass* parts, int block) const {
-    return parts + (int64_t{team_index_} * kMaxTeam + block) * args_.group;
-  }
-  __device__ void OwnMass() {
-    BlockMass(PartsOf(args_.parts, block_), [&](int32_t i) { return InSight(i); });
-  }
-  __device__ Mass TeamMass(const Mass* parts, int h) const {
+    const float* const z = z_ + h * z_stride_;
     Mass mass = NoMass();
-    for (int b = 0; b < args_.team_blocks; ++b) {
-      const float2 part = __ldcg(reinterpret_cast<const float2*>(parts + (int64_t{team_index_} * kMaxTeam + b) * args_.group + h));
+    for (int32_t i = begin_ + static_cast<int32_t>(threadIdx.x); i < end_; i += kSelectThreads) {
+      if (counts(i)) AddLogit(&mass, z[i - begin_]);
+    }
+    mass = WarpJoin(mass);
+    __syncthreads();
+    if (lane() == 0) of_warps[warp()] = mass;
+    __syncthreads();
+    if (warp() != 0) return;
+    mass = WarpJoin(lane() < kSelectWarps ? of_warps[lane()] : NoMass());
+    if (lane() == 0) *PartOf(parts, h, block_) = mass;
+  }
+  // Of the team, in every lane.
+  __device__ Mass TeamMass(Mass* parts, int h) const {
+    Mass mass = NoMass();
+    for (int b = lane(); b < args_.team_blocks; b += kWarp) {
+      const float2 part = __ldcg(reinterpret_cast<const float2*>(PartOf(parts, h, b)));
       mass = Join(mass, {part.x, part.y});
     }
-    return mass;
+    return WarpJoin(mass);
   }
 
   // --- 2
   __device__ void JoinMass() {
-    for (int h = threadIdx.x; h < args_.group; h += kSelectThreads) {
-      const Mass mass = TeamMass(args_.parts, h);
-      lse()[h] = LogOf(mass);
-      top()[h] = mass.most;
-      if (Leads()) rule_->lse_all[h] = lse()[h];
+    __shared__ int odd;
+    if (threadIdx.x == 0) {
+      odd = 0;
+      if (Leads()) team_->list_size = 0;
     }
-    if (Leads() && threadIdx.x == 0) team_->list_size = 0;
+    for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kSelectThreads) own_bins()[i] = 0;
+    for (int i = static_cast<int>(threadIdx.x); i < args_.chunk / 32; i += kSelectThreads) kept_words()[i] = 0;
     __syncthreads();
+    for (int h = warp(); h < args_.group; h += kSelectWarps) {
+      const Mass mass = TeamMass(args_.parts, h);
+      if (lane() != 0) continue;
+      const float all = LogOf(mass);
+      lse()[h] = all;
+      top()[h] = mass.most;
+      if (!isfinite(all)) odd = 1;
+      if (Leads()) rule_->lse_all[h] = all;
+    }
+    __syncthreads();
+    plain_ = odd == 0;
     best_ = 0;  // no weight is above 1
     if (args_.rule == GroupRule::kMaxLogit) {
       float most = -Infinity();
@@ -352,7 +397,11 @@ class Selector {
   __device__ float Score(int32_t i) const {
     const float* const z = z_ + (i - begin_);
     float most = -Infinity();
-    for (int h = 0; h < args_.group; ++h) most = fmaxf(most, HeadScore(h, z[h * z_stride_]));
+    if (plain_ && args_.rule != GroupRule::kMaxLogit) {  // finite sums: no logit is NaN or +inf
+      for (int h = 0; h < args_.group; ++h) most = fmaxf(most, z[h * z_stride_] - lse()[h]);
+    } else {
+      for (int h = 0; h < args_.group; ++h) most = fmaxf(most, HeadScore(h, z[h * z_stride_]));
+    }
     if (args_.rule != GroupRule::kMeanWeight || isinf(most)) return most;
     float sum = 0;
     for (int h = 0; h < args_.group; ++h) sum += __expf(HeadScore(h, z[h * z_stride_]) - most);
@@ -362,6 +411,7 @@ class Selector {
     if (rule_->resident == nullptr) return true;
     return ((rule_->resident[i / 64] >> (i % 64)) & 1) != 0 || score > rule_->log_theta;
   }
+  // Keys of the own part, and how many lie in which bin.
   __device__ void MakeKeys() {
     for (int32_t i = begin_ + static_cast<int32_t>(threadIdx.x); i < end_; i += kSelectThreads) {
       uint32_t key = 0;
@@ -370,7 +420,10 @@ class Selector {
         if (rule_->pooled != nullptr) {
           rule_->pooled[i] = rule_->pool_reset != 0 ? score : fmaxf(rule_->pooled[i], score);
         }
-        if (IsCandidate(i, score)) key = KeyOf(score);
+        if (IsCandidate(i, score)) {
+          key = KeyOf(score);
+          atomicAdd(own_bins() + BinOf(key, best_), 1u);
+        }
       }
       keys()[i - begin_] = key;
     }
@@ -378,45 +431,48 @@ class Selector {
   }
 
   // --- 3
-  // Adds up the histograms of the team over `bin_of` (< 0: does not count) and gives *bin, the number in higher bins and in it, for
-  // rank `target` (counted from 1). False if there are fewer.
+  // How many own keys lie in which bin; bin_of < 0 does not count.
   template <class BinOfKey>
-  __device__ bool FindBin(uint32_t target, int bins, BinOfKey&& bin_of, int* bin, uint32_t* above, uint32_t* inside) {
-    __shared__ uint32_t scratch[kSelectWarps + 1];
-    __shared__ uint32_t found[3];
-    uint32_t* const histogram = team_->histogram[round_ % 3];
-    for (int i = threadIdx.x; i < kBins; i += kSelectThreads) own_bins()[i] = 0;
+  __device__ void CountKeys(BinOfKey&& bin_of) {
+    for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kSelectThreads) own_bins()[i] = 0;
     __syncthreads();
     for (int32_t i = static_cast<int32_t>(threadIdx.x); i < end_ - begin_; i += kSelectThreads) {
       const int b = bin_of(keys()[i]);
       if (b >= 0) atomicAdd(own_bins() + b, 1u);
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < bins; i += kSelectThreads) {
+  }
+  // Adds up what the blocks counted, and finds the bin of rank `target` (from 1, from the top), and how many are above and inside. False if there
+  // are fewer; `candidates_` are all.
+  __device__ bool FindBin(uint32_t target, int* bin, uint32_t* above, uint32_t* inside) {
+    __shared__ uint32_t scratch[kSelectWarps + 1];
+    __shared__ uint32_t found[3];
+    uint32_t* const histogram = team_->histogram[round_ % 3];
+    for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kSelectThreads) {
       if (own_bins()[i] != 0) atomicAdd(histogram + i, own_bins()[i]);
     }
-    WaitForTeam(team_, args_.team_blocks);
-    for (int i = threadIdx.x; i < bins; i += kSelectThreads) own_bins()[i] = __ldcg(histogram + i);
-    // All have read the histogram before: they are past the wait.
-    if (Leads() && round_ > 0) ClearHistogram(round_ - 1);
-    __syncthreads();
+    Wait();
     // Thread t sums bins from the top.
-    const int each = (bins + kSelectThreads - 1) / kSelectThreads;
-    const int top = bins - 1 - static_cast<int>(threadIdx.x) * each;
-    uint32_t mine = 0;
-    for (int i = 0; i < each && top - i >= 0; ++i) mine += own_bins()[top - i];
+    constexpr int kEach = (kBins + kSelectThreads - 1) / kSelectThreads;
+    const int top = kBins - 1 - static_cast<int>(threadIdx.x) * kEach;
+    uint32_t count[kEach], mine = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) count[i] = top - i >= 0 ? __ldcg(histogram + top - i) : 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) mine += count[i];
     uint32_t total;
     uint32_t before = BlockPrefix(mine, scratch, &total);
     if (before < target && target <= before + mine) {
-      for (int i = 0; i < each; ++i) {
-        const uint32_t here = own_bins()[top - i];
-        if (target <= before + here) {
-          found[0] = static_cast<uint32_t>(top - i), found[1] = before, found[2] = here;
-          break;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        if (before < target && target <= before + count[i]) {
+          found[0] = static_cast<uint32_t>(top - i), found[1] = before, found[2] = count[i];
         }
-        before += here;
+        before += count[i];
       }
     }
+    // All have read the histogram of the round before: they are past the wait.
+    if (Leads() && round_ > 0) ClearHistogram(round_ - 1);
     __syncthreads();
     ++round_;
     *bin = static_cast<int>(found[0]), *above = found[1], *inside = found[2];
@@ -431,7 +487,8 @@ class Selector {
     Cut cut{-1, 32, 0, 0, 0, 0};
     uint32_t above = 0, inside = 0;
     const float best = best_;
-    const bool enough = FindBin(max(k, 1u), kBins, [&](uint32_t key) { return key == 0 ? -1 : BinOf(key, best); }, &cut.bin, &above, &inside);
+    if (round_ > 0) CountKeys([&](uint32_t key) { return key == 0 ? -1 : BinOf(key, best); });  // else they were, with the keys
+    const bool enough = FindBin(max(k, 1u), &cut.bin, &above, &inside);
     if (k == 0) {
       cut.bin = kBins;  // nothing is in
       return cut;
@@ -446,8 +503,8 @@ class Selector {
       const int shift = max(cut.shift - kRefineBits, 0), bits = cut.shift - shift;
       const Cut now = cut;
       int part = 0;
-      FindBin(now.need, 1 << bits, [&](uint32_t key) { return now.Of(key, best) == 0 ? static_cast<int>((key >> shift) & ((1u << bits) - 1)) : -1; },
-              &part, &above, &inside);
+      CountKeys([&](uint32_t key) { return now.Of(key, best) == 0 ? static_cast<int>((key >> shift) & ((1u << bits) - 1)) : -1; });
+      FindBin(now.need, &part, &above, &inside);
       cut.prefix = (now.shift == 32 ? 0 : now.prefix << bits) | static_cast<uint32_t>(part);
       cut.shift = shift;
       cut.need = now.need - above, cut.equal = inside;
@@ -459,8 +516,10 @@ class Selector {
   // Adds what `cut` keeps of the own part to kept_words(); *offset: how many the blocks before keep.
   __device__ void Keep(const Cut& cut, uint32_t* offset) {
     __shared__ uint32_t scratch[kSelectWarps + 1];
-    __shared__ uint32_t before, own_equal_before;
+    __shared__ uint32_t before, own_in, own_class, in_before, class_before;
     const int32_t own = end_ - begin_, words = (own + 31) / 32;
+    if (threadIdx.x == 0) before = own_in = own_class = 0;
+    __syncthreads();
     uint32_t in = 0, of_class = 0;
     for (int w = warp(); w < words; w += kSelectWarps) {
       const int32_t i = w * 32 + lane();
@@ -477,17 +536,23 @@ class Selector {
         team_->list_key[at] = key, team_->list_position[at] = begin_ + i;
       }
     }
-    uint32_t total_in, total_class;
-    BlockPrefix(in, scratch, &total_in);
-    BlockPrefix(of_class, scratch, &total_class);
-    if (threadIdx.x == 0) {
-      team_->above[block_] = total_in, team_->equal[block_] = total_class;
-      before = 0, own_equal_before = 0;
+    if (lane() == 0) {
+      if (in != 0) atomicAdd(&own_in, in);
+      if (of_class != 0) atomicAdd(&own_class, of_class);
     }
-    WaitForTeam(team_, args_.team_blocks);
+    __syncthreads();
+    if (threadIdx.x == 0) team_->above[block_] = own_in, team_->equal[block_] = own_class;
+    Wait();
     if (Leads()) ClearHistogram(round_ - 1);  // all are past reading it
-    uint32_t above_before = 0, equal_before = 0;
-    for (int b = 0; b < block_; ++b) above_before += __ldcg(team_->above + b), equal_before += __ldcg(team_->equal + b);
+    if (warp() == 0) {
+      uint32_t above_here = 0, equal_here = 0;
+      for (int b = lane(); b < block_; b += kWarp) above_here += __ldcg(team_->above + b), equal_here += __ldcg(team_->equal + b);
+      above_here = __reduce_add_sync(kAllLanes, above_here), equal_here = __reduce_add_sync(kAllLanes, equal_here);
+      if (lane() == 0) in_before = above_here, class_before = equal_here;
+    }
+    __syncthreads();
+    uint32_t above_before = in_before;
+    const uint32_t equal_before = class_before;
     if (cut.bin >= 0 && cut.equal > 0) {
       if (cut.ByList()) {
         RankList(cut, &before);
@@ -585,11 +650,11 @@ class Selector {
       mine += __popc(kept_words()[w]);
     }
     BlockPrefix(mine, scratch, &total);
-    WaitForTeam(team_, args_.team_blocks);  // all have read the counts of the cut
+    Wait();  // all have read the counts of the cut
     if (threadIdx.x == 0) team_->above[block_] = total;
-    WaitForTeam(team_, args_.team_blocks);
+    Wait();
     *offset = 0, *count = 0;
-    for (int b = 0; b < args_.team_blocks; ++b) {
+    for (int b = 0; b < args_.team_blocks; ++b) {  // (dilation is not the fast path)
       const uint32_t here = __ldcg(team_->above + b);
       if (b < block_) *offset += here;
       *count += here;
@@ -614,12 +679,56 @@ class Selector {
     }
   }
 
+  __device__ bool Outside(int32_t at) const { return begin_ + at >= lo_ && begin_ + at < hi_ && ((kept_words()[at / 32] >> (at % 32)) & 1) == 0; }
+  // Four heads in one pass, in units of a weight that no other is far above. What is so small that it vanishes there, or no number, is
+  // added up as logarithms.
   __device__ void MassOutside() {
+    __shared__ float of_warps[kSelectWarps][4];
+    constexpr float kBelow = 40;  // nats: exp(40) is far from overflow, exp(-40 - 87) is the least that counts
+    for (int first = 0; first < args_.group; first += 4) {
+      float sum[4] = {}, unit[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) unit[e] = first + e < args_.group ? lse()[first + e] - kBelow : 0;
+      for (int32_t at = static_cast<int32_t>(threadIdx.x); at < end_ - begin_; at += kSelectThreads) {
+        if (!Outside(at)) continue;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if (first + e < args_.group) sum[e] += __expf(z_[(first + e) * z_stride_ + at] - unit[e]);
+        }
+      }
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[e] += __shfl_xor_sync(kAllLanes, sum[e], offset);
+      }
+      __syncthreads();
+      if (lane() < 4) of_warps[warp()][lane()] = lane() == 0 ? sum[0] : lane() == 1 ? sum[1] : lane() == 2 ? sum[2] : sum[3];
+      __syncthreads();
+      for (int e = 0; e < 4 && first + e < args_.group; ++e) {
+        float all = 0;
+        for (int w = 0; w < kSelectWarps; ++w) all += of_warps[w][e];
+        const bool fine = all > 1e-25f && all < 1e30f && isfinite(lse()[first + e]);
+        if (!fine) {
+          HeadMass(args_.outside, first + e, [&](int32_t i) { return Outside(i - begin_); });
+        } else if (threadIdx.x == 0) {
+          *PartOf(args_.outside, first + e, block_) = {unit[e], all};
+        }
+      }
+    }
+    if (!LastOfTeam()) return;
+    for (int h = warp(); h < args_.group; h += kSelectWarps) {
+      const Mass mass = TeamMass(args_.outside, h);
+      if (lane() == 0) rule_->lse_out[h] = LogOf(mass);
+    }
+  }
+  // True in one block, once all have written.
+  __device__ bool LastOfTeam() {
+    if (args_.cluster || args_.team_blocks == 1) {
+      Wait();
+      return Leads();
+    }
     __shared__ bool last;
-    const int32_t begin = begin_;
-    BlockMass(PartsOf(args_.outside, block_), [&](int32_t i) {
-      return i >= lo_ && i < hi_ && ((kept_words()[(i - begin) / 32] >> ((i - begin) % 32)) & 1) == 0;
-    });
+    __syncthreads();
     if (threadIdx.x == 0) {
       __threadfence();
       last = atomicAdd(&team_->finished, 1u) + 1 == static_cast<uint32_t>(args_.team_blocks);
@@ -627,8 +736,7 @@ class Selector {
       __threadfence();
     }
     __syncthreads();
-    if (!last) return;
-    for (int h = threadIdx.x; h < args_.group; h += kSelectThreads) rule_->lse_out[h] = LogOf(TeamMass(args_.outside, h));
+    return last;
   }
 
   const SelectArgs& args_;
@@ -639,13 +747,16 @@ class Selector {
   const float* z_ = nullptr;  // logit of head h at own position i: z_[h * z_stride_ + i]
   int64_t z_stride_ = 0;
   int32_t n_ = 0, begin_ = 0, end_ = 0, sinks_ = 0, lo_ = 0, hi_ = 0;
-  float best_ = 0;
+  float best_ = 0;      // an upper bound of the scores that matter
+  bool plain_ = false;  // all lse are finite
   int round_ = 0;
   uint32_t candidates_ = 0;
 };
 
 template <int D, int BITS>
 __global__ void __launch_bounds__(kSelectThreads, 1) SelectKernel(const __grid_constant__ SelectArgs args) {
+  WaitForEarlierWork();
+  LetLaterWorkLaunch();
   Selector<D, BITS> selector(args);
   const int teams = gridDim.x / args.team_blocks;
   for (int task = blockIdx.x / args.team_blocks; task < args.num_tasks; task += teams) {
@@ -670,7 +781,9 @@ template <int D, int BITS>
 __global__ void __launch_bounds__(kScanThreads, 1) ScanKernel(const __grid_constant__ ScanArgs args) {
   __shared__ uint4 steps[CodeShape<D, BITS>::kSteps * kWarp];
   __shared__ QueryScale scale;
-  const ScanTask& task = args.tasks[blockIdx.y];
+  const ScanTask task = args.tasks[blockIdx.y];
+  WaitForEarlierWork();
+  LetLaterWorkLaunch();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, j = lane % 4;
   const int first = static_cast<int>(blockIdx.z) * kScanHeads;
   const int32_t n = *task.source.n, tokens = args.format.group_tokens;

@@ -59,7 +59,7 @@ class AttendCudaTest : public CudaKernelTest {
     return {.q = s.device_q.data(), .out = s.out.data(), .lse = s.lse.data(), .rows = s.device_rows.data(),
             .row_limit = static_cast<int64_t>(s.rows.size()) / (2 * d), .sink_row = s.sink_row, .ring_row = s.ring_row,
             .ring_rows = s.ring_rows, .sinks = s.sinks, .local = s.local, .n = s.device_n.data(), .refs = s.device_refs.data(),
-            .num_refs = s.num_refs.data(), .host_rows = s.pinned.data(), .host_limit = kHostRows};
+            .num_refs = s.num_refs.data(), .refs_room = static_cast<int32_t>(s.refs.size()), .host_rows = s.pinned.data(), .host_limit = kHostRows};
   }
   void Run(const std::vector<Scene>& scenes, cuda::RowType type, int32_t d, int32_t group, int32_t max_rows) {
     std::vector<cuda::AttendTask> tasks;
@@ -174,9 +174,11 @@ TEST_F(AttendCudaTest, WhatIsNoRowOrNoNumberIsNeverAnAnswer) {
   }
   std::vector<Scene> scenes;
   scenes.push_back(Make(rng, cuda::RowType::kF16, 64, 2, 20, 0, 20, 0));
-  scenes[0].num_refs.Write({-1});
-  Run(scenes, cuda::RowType::kF16, 64, 2, 20);
-  EXPECT_TRUE(all_nan(scenes[0].out.Read()));
+  for (const int32_t count : {-1, 1}) {
+    scenes[0].num_refs.Write({count});
+    Run(scenes, cuda::RowType::kF16, 64, 2, 20);
+    EXPECT_TRUE(all_nan(scenes[0].out.Read())) << count;
+  }
 }
 
 TEST_F(AttendCudaTest, AGraphFollowsTheLengthBehindThePointer) {
