@@ -38,7 +38,7 @@ struct AttendShape {
   static constexpr int kValuePasses = kRoomy ? 1 : 2;
   static constexpr int kPassVectors = kVVectors / kValuePasses;
   static constexpr int kPart = kHeadTile * (D + 2);           // floats: out, then most, then sum
-  static constexpr size_t kQueryBytes = kRoomy ? 0 : size_t{D / 16} * kWarp * sizeof(uint4);
+  static constexpr size_t kQueryBytes = size_t{D / 16} * kWarp * sizeof(uint4);
   static constexpr size_t kSharedBytes = kQueryBytes + sizeof(float) * (kWarps + 1) * kPart;  // of warps, and of the block
   static_assert(D % 32 == 0, "a lane quad loads 64 bytes of K at a time");
 };
@@ -82,36 +82,52 @@ __device__ inline AttendRows RowsOf(const AttendTask& task, int32_t visible, int
   return r;
 }
 
-// q of 8 heads as the left operand of K^T: [k step] = {most b0, rest b0, most b1, rest b1}. Lane (g, j) of k steps 2i and 2i + 1
-// holds channels 32 i + 8 j .. + 7 of head g. Returns what the logits are to be multiplied with.
+// q of 8 heads as the left operand of K^T, in shared memory: [k step][lane] = {most b0, rest b0, most b1, rest b1}, where lane (g, j) of k steps 2i
+// and 2i + 1 holds channels 32 i + 8 j .. + 7 of head g. A warp takes a head, a lane four channels: one piece of the result.
 template <RowType R, int D>
-__device__ inline float LoadQuery(const AttendArgs& args, const float* q, int head, int j, uint32_t (&a)[D / 16][4]) {
-  constexpr int kVectors = AttendShape<D>::kKVectors;
-  float x[kVectors][8];
-  float most = 0;
-  const bool exists = head < args.group;
+struct QueryLoader {
+  using S = AttendShape<D>;
+  static constexpr int kHeads = kHeadTile / S::kWarps, kPieces = (D / 4 + kWarp - 1) / kWarp;
+  float4 x[kHeads][kPieces];
+
+  __device__ inline void Load(const float* q, int first_head, int group, int warp, int lane) {
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const float4* from = reinterpret_cast<const float4*>(q + int64_t{head} * D + 32 * i + 8 * j);
-    const float4 low = exists ? from[0] : float4{}, high = exists ? from[1] : float4{};
-    x[i][0] = low.x, x[i][1] = low.y, x[i][2] = low.z, x[i][3] = low.w;
-    x[i][4] = high.x, x[i][5] = high.y, x[i][6] = high.z, x[i][7] = high.w;
+    for (int i = 0; i < kHeads; ++i) {
+      const int head = first_head + warp + i * S::kWarps;
 #pragma unroll
-    for (int c = 0; c < 8; ++c) most = fmaxf(most, fabsf(x[i][c]));
-  }
-  most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
-  most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));
-  const float down = PowerBelow(most);  // so that halves neither overflow nor lose small heads
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-#pragma unroll
-    for (int c = 0; c < 8; c += 2) {
-      const int step = 2 * i + c / 4, half = c / 2 % 2;
-      SplitPair<R>(x[i][c] * down, x[i][c + 1] * down, &a[step][2 * half], &a[step][2 * half + 1]);
+      for (int p = 0; p < kPieces; ++p) {
+        const int piece = lane + p * kWarp;
+        x[i][p] = head < group && piece < D / 4 ? reinterpret_cast<const float4*>(q + int64_t{head} * D)[piece] : float4{};
+      }
     }
   }
-  return args.scale / down;
-}
+  // `factor` [kHeadTile]: what the logits are to be multiplied with.
+  __device__ inline void Store(float scale, int warp, int lane, uint4* steps, float* factor) {
+#pragma unroll
+    for (int i = 0; i < kHeads; ++i) {
+      float most = 0;
+#pragma unroll
+      for (int p = 0; p < kPieces; ++p) {
+        const float4& v = x[i][p];
+        most = fmaxf(most, fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))));
+      }
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, offset));
+      const float down = PowerBelow(most);  // so that halves neither overflow nor lose small heads
+      const int g = warp + i * S::kWarps;
+      if (lane == 0) factor[g] = scale / down;
+#pragma unroll
+      for (int p = 0; p < kPieces; ++p) {
+        const int piece = lane + p * kWarp;
+        const float4& v = x[i][p];
+        uint4 step;
+        SplitPair<R>(v.x * down, v.y * down, &step.x, &step.y);
+        SplitPair<R>(v.z * down, v.w * down, &step.z, &step.w);
+        if (piece < D / 4) steps[(piece / 8 * 2 + piece % 2) * kWarp + g * 4 + piece % 8 / 2] = step;
+      }
+    }
+  }
+};
 
 // One tile of K: lane (g, j) holds pieces of keys g and g + 8.
 template <int D>
@@ -275,26 +291,54 @@ struct Softmax {
   }
 };
 
-// Joins `count` parts, `stride` floats apart, for channels [c, c + 4) of head g: the weighted sum, and (in *most, *sum) its weight.
+// Joins `count` parts, `stride` floats apart, for channels [c, c + 4) of head g: the weighted sum, and (in *most, *sum) its weight. Two
+// neighbouring lanes share the work and both have the result; each loads four parts before it uses the first.
 template <int D, bool kFromOtherBlocks>
 __device__ inline float4 JoinParts(const float* parts, int64_t stride, int count, int g, int c, float* most, float* sum) {
   const auto load = [](const float* p) { return kFromOtherBlocks ? __ldcg(p) : *p; };
   const auto load4 = [](const float* p) {
     return kFromOtherBlocks ? __ldcg(reinterpret_cast<const float4*>(p)) : *reinterpret_cast<const float4*>(p);
   };
-  float top = -Infinity();
-  for (int i = 0; i < count; ++i) top = fmaxf(top, load(parts + i * stride + kHeadTile * D + g));
-  const float from = top == -Infinity() ? 0.0f : top;
+  constexpr int kAtOnce = 4;
   float4 out{};
-  float total = 0;
-#pragma unroll 4
-  for (int i = 0; i < count; ++i) {
-    const float* part = parts + i * stride;
-    const float weight = Exp2(load(part + kHeadTile * D + g) - from);
-    const float4 x = load4(part + g * D + c);
-    total += weight * load(part + kHeadTile * D + kHeadTile + g);
-    out.x += weight * x.x, out.y += weight * x.y, out.z += weight * x.z, out.w += weight * x.w;
+  float top = -Infinity(), total = 0;
+  const auto join = [&](float4 x, float m, float l) {
+    const float now = fmaxf(top, m), from = now == -Infinity() ? 0.0f : now;
+    const float old = Exp2(top - from), fresh = Exp2(m - from);
+    out = {out.x * old + x.x * fresh, out.y * old + x.y * fresh, out.z * old + x.z * fresh, out.w * old + x.w * fresh};
+    total = total * old + l * fresh;
+    top = now;
+  };
+  for (int first = static_cast<int>(threadIdx.x) % 2; first < count; first += 2 * kAtOnce) {
+    float4 x[kAtOnce];
+    float m[kAtOnce], l[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const float* const part = parts + min(first + 2 * i, count - 1) * stride;
+      const bool exists = first + 2 * i < count;
+      x[i] = load4(part + g * D + c);
+      m[i] = exists ? load(part + kHeadTile * D + g) : -Infinity();
+      l[i] = exists ? load(part + kHeadTile * D + kHeadTile + g) : 0.0f;
+    }
+    float now = top;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) now = fmaxf(now, m[i]);
+    const float from = now == -Infinity() ? 0.0f : now, old = Exp2(top - from);
+    out = {out.x * old, out.y * old, out.z * old, out.w * old};
+    total *= old;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (m[i] == -Infinity() && l[i] == 0) continue;  // nothing, or no part
+      const float weight = Exp2(m[i] - from);
+      out.x += weight * x[i].x, out.y += weight * x[i].y, out.z += weight * x[i].z, out.w += weight * x[i].w;
+      total += weight * l[i];
+    }
+    top = now;
   }
+  const float4 x = {__shfl_xor_sync(kAllLanes, out.x, 1), __shfl_xor_sync(kAllLanes, out.y, 1), __shfl_xor_sync(kAllLanes, out.z, 1),
+                    __shfl_xor_sync(kAllLanes, out.w, 1)};
+  const float m = __shfl_xor_sync(kAllLanes, top, 1), l = __shfl_xor_sync(kAllLanes, total, 1);
+  join(x, m, l);
   *most = top;
   *sum = total;
   return out;
@@ -306,6 +350,7 @@ __global__ void __launch_bounds__(AttendShape<D>::kThreads, 1) AttendKernel(cons
   extern __shared__ float4 shared_[];
   float* const shared = reinterpret_cast<float*>(shared_) + S::kQueryBytes / sizeof(float);
   __shared__ bool last;
+  __shared__ float factors[kHeadTile];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, j = lane % 4;
   const int splits = static_cast<int>(gridDim.x), split = static_cast<int>(blockIdx.x), head_tile = static_cast<int>(blockIdx.z);
   const AttendTask task = args.tasks[blockIdx.y];
@@ -317,28 +362,13 @@ __global__ void __launch_bounds__(AttendShape<D>::kThreads, 1) AttendKernel(cons
   const bool has_refs = task.refs != nullptr;
   const int32_t visible = *task.n, num_refs = has_refs ? *task.num_refs : 0;
   const int32_t first_ref = has_refs && lane < kKeyTile && base + lane < task.refs_room ? task.refs[base + lane] : 0;
+  QueryLoader<R, D> loader;
+  loader.Load(task.q, head_tile * kHeadTile, args.group, warp, lane);
   const bool broken = num_refs < 0 || num_refs > task.refs_room;
   const AttendRows rows = RowsOf(task, visible, broken ? 0 : num_refs);
   const int32_t total = broken ? 1 : rows.total();
 
   // --- the keys of this warp
-  Query<D, S::kRoomy> q;
-  float factor;
-  if constexpr (S::kRoomy) {
-    factor = LoadQuery<R, D>(args, task.q, head_tile * kHeadTile + g, j, q.a);
-  } else {
-    uint32_t a[D / 16][4];
-    factor = LoadQuery<R, D>(args, task.q, head_tile * kHeadTile + g, j, a);
-    q.a = reinterpret_cast<const uint4*>(shared_) + lane;
-    for (int s = warp; s < D / 16; s += S::kWarps) {
-#pragma unroll
-      for (int i = 0; i < D / 16; ++i) {
-        if (i == s) reinterpret_cast<uint4*>(shared_)[i * kWarp + lane] = {a[i][0], a[i][1], a[i][2], a[i][3]};
-      }
-    }
-    __syncthreads();
-  }
-  Softmax<R, D> softmax;
   int32_t ref = 0;
   uint32_t valid = 0, missing = 0;
   const auto check = [&](int64_t at, int32_t found) {  // valid and missing of the tile at `at`
@@ -352,15 +382,35 @@ __global__ void __launch_bounds__(AttendShape<D>::kThreads, 1) AttendKernel(cons
     const bool exists = lane < kKeyTile && at + lane < total && !broken;
     check(at, exists ? rows.Ref(static_cast<int32_t>(at + lane)) : 0);
   };
-  if (base < total) {
+  loader.Store(args.scale, warp, lane, reinterpret_cast<uint4*>(shared_), factors);
+  KeyTile<D> k;
+  ValueTile<D> v;
+  const bool any = base < total;
+  if (any) {
     if (base + kKeyTile <= rows.chosen) {
       check(base, first_ref);
     } else {
       find(base);
     }
-    KeyTile<D> k;
-    ValueTile<D> v;
-    LoadKeys<D>(rows, ref, valid, g, j, &k);
+    LoadKeys<D>(rows, ref, valid, g, j, &k);  // on their way while the warps wait for each other's heads
+  }
+  __syncthreads();
+  Query<D, S::kRoomy> q;
+  const float factor = factors[g];
+  {
+    const uint4* const steps = reinterpret_cast<const uint4*>(shared_) + lane;
+    if constexpr (S::kRoomy) {
+#pragma unroll
+      for (int i = 0; i < D / 16; ++i) {
+        const uint4 step = steps[i * kWarp];
+        q.a[i][0] = step.x, q.a[i][1] = step.y, q.a[i][2] = step.z, q.a[i][3] = step.w;
+      }
+    } else {
+      q.a = steps;
+    }
+  }
+  Softmax<R, D> softmax;
+  if (any) {
 #pragma unroll 1
     for (;;) {
       if constexpr (S::kRoomy) LoadValues<D>(rows, ref, valid, g, j, 0, &v);
@@ -400,10 +450,11 @@ __global__ void __launch_bounds__(AttendShape<D>::kThreads, 1) AttendKernel(cons
     if (c == 0 && task.lse != nullptr) task.lse[head] = sum == 0 ? -Infinity() : (most + __log2f(sum)) * kLn2;
   };
   const int items = heads * (D / 4);  // four channels of a head
-  for (int i = static_cast<int>(threadIdx.x); i < items; i += S::kThreads) {
-    const int h = i / (D / 4), c = i % (D / 4) * 4;
+  for (int at = 0; at < items; at += S::kThreads / 2) {
+    const int i = at + static_cast<int>(threadIdx.x) / 2, h = min(i, items - 1) / (D / 4), c = min(i, items - 1) % (D / 4) * 4;
     float most, sum;
     const float4 out = JoinParts<D, false>(shared, S::kPart, S::kWarps, h, c, &most, &sum);
+    if (i >= items || threadIdx.x % 2 != 0) continue;
     if (splits == 1) {
       write(h, c, out, most, sum);
     } else {
@@ -446,20 +497,18 @@ __global__ void __launch_bounds__(AttendShape<D>::kThreads, 1) AttendKernel(cons
   }
 
   // --- the blocks of this task
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    last = atomicAdd(args.arrived + tile, 1u) + 1 == static_cast<uint32_t>(splits);
+    last = AddAcquireRelease(args.arrived + tile, 1) + 1 == static_cast<uint32_t>(splits);
     if (last) args.arrived[tile] = 0;
-    __threadfence();
   }
   __syncthreads();
   if (!last) return;
-  for (int i = threadIdx.x; i < heads * (D / 4); i += S::kThreads) {
-    const int h = i / (D / 4), c = i % (D / 4) * 4;
+  for (int at = 0; at < items; at += S::kThreads / 2) {
+    const int i = at + static_cast<int>(threadIdx.x) / 2, h = min(i, items - 1) / (D / 4), c = min(i, items - 1) % (D / 4) * 4;
     float most, sum;
     const float4 out = JoinParts<D, true>(parts, S::kPart, splits, h, c, &most, &sum);
-    write(h, c, out, most, sum);
+    if (i < items && threadIdx.x % 2 == 0) write(h, c, out, most, sum);
   }
 }
 

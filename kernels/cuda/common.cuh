@@ -94,6 +94,21 @@ __device__ inline void LetLaterWorkLaunch() {
 #endif
 }
 
+// What this block wrote (before a __syncthreads()) is seen by who sees the sum, and the other way round.
+__device__ inline uint32_t AddAcquireRelease(uint32_t* p, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(value) : "memory");
+  return before;
+}
+__device__ inline void AddRelease(uint32_t* p, uint32_t value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+}
+__device__ inline uint32_t LoadAcquire(const uint32_t* p) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
+}
+
 // --- clusters: blocks that run at once and reach each other's shared memory (sm_90) --------------------------------------------------
 // All threads of all blocks arrive, then wait; what was written before, in shared or global memory, is seen after.
 __device__ inline void ClusterArrive() {

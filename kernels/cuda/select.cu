@@ -67,11 +67,11 @@ Status MakePlan(int32_t num_tasks, int32_t max_n, bool scans, size_t query_bytes
   args.chunk = static_cast<int32_t>(std::max<int64_t>(1, CeilDiv(max_n, int64_t{64} * args.team_blocks)) * 64);
   args.z_stride = args.chunk + 16;  // heads 64 bytes apart: a warp's stores of one page meet no bank twice
   const auto chunk = static_cast<size_t>(args.chunk), group = static_cast<size_t>(args.group);
-  const size_t fixed = query_bytes + kBins * 4 + chunk / 32 * 8 + group * 8 + 16 + 2048;  // and what the kernel declares itself
+  const size_t stages = static_cast<size_t>(args.stage_bytes) * kSelectWarps;
+  const size_t fixed = query_bytes + kBins * 4 + chunk / 32 * 8 + group * 8 + 16 + stages + 2048;  // and what the kernel declares itself
   const size_t z_bytes = scans ? group * static_cast<size_t>(args.z_stride) * 4 : 0;
   const auto room = static_cast<size_t>(limits.block_shared_bytes);
-  args.keys_in_shared = fixed + chunk * 4 <= room;
-  args.z_in_shared = args.keys_in_shared && fixed + chunk * 4 + z_bytes <= room;
+  args.z_in_shared = fixed + z_bytes <= room;
   PREHOC_RETURN_IF_ERROR(Check("choose").That(fixed <= room, "max_n", max_n, "positions are too many for one launch; give fewer tasks",
                                               StatusCode::kUnsupported).Take());
 
@@ -86,7 +86,6 @@ Status MakePlan(int32_t num_tasks, int32_t max_n, bool scans, size_t query_bytes
   args.bitmaps = reinterpret_cast<uint32_t*>(part(args.dilate ? team_count * static_cast<size_t>(CeilDiv(max_n, 32)) * 4 : 0));
   args.parts = reinterpret_cast<Mass*>(part(team_count * kMaxTeam * group * sizeof(Mass)));
   args.outside = reinterpret_cast<Mass*>(part(team_count * kMaxTeam * group * sizeof(Mass)));
-  args.keys = reinterpret_cast<uint32_t*>(part(args.keys_in_shared ? 0 : blocks * chunk * 4));
   args.z = reinterpret_cast<float*>(part(args.z_in_shared ? 0 : blocks * z_bytes));
   plan->bytes = at;
   return {};
@@ -112,11 +111,13 @@ Result<Plan> PlanOf(const SelectParams& params) {
   plan.args.select = params.tasks;
   plan.args.format = params.format;
   plan.args.layout = LayoutOf(params.format, params.head_dim);
+  // As Selector::kStaged.
+  if (params.head_dim * params.format.bits <= 1024) plan.args.stage_bytes = static_cast<int32_t>(plan.args.layout.bytes);
   plan.args.type = params.type;
   plan.args.group = params.group;
   plan.args.rule = params.rule;
   plan.args.dilate = params.dilate;
-  const size_t query_bytes = static_cast<size_t>(params.head_dim) / 8 * kWarp * sizeof(uint4);  // twice what it can be
+  const size_t query_bytes = static_cast<size_t>(params.head_dim) / 8 * kWarp * sizeof(uint4);  // at most
   PREHOC_RETURN_IF_ERROR(MakePlan(params.num_tasks, params.max_n, true, query_bytes, params.workspace, &plan));
   return plan;
 }

@@ -18,14 +18,16 @@ inline constexpr int kBins = 2048;
 inline constexpr float kBinsPerNat = 64;    // the bins reach 32 nats below the best weight: 1e-14 of it
 inline constexpr int kRefineBits = 11;
 inline constexpr int kListRoom = 1024;      // members of a bin that are compared with each other
+inline constexpr int kSample = 4 * kSelectThreads;  // own positions from which a block guesses what rank k will leave far below
 inline constexpr int kMaxTeam = 64;         // blocks: two to a lane
 static_assert(kListRoom * 2 <= kBins, "the list takes the place of the histogram in shared memory");
 
 // What the blocks of a team share; zero before the first launch, and left so that the next one can start.
 struct Team {
-  uint32_t arrived, generation;
+  uint32_t arrived, left;
   uint32_t finished;
   uint32_t list_size;
+  uint32_t floor;  // bins below it are not fully counted
   uint32_t histogram[3][kBins];  // of a round, the one before (being cleared), the next one
   uint32_t list_key[kListRoom];
   int32_t list_position[kListRoom];
@@ -47,44 +49,42 @@ struct SelectArgs {
   bool cluster;          // a team is a cluster; else all blocks of the launch run at once
   int32_t chunk;         // most positions of a block, a multiple of 64
   int64_t z_stride;      // [floats] of a head in the logits that this launch keeps
-  bool z_in_shared, keys_in_shared;
+  bool z_in_shared;
+  int32_t stage_bytes;   // of shared memory for the code block that a warp takes next; 0: blocks are read where they lie
   Team* teams;           // [teams]
   Mass* parts;           // [teams, group, kMaxTeam]
   Mass* outside;         // [teams, group, kMaxTeam]
   uint32_t* bitmaps;     // [teams, max_n / 32 rounded up], zero between calls; only with dilate
   float* z;              // [teams, team_blocks, group, z_stride], unless in shared memory or found
-  uint32_t* keys;        // [teams, team_blocks, chunk], unless in shared memory
 };
 
 // --- waiting for each other ------------------------------------------------------------------------------------------------------
 
-__device__ inline uint32_t LoadAcquire(const uint32_t* p) {
-  uint32_t value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
-  return value;
-}
-// Every block of the team has arrived, and what they wrote before is seen.
-__device__ inline void WaitForTeam(Team* team, int blocks, bool cluster) {
+// Every block of the team has arrived `*waits` times, and what they wrote before is seen.
+__device__ inline void WaitForTeam(Team* team, int blocks, bool cluster, uint32_t* waits) {
   if (cluster && blocks > 1) {
     ClusterArrive();
     ClusterWait();
     return;
   }
   __syncthreads();
-  if (blocks > 1 && threadIdx.x == 0) {
-    __threadfence();
-    const uint32_t generation = LoadAcquire(&team->generation);
-    if (atomicAdd(&team->arrived, 1u) + 1 == static_cast<uint32_t>(blocks)) {
-      team->arrived = 0;
-      __threadfence();
-      atomicAdd(&team->generation, 1u);
-    } else {
-      while (LoadAcquire(&team->generation) == generation) {
-      }
+  ++*waits;
+  if (blocks == 1) return;
+  if (threadIdx.x == 0) {
+    AddRelease(&team->arrived, 1);
+    const uint32_t all = *waits * static_cast<uint32_t>(blocks);
+    while (LoadAcquire(&team->arrived) < all) {
     }
-    __threadfence();
   }
   __syncthreads();
+}
+// At the end of a block: the last one leaves the count at 0 for the next launch.
+__device__ inline void LeaveTeam(Team* team, int blocks, bool cluster) {
+  if (cluster || blocks == 1) return;
+  __syncthreads();
+  if (threadIdx.x != 0 || AddAcquireRelease(&team->left, 1) + 1 != static_cast<uint32_t>(blocks)) return;
+  team->arrived = 0;
+  team->left = 0;
 }
 
 // --- sums over the block ---------------------------------------------------------------------------------------------------------
@@ -164,12 +164,13 @@ class Selector {
  public:
   static constexpr bool kScans = BITS != 0;
   static constexpr size_t kQueryBytes = QuerySize<D, BITS>::kBytes;
+  static constexpr bool kStaged = kScans && D * BITS <= 1024;  // blocks of up to 9 KiB
   // Two per head, in whole pieces of 16 bytes: the logits behind them are stored by the piece.
   static __host__ __device__ int MassFloats(int group) { return (2 * group + 3) / 4 * 4; }
   // Shared memory: q steps, histogram or list, words of the chosen and of the class, masses, keys, logits.
   static size_t SharedBytes(const SelectArgs& args) {
     size_t bytes = kQueryBytes + kBins * 4 + static_cast<size_t>(args.chunk / 32) * 8 + static_cast<size_t>(MassFloats(args.group)) * 4;
-    if (args.keys_in_shared) bytes += static_cast<size_t>(args.chunk) * 4;
+    bytes += static_cast<size_t>(args.stage_bytes) * kSelectWarps;
     if (args.z_in_shared) bytes += static_cast<size_t>(args.group) * static_cast<size_t>(args.z_stride) * 4;
     return bytes;
   }
@@ -209,25 +210,23 @@ class Selector {
     if constexpr (!kScans) BlockMass(args_.parts, [&](int32_t i) { return InSight(i); });
     Wait();
     JoinMass();
-    MakeKeys();
     round_ = 0;
     const int32_t middle = hi_ - lo_;
-    const int32_t k = min(max(rule_->k, 0), middle);
+    const int32_t k = min(max(rule_->k, 0), middle), m = args_.dilate ? min(max(rule_->dilate_m, 0), k) : 0;
     uint32_t offset = 0, count = 0;
-    if (args_.dilate) {
-      const int32_t m = min(max(rule_->dilate_m, 0), k);
-      Keep(FindCut(static_cast<uint32_t>(m)), &offset);
-      Spread();
-      Keep(FindCut(static_cast<uint32_t>(k)), &offset);
-      TakeSpread(&offset, &count);
-    } else {
-      const Cut cut = FindCut(static_cast<uint32_t>(k));
+#pragma unroll 1
+    for (int dilated = args_.dilate ? 0 : 1; dilated < 2; ++dilated) {  // one copy of the code for both cuts: it is fetched, too
+      const Cut cut = FindCut(static_cast<uint32_t>(dilated == 0 ? m : k));
       Keep(cut, &offset);
       count = cut.kept;
+      if (dilated == 0) Spread();
     }
+    if (args_.dilate) TakeSpread(&offset, &count);
     Write(offset, count);
     if (rule_->lse_out != nullptr) MassOutside();
   }
+
+  __device__ void Leave() { LeaveTeam(team_, args_.team_blocks, args_.cluster); }
 
  private:
   // Where things lie is computed anew at each use: registers are needed for products.
@@ -243,16 +242,17 @@ class Selector {
   __device__ uint32_t* class_words() const { return kept_words() + args_.chunk / 32; }             // [own / 32] the class of the last cut
   __device__ float* lse() const { return reinterpret_cast<float*>(class_words() + args_.chunk / 32); }  // [group]
   __device__ float* top() const { return lse() + args_.group; }                               // [group] largest logits
-  __device__ uint32_t* keys() const {                                                         // [own]
-    if (args_.keys_in_shared) return reinterpret_cast<uint32_t*>(lse() + MassFloats(args_.group));
-    return args_.keys + (int64_t{team_index_} * args_.team_blocks + block_) * args_.chunk;
+  __device__ std::byte* stage() const {  // [stage_bytes] of this warp
+    return reinterpret_cast<std::byte*>(lse() + MassFloats(args_.group)) + warp() * args_.stage_bytes;
   }
-  __device__ float* kept_z() const {                                                          // [group, z_stride] of this launch
-    if (args_.z_in_shared) return reinterpret_cast<float*>(keys() + args_.chunk);
+  __device__ float* kept_z() const {  // [group, z_stride] of this launch
+    if (args_.z_in_shared) {
+      return reinterpret_cast<float*>(reinterpret_cast<std::byte*>(lse() + MassFloats(args_.group)) + kSelectWarps * args_.stage_bytes);
+    }
     return args_.z + (int64_t{team_index_} * args_.team_blocks + block_) * args_.group * args_.z_stride;
   }
 
-  __device__ void Wait() const { WaitForTeam(team_, args_.team_blocks, args_.cluster); }
+  __device__ void Wait() { WaitForTeam(team_, args_.team_blocks, args_.cluster, &waits_); }
   __device__ bool Leads() const { return block_ == 0; }
   __device__ bool InSight(int32_t i) const { return i < sinks_ || i >= lo_; }
 
@@ -284,34 +284,12 @@ class Selector {
         __syncthreads();
         if (warp() == 0) PrepareQuery<D, BITS>(source_->q, first, args_.group, lane(), steps(), &scale);
         __syncthreads();
-        const int g = lane() / 4, j = lane() % 4;
-        const bool exists = first + g < args_.group;
-        float* const mine = kept_z() + (first + g) * args_.z_stride;
-        Mass mass = NoMass();
-        for (int32_t at = begin_ + warp() * tokens; at < coded_end; at += kSelectWarps * tokens) {
-          const std::byte* block = source_->blocks + int64_t{at / tokens} * static_cast<int64_t>(args_.layout.bytes);
-          const bool whole = at >= lo_ || at + tokens <= sinks_;
-          const auto emit = [&](int page, const float4& z) {
-            if (!exists) return;
-            const int32_t i = at + kCodePageTokens * page + 4 * j;
-            *reinterpret_cast<float4*>(mine + (i - begin_)) = z;
-            if (whole) {
-              AddLogits(&mass, z);
-            } else {
-              if (InSight(i)) AddLogit(&mass, z.x);
-              if (InSight(i + 1)) AddLogit(&mass, z.y);
-              if (InSight(i + 2)) AddLogit(&mass, z.z);
-              if (InSight(i + 3)) AddLogit(&mass, z.w);
-            }
-          };
-          BlockScan<D, BITS, false>::Run(block, args_.layout, tokens / kCodePageTokens, steps(), scale, false, lane(), emit,
-                                         [](int, const float4&) {});
-        }
+        Mass mass = tokens == 16 ? ScanTile<1>(first, coded_end, scale) : ScanTile<4>(first, coded_end, scale);
 #pragma unroll
         for (int offset = 1; offset <= 2; offset *= 2) {
           mass = Join(mass, {__shfl_xor_sync(kAllLanes, mass.most, offset), __shfl_xor_sync(kAllLanes, mass.sum, offset)});
         }
-        if (j == 0) of_warps[warp()][g] = mass;
+        if (lane() % 4 == 0) of_warps[warp()][lane() / 4] = mass;
         __syncthreads();
         const int h = first + warp();
         if (warp() >= kScanHeads || h >= args_.group) continue;
@@ -323,6 +301,50 @@ class Selector {
         if (lane() == 0) *PartOf(args_.parts, h, block_) = mass;
       }
     }
+  }
+
+  // Blocks of PAGES pages for heads [first, first + 8): logits to kept_z; the mass of head first + lane / 4 as far as this lane has it.
+  template <int PAGES>
+  __device__ Mass ScanTile(int first, int32_t coded_end, const QueryScale& scale) {
+    constexpr int32_t kTokens = PAGES * kCodePageTokens, kStride = kSelectWarps * kTokens;
+    const int j = lane() % 4, block_bytes = static_cast<int>(args_.layout.bytes), pages_at = static_cast<int>(args_.layout.pages);
+    const bool exists = first + lane() / 4 < args_.group;
+    float* const mine = kept_z() + (first + lane() / 4) * args_.z_stride - begin_ + 4 * j;
+    int32_t at = begin_ + warp() * kTokens;
+    const std::byte* block = source_->blocks + int64_t{at / kTokens} * block_bytes;
+    const int64_t next = int64_t{kSelectWarps} * block_bytes;
+    Mass mass = NoMass();
+    if (kStaged && at < coded_end) CopyBlock(stage(), block, block_bytes, lane());
+    if (at + kStride < coded_end) FetchBlock(block + next, block_bytes, lane());
+    for (; at < coded_end; at += kStride, block += next) {
+      if (at + 2 * kStride < coded_end) FetchBlock(block + 2 * next, block_bytes, lane());
+      const bool whole = at >= lo_ || at + kTokens <= sinks_;
+      const auto read = [&] {
+        if constexpr (kStaged) {
+          __syncwarp();
+          if (at + kStride < coded_end) CopyBlock(stage(), block + next, block_bytes, lane());
+        }
+      };
+      const auto emit = [&](int page, const float4& z) {
+        if (!exists) return;
+        const int32_t i = at + kCodePageTokens * page;
+        *reinterpret_cast<float4*>(mine + i) = z;
+        if (whole) {
+          AddLogits(&mass, z);
+        } else {
+          float4 left = z;
+#pragma unroll 1
+          for (int t = 0; t < 4; ++t) {
+            if (InSight(i + 4 * j + t)) AddLogit(&mass, left.x);
+            left = {left.y, left.z, left.w, 0};
+          }
+        }
+      };
+      if constexpr (kStaged) CopyDone();
+      BlockScan<D, BITS, PAGES, false, kStaged>::Run(kStaged ? stage() : block, pages_at, steps(), scale, false, lane(), read, emit,
+                                                     [](int, const float4&) {});
+    }
+    return mass;
   }
 
   __device__ Mass* PartOf(Mass* parts, int h, int block) const {
@@ -366,7 +388,6 @@ class Selector {
       odd = 0;
       if (Leads()) team_->list_size = 0;
     }
-    for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kSelectThreads) own_bins()[i] = 0;
     for (int i = static_cast<int>(threadIdx.x); i < args_.chunk / 32; i += kSelectThreads) kept_words()[i] = 0;
     __syncthreads();
     for (int h = warp(); h < args_.group; h += kSelectWarps) {
@@ -379,7 +400,7 @@ class Selector {
       if (Leads()) rule_->lse_all[h] = all;
     }
     __syncthreads();
-    plain_ = odd == 0;
+    simple_ = odd == 0 && args_.rule != GroupRule::kMeanWeight;
     best_ = 0;  // no weight is above 1
     if (args_.rule == GroupRule::kMaxLogit) {
       float most = -Infinity();
@@ -394,54 +415,126 @@ class Selector {
     if (args_.rule == GroupRule::kMaxLogit) return z;
     return isnan(lse()[h]) ? -Infinity() : z - lse()[h];
   }
-  __device__ float Score(int32_t i) const {
-    const float* const z = z_ + (i - begin_);
+  // Any rule, any numbers.
+  __device__ float Score(int32_t at) const {
+    const float* const z = z_ + at;
     float most = -Infinity();
-    if (plain_ && args_.rule != GroupRule::kMaxLogit) {  // finite sums: no logit is NaN or +inf
-      for (int h = 0; h < args_.group; ++h) most = fmaxf(most, z[h * z_stride_] - lse()[h]);
-    } else {
-      for (int h = 0; h < args_.group; ++h) most = fmaxf(most, HeadScore(h, z[h * z_stride_]));
-    }
+    for (int h = 0; h < args_.group; ++h) most = fmaxf(most, HeadScore(h, z[h * z_stride_]));
     if (args_.rule != GroupRule::kMeanWeight || isinf(most)) return most;
     float sum = 0;
     for (int h = 0; h < args_.group; ++h) sum += __expf(HeadScore(h, z[h * z_stride_]) - most);
     return most + __logf(sum / static_cast<float>(args_.group));
   }
-  __device__ bool IsCandidate(int32_t i, float score) const {
-    if (rule_->resident == nullptr) return true;
-    return ((rule_->resident[i / 64] >> (i % 64)) & 1) != 0 || score > rule_->log_theta;
+  // Logits of four own positions, the last of them at most 3 behind the own part.
+  __device__ float4 LoadFour(int h, int32_t at) const {
+    const float* const z = z_ + h * z_stride_ + at;
+    if constexpr (kScans) return *reinterpret_cast<const float4*>(z);  // kept in rows of whole pieces
+    const int32_t own = end_ - begin_;
+    return {z[0], at + 1 < own ? z[1] : 0, at + 2 < own ? z[2] : 0, at + 3 < own ? z[3] : 0};
   }
-  // Keys of the own part, and how many lie in which bin.
-  __device__ void MakeKeys() {
-    for (int32_t i = begin_ + static_cast<int32_t>(threadIdx.x); i < end_; i += kSelectThreads) {
-      uint32_t key = 0;
-      if (i >= lo_ && i < hi_) {
-        const float score = Score(i);
-        if (rule_->pooled != nullptr) {
-          rule_->pooled[i] = rule_->pool_reset != 0 ? score : fmaxf(rule_->pooled[i], score);
-        }
-        if (IsCandidate(i, score)) {
-          key = KeyOf(score);
-          atomicAdd(own_bins() + BinOf(key, best_), 1u);
-        }
+  // Of four own positions from `at` on; what lies behind the own part is anything.
+  __device__ float4 ScoreFour(int32_t at) const {
+    float4 most = {-Infinity(), -Infinity(), -Infinity(), -Infinity()};
+    if (simple_) {  // every logit is a number or -inf
+      const bool weights = args_.rule != GroupRule::kMaxLogit;
+#pragma unroll 4
+      for (int h = 0; h < args_.group; ++h) {
+        const float4 z = LoadFour(h, at);
+        const float offset = weights ? lse()[h] : 0;
+        most = {fmaxf(most.x, z.x - offset), fmaxf(most.y, z.y - offset), fmaxf(most.z, z.z - offset), fmaxf(most.w, z.w - offset)};
       }
-      keys()[i - begin_] = key;
+      return most;
     }
-    __syncthreads();
+#pragma unroll 1
+    for (int t = 0; t < 4; ++t) most = {most.y, most.z, most.w, Score(min(at + t, end_ - begin_ - 1))};
+    return most;
+  }
+  // The key of position i; 0 if it is no candidate.
+  __device__ uint32_t KeyAt(int32_t i, float score, const uint64_t* resident, float log_theta) const {
+    if (i < lo_ || i >= hi_) return 0;
+    if (resident != nullptr && ((resident[i / 64] >> (i % 64)) & 1) == 0 && !(score > log_theta)) return 0;
+    return KeyOf(score);
+  }
+  __device__ uint4 KeysAt(int32_t at, const float4& score, const uint64_t* resident, float log_theta) const {
+    const int32_t i = begin_ + at;
+    return {KeyAt(i, score.x, resident, log_theta), KeyAt(i + 1, score.y, resident, log_theta),
+            KeyAt(i + 2, score.z, resident, log_theta), KeyAt(i + 3, score.w, resident, log_theta)};
+  }
+  __device__ void Pool(int32_t at, const float4& score) const {
+    float* const pooled = rule_->pooled;
+    float4 left = score;
+#pragma unroll 1
+    for (int32_t i = begin_ + at; i < begin_ + at + 4; ++i) {
+      if (i >= lo_ && i < hi_) pooled[i] = rule_->pool_reset != 0 ? left.x : fmaxf(pooled[i], left.x);
+      left = {left.y, left.z, left.w, 0};
+    }
   }
 
   // --- 3
-  // How many own keys lie in which bin; bin_of < 0 does not count.
-  template <class BinOfKey>
-  __device__ void CountKeys(BinOfKey&& bin_of) {
+  // How many own keys lie in which bin: all of them, or (refining) those of the class of `cut` by their bits from `shift` on. Four positions to a
+  // thread, so that loads do not wait for each other. The first round also pools. It counts most of what lies far below rank k only as
+  // one number, in bin 0: adding to bins is what a round costs.
+  __device__ void CountKeys(uint32_t k, const Cut& cut, bool refines, int shift) {
+    __shared__ uint32_t scratch[kSelectWarps + 1];
+    __shared__ int shared_floor;
     for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kSelectThreads) own_bins()[i] = 0;
+    if (threadIdx.x == 0) shared_floor = 0;
     __syncthreads();
-    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < end_ - begin_; i += kSelectThreads) {
-      const int b = bin_of(keys()[i]);
-      if (b >= 0) atomicAdd(own_bins() + b, 1u);
+    const int32_t own = end_ - begin_, middle = hi_ - lo_;
+    const uint64_t* const resident = rule_->resident;
+    const float log_theta = rule_->log_theta, best = best_;
+    const bool first = round_ == 0, pools = first && rule_->pooled != nullptr;
+    const uint32_t mask = (1u << kRefineBits) - 1;
+    int floor = 0;
+    uint32_t skipped = 0;
+    for (int32_t from = 0; from < own; from += kSample) {
+      const int32_t at = from + 4 * static_cast<int32_t>(threadIdx.x);
+      if (at < own) {
+        const float4 score = ScoreFour(at);
+        if (pools) Pool(at, score);
+        const uint4 key = KeysAt(at, score, resident, log_theta);
+        const auto count = [&](uint32_t one) {
+          if (one == 0) return;
+          if (refines) {
+            if (cut.Of(one, best) == 0) atomicAdd(own_bins() + ((one >> shift) & mask), 1u);
+            return;
+          }
+          const int bin = BinOf(one, best);
+          if (bin < floor) {
+            ++skipped;
+          } else {
+            atomicAdd(own_bins() + bin, 1u);
+          }
+        };
+        count(key.x), count(key.y), count(key.z), count(key.w);
+      }
+      if (from != 0 || !first || own < 4 * kSample) continue;
+      // From the first positions: the bin above which four times the share of k lies, and some.
+      __syncthreads();
+      const uint32_t enough = static_cast<uint32_t>(4.0f * static_cast<float>(k) * kSample / static_cast<float>(max(middle, 1))) + 64;
+      const int top = TopOfThread();
+      uint32_t mine = 0, total;
+      for (int i = 0; i < kThreadBins && top - i >= 0; ++i) mine += own_bins()[top - i];
+      uint32_t before = BlockPrefix(mine, scratch, &total);
+      if (before < enough && enough <= before + mine) {
+        int i = 0;
+        for (; before + own_bins()[top - i] < enough; ++i) before += own_bins()[top - i];
+        shared_floor = top - i;
+      }
+      __syncthreads();
+      floor = shared_floor;
+    }
+    skipped = __reduce_add_sync(kAllLanes, skipped);
+    if (lane() == 0 && skipped != 0) {
+      atomicAdd(own_bins(), skipped);
+      atomicMax(&team_->floor, static_cast<uint32_t>(floor));
     }
     __syncthreads();
   }
+  static constexpr int kThreadBins = (kBins + kSelectThreads - 1) / kSelectThreads;
+  // Each thread takes kThreadBins bins, from this one down.
+  __device__ static int TopOfThread() { return kBins - 1 - static_cast<int>(threadIdx.x) * kThreadBins; }
+
   // Adds up what the blocks counted, and finds the bin of rank `target` (from 1, from the top), and how many are above and inside. False if there
   // are fewer; `candidates_` are all.
   __device__ bool FindBin(uint32_t target, int* bin, uint32_t* above, uint32_t* inside) {
@@ -453,18 +546,17 @@ class Selector {
     }
     Wait();
     // Thread t sums bins from the top.
-    constexpr int kEach = (kBins + kSelectThreads - 1) / kSelectThreads;
-    const int top = kBins - 1 - static_cast<int>(threadIdx.x) * kEach;
-    uint32_t count[kEach], mine = 0;
+    const int top = TopOfThread();
+    uint32_t count[kThreadBins], mine = 0;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) count[i] = top - i >= 0 ? __ldcg(histogram + top - i) : 0;
+    for (int i = 0; i < kThreadBins; ++i) count[i] = top - i >= 0 ? __ldcg(histogram + top - i) : 0;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) mine += count[i];
+    for (int i = 0; i < kThreadBins; ++i) mine += count[i];
     uint32_t total;
     uint32_t before = BlockPrefix(mine, scratch, &total);
     if (before < target && target <= before + mine) {
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) {
+      for (int i = 0; i < kThreadBins; ++i) {
         if (before < target && target <= before + count[i]) {
           found[0] = static_cast<uint32_t>(top - i), found[1] = before, found[2] = count[i];
         }
@@ -485,31 +577,39 @@ class Selector {
 
   __device__ Cut FindCut(uint32_t k) {
     Cut cut{-1, 32, 0, 0, 0, 0};
-    uint32_t above = 0, inside = 0;
-    const float best = best_;
-    if (round_ > 0) CountKeys([&](uint32_t key) { return key == 0 ? -1 : BinOf(key, best); });  // else they were, with the keys
-    const bool enough = FindBin(max(k, 1u), &cut.bin, &above, &inside);
-    if (k == 0) {
-      cut.bin = kBins;  // nothing is in
-      return cut;
+    uint32_t need = max(k, 1u);
+    bool refines = false;
+#pragma unroll 1
+    for (;;) {
+      const int shift = refines ? max(cut.shift - kRefineBits, 0) : 32, bits = cut.shift - shift;
+      CountKeys(k, cut, refines, shift);
+      int bin = 0;
+      uint32_t above = 0, inside = 0;
+      const bool was_first = round_ == 0, enough = FindBin(need, &bin, &above, &inside);
+      if (!refines) {
+        if (k == 0) {
+          cut.bin = kBins;  // nothing is in
+          return cut;
+        }
+        if (!enough || k == candidates_) {  // all are
+          cut.kept = candidates_;
+          return cut;
+        }
+        // A guess that was wrong (the same in every block): bins below it are counted now.
+        if (was_first && static_cast<uint32_t>(bin) < __ldcg(&team_->floor)) continue;
+        cut.bin = bin;
+        cut.kept = k;
+      } else {
+        // Bins of fewer bits are the upper ones of a word of kRefineBits.
+        const uint32_t part = static_cast<uint32_t>(bin) & ((1u << bits) - 1);
+        cut.prefix = cut.shift == 32 ? part : (cut.prefix << bits) | part;
+        cut.shift = shift;
+      }
+      cut.need = need -= above;
+      cut.equal = inside;
+      refines = true;
+      if (cut.ByList() || cut.shift == 0) return cut;
     }
-    if (!enough || k == candidates_) {
-      cut.bin = -1;
-      cut.kept = candidates_;
-      return cut;
-    }
-    cut.kept = k, cut.need = k - above, cut.equal = inside;
-    while (!cut.ByList() && cut.shift > 0) {
-      const int shift = max(cut.shift - kRefineBits, 0), bits = cut.shift - shift;
-      const Cut now = cut;
-      int part = 0;
-      CountKeys([&](uint32_t key) { return now.Of(key, best) == 0 ? static_cast<int>((key >> shift) & ((1u << bits) - 1)) : -1; });
-      FindBin(now.need, &part, &above, &inside);
-      cut.prefix = (now.shift == 32 ? 0 : now.prefix << bits) | static_cast<uint32_t>(part);
-      cut.shift = shift;
-      cut.need = now.need - above, cut.equal = inside;
-    }
-    return cut;
   }
 
   // --- 4
@@ -520,22 +620,38 @@ class Selector {
     const int32_t own = end_ - begin_, words = (own + 31) / 32;
     if (threadIdx.x == 0) before = own_in = own_class = 0;
     __syncthreads();
-    uint32_t in = 0, of_class = 0;
-    for (int w = warp(); w < words; w += kSelectWarps) {
-      const int32_t i = w * 32 + lane();
-      const uint32_t key = i < own ? keys()[i] : 0;
-      const int side = cut.Of(key, best_);
-      const uint32_t in_word = __ballot_sync(kAllLanes, side == 1), class_word = __ballot_sync(kAllLanes, side == 0);
-      if (lane() == 0) {
+    uint32_t in = 0, of_class = 0;  // in the first lane of eight
+    const bool lists = cut.ByList();
+    const uint64_t* const resident = rule_->resident;
+    const float log_theta = rule_->log_theta, best = best_;
+    for (int32_t from = warp() * 4 * kWarp; from < own; from += kSelectWarps * 4 * kWarp) {
+      const int32_t at = from + 4 * lane();
+      uint4 key{};
+      if (at < own) key = KeysAt(at, ScoreFour(at), resident, log_theta);
+      uint32_t in_word = 0, class_word = 0;
+      const auto place = [&](uint32_t one, int t) {
+        const int side = cut.Of(one, best);
+        if (side == 1) in_word |= 1u << (4 * (lane() % 8) + t);
+        if (side != 0) return;
+        class_word |= 1u << (4 * (lane() % 8) + t);
+        if (!lists) return;
+        const uint32_t entry = atomicAdd(&team_->list_size, 1u);
+        team_->list_key[entry] = one, team_->list_position[entry] = begin_ + at + t;
+      };
+      place(key.x, 0), place(key.y, 1), place(key.z, 2), place(key.w, 3);
+#pragma unroll
+      for (int offset = 1; offset < 8; offset *= 2) {
+        in_word |= __shfl_xor_sync(kAllLanes, in_word, offset);
+        class_word |= __shfl_xor_sync(kAllLanes, class_word, offset);
+      }
+      const int32_t w = from / 32 + lane() / 8;
+      if (lane() % 8 == 0 && w < words) {
         kept_words()[w] |= in_word;
         class_words()[w] = class_word;
         in += __popc(in_word), of_class += __popc(class_word);
       }
-      if (side == 0 && cut.ByList()) {
-        const uint32_t at = atomicAdd(&team_->list_size, 1u);
-        team_->list_key[at] = key, team_->list_position[at] = begin_ + i;
-      }
     }
+    in = __reduce_add_sync(kAllLanes, in), of_class = __reduce_add_sync(kAllLanes, of_class);
     if (lane() == 0) {
       if (in != 0) atomicAdd(&own_in, in);
       if (of_class != 0) atomicAdd(&own_class, of_class);
@@ -543,7 +659,10 @@ class Selector {
     __syncthreads();
     if (threadIdx.x == 0) team_->above[block_] = own_in, team_->equal[block_] = own_class;
     Wait();
-    if (Leads()) ClearHistogram(round_ - 1);  // all are past reading it
+    if (Leads()) {  // all are past reading them
+      ClearHistogram(round_ - 1);
+      if (threadIdx.x == 0) team_->floor = 0;
+    }
     if (warp() == 0) {
       uint32_t above_here = 0, equal_here = 0;
       for (int b = lane(); b < block_; b += kWarp) above_here += __ldcg(team_->above + b), equal_here += __ldcg(team_->equal + b);
@@ -689,11 +808,22 @@ class Selector {
       float sum[4] = {}, unit[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) unit[e] = first + e < args_.group ? lse()[first + e] - kBelow : 0;
-      for (int32_t at = static_cast<int32_t>(threadIdx.x); at < end_ - begin_; at += kSelectThreads) {
-        if (!Outside(at)) continue;
+      for (int32_t at = 4 * static_cast<int32_t>(threadIdx.x); at < end_ - begin_; at += 4 * kSelectThreads) {
+        uint32_t out = ~(kept_words()[at / 32] >> (at % 32)) & 15u;
+        const int32_t i = begin_ + at;
+        if (i < lo_ || i + 3 >= hi_) {
+#pragma unroll
+          for (int t = 0; t < 4; ++t) {
+            if (i + t < lo_ || i + t >= hi_) out &= ~(1u << t);
+          }
+        }
+        if (out == 0) continue;
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          if (first + e < args_.group) sum[e] += __expf(z_[(first + e) * z_stride_ + at] - unit[e]);
+          if (first + e >= args_.group) continue;
+          const float4 z = LoadFour(first + e, at);
+          sum[e] += ((out & 1) != 0 ? __expf(z.x - unit[e]) : 0) + ((out & 2) != 0 ? __expf(z.y - unit[e]) : 0) +
+                    ((out & 4) != 0 ? __expf(z.z - unit[e]) : 0) + ((out & 8) != 0 ? __expf(z.w - unit[e]) : 0);
         }
       }
 #pragma unroll
@@ -748,8 +878,9 @@ class Selector {
   int64_t z_stride_ = 0;
   int32_t n_ = 0, begin_ = 0, end_ = 0, sinks_ = 0, lo_ = 0, hi_ = 0;
   float best_ = 0;      // an upper bound of the scores that matter
-  bool plain_ = false;  // all lse are finite
+  bool simple_ = false;  // all lse are finite, and the score is a maximum
   int round_ = 0;
+  uint32_t waits_ = 0;
   uint32_t candidates_ = 0;
 };
 
@@ -763,6 +894,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1) SelectKernel(const __grid_c
     selector.Run(task);
     __syncthreads();
   }
+  selector.Leave();
 }
 
 // --- scan alone ----------------------------------------------------------------------------------------------------------------------
@@ -777,6 +909,27 @@ struct ScanArgs {
 };
 inline constexpr int kScanThreads = 256;
 
+template <int D, int BITS, int PAGES, bool WITH_ERROR>
+__device__ inline void ScanBlocks(const ScanArgs& args, const ScanTask& task, int first, int32_t coded, const uint4* steps, const QueryScale& scale) {
+  constexpr int32_t kTokens = PAGES * kCodePageTokens;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp, j = lane % 4;
+  const int32_t warps = static_cast<int32_t>(gridDim.x) * (kScanThreads / kWarp), me = static_cast<int32_t>(blockIdx.x) * (kScanThreads / kWarp) + warp;
+  const int block_bytes = static_cast<int>(args.layout.bytes), pages_at = static_cast<int>(args.layout.pages);
+  const bool mine = first + lane / 4 < args.group;
+  const int64_t row = (first + lane / 4) * task.z_stride + 4 * j;
+  for (int64_t at = int64_t{me} * kTokens; at < coded; at += int64_t{warps} * kTokens) {
+    const std::byte* const block = task.source.blocks + at / kTokens * block_bytes;
+    if (at + int64_t{warps} * kTokens < coded) FetchBlock(block + int64_t{warps} * block_bytes, block_bytes, lane);
+    const auto emit = [&](int page, const float4& z) {
+      if (mine) *reinterpret_cast<float4*>(task.z + row + at + kCodePageTokens * page) = z;
+    };
+    const auto emit_error = [&](int page, const float4& err) {
+      if (mine) *reinterpret_cast<float4*>(task.err + row + at + kCodePageTokens * page) = err;
+    };
+    BlockScan<D, BITS, PAGES, WITH_ERROR, false>::Run(block, pages_at, steps, scale, args.format.error_norms, lane, [] {}, emit, emit_error);
+  }
+}
+
 template <int D, int BITS>
 __global__ void __launch_bounds__(kScanThreads, 1) ScanKernel(const __grid_constant__ ScanArgs args) {
   __shared__ uint4 steps[CodeShape<D, BITS>::kSteps * kWarp];
@@ -784,37 +937,28 @@ __global__ void __launch_bounds__(kScanThreads, 1) ScanKernel(const __grid_const
   const ScanTask task = args.tasks[blockIdx.y];
   WaitForEarlierWork();
   LetLaterWorkLaunch();
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, j = lane % 4;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const int first = static_cast<int>(blockIdx.z) * kScanHeads;
   const int32_t n = *task.source.n, tokens = args.format.group_tokens;
   if (n < 0 || n > args.max_n) {
-    if (blockIdx.x == 0 && threadIdx.x < kScanHeads && first + threadIdx.x < args.group) {
-      task.z[(first + threadIdx.x) * task.z_stride] = NotANumber();
-      if (task.err != nullptr) task.err[(first + threadIdx.x) * task.z_stride] = Infinity();
+    const int h = first + static_cast<int>(threadIdx.x);
+    if (blockIdx.x == 0 && threadIdx.x < kScanHeads && h < args.group) {
+      task.z[h * task.z_stride] = NotANumber();
+      if (task.err != nullptr) task.err[h * task.z_stride] = Infinity();
     }
     return;
   }
   if (warp == 0) PrepareQuery<D, BITS>(task.source.q, first, args.group, lane, steps, &scale);
   __syncthreads();
-  const int32_t coded = n / tokens * tokens, warps = static_cast<int32_t>(gridDim.x) * (kScanThreads / kWarp);
-  const int32_t me = static_cast<int32_t>(blockIdx.x) * (kScanThreads / kWarp) + warp;
-  const bool mine = first + g < args.group;
-  const int64_t row = int64_t{first + g} * task.z_stride;
-  for (int64_t at = int64_t{me} * tokens; at < coded; at += int64_t{warps} * tokens) {
-    const std::byte* block = task.source.blocks + at / tokens * static_cast<int64_t>(args.layout.bytes);
-    const auto emit = [&](int page, const float4& z) {
-      if (mine) *reinterpret_cast<float4*>(task.z + row + at + kCodePageTokens * page + 4 * j) = z;
-    };
-    const auto emit_error = [&](int page, const float4& err) {
-      if (mine) *reinterpret_cast<float4*>(task.err + row + at + kCodePageTokens * page + 4 * j) = err;
-    };
-    const int pages = tokens / kCodePageTokens;
-    if (task.err != nullptr) {
-      BlockScan<D, BITS, true>::Run(block, args.layout, pages, steps, scale, args.format.error_norms, lane, emit, emit_error);
-    } else {
-      BlockScan<D, BITS, false>::Run(block, args.layout, pages, steps, scale, false, lane, emit, emit_error);
-    }
+  const int32_t coded = n / tokens * tokens;
+  if (task.err != nullptr) {
+    if (tokens == 16) ScanBlocks<D, BITS, 1, true>(args, task, first, coded, steps, scale);
+    if (tokens == 64) ScanBlocks<D, BITS, 4, true>(args, task, first, coded, steps, scale);
+  } else {
+    if (tokens == 16) ScanBlocks<D, BITS, 1, false>(args, task, first, coded, steps, scale);
+    if (tokens == 64) ScanBlocks<D, BITS, 4, false>(args, task, first, coded, steps, scale);
   }
+  const int32_t warps = static_cast<int32_t>(gridDim.x) * (kScanThreads / kWarp), me = static_cast<int32_t>(blockIdx.x) * (kScanThreads / kWarp) + warp;
   for (int32_t i = coded + me; i < n; i += warps) {
     const std::byte* key = static_cast<const std::byte*>(task.source.rows) + int64_t{i % task.source.ring_rows} * (4 * D);
     for (int h = first; h < min(first + kScanHeads, args.group); ++h) {
