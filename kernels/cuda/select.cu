@@ -72,6 +72,7 @@ Status MakePlan(int32_t num_tasks, int32_t max_n, bool scans, size_t query_bytes
   const size_t z_bytes = scans ? group * static_cast<size_t>(args.z_stride) * 4 : 0;
   const auto room = static_cast<size_t>(limits.block_shared_bytes);
   args.z_in_shared = fixed + z_bytes <= room;
+  args.keep_keys = chunk * 4 <= stages;
   PREHOC_RETURN_IF_ERROR(Check("choose").That(fixed <= room, "max_n", max_n, "positions are too many for one launch; give fewer tasks",
                                               StatusCode::kUnsupported).Take());
 

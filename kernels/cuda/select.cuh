@@ -16,7 +16,6 @@ inline constexpr int kSelectThreads = 384;
 inline constexpr int kSelectWarps = kSelectThreads / kWarp;
 inline constexpr int kBins = 2048;
 inline constexpr float kBinsPerNat = 64;    // the bins reach 32 nats below the best weight: 1e-14 of it
-inline constexpr int kRefineBits = 11;
 inline constexpr int kListRoom = 1024;      // members of a bin that are compared with each other
 inline constexpr int kSample = 4 * kSelectThreads;  // own positions from which a block guesses what rank k will leave far below
 inline constexpr int kMaxTeam = 64;         // blocks: two to a lane
@@ -50,6 +49,7 @@ struct SelectArgs {
   int32_t chunk;         // most positions of a block, a multiple of 64
   int64_t z_stride;      // [floats] of a head in the logits that this launch keeps
   bool z_in_shared;
+  bool keep_keys;        // in the place of the code blocks, once these are used up: they fit
   int32_t stage_bytes;   // of shared memory for the code block that a warp takes next; 0: blocks are read where they lie
   Team* teams;           // [teams]
   Mass* parts;           // [teams, group, kMaxTeam]
@@ -128,25 +128,31 @@ __device__ inline int BinOf(uint32_t key, float best) {
 
 // Which keys are certainly among the first k, and which form the class that is decided one by one.
 struct Cut {
-  int bin;         // keys of higher bins are in; -1: all keys are
-  int shift;       // the class: keys of this bin whose upper bits, from `shift` on, are `prefix`; 32: all keys of the bin
-  uint32_t prefix;
-  uint32_t need;   // how many of the class are in
-  uint32_t equal;  // how many it has
-  uint32_t kept;   // in all
+  uint32_t from, to;  // keys of at least `to` are in; those of [from, to) are of the class
+  uint32_t need;      // how many of the class are in
+  uint32_t equal;     // how many it has
+  uint32_t kept;      // in all
 
-  // 1: in, 0: of the class, -1: out.
-  __device__ int Of(uint32_t key, float best) const {
-    if (key == 0) return -1;
-    if (bin < 0) return 1;
-    const int b = BinOf(key, best);
-    if (b != bin) return b > bin ? 1 : -1;
-    if (shift == 32) return 0;
-    const uint32_t upper = key >> shift;
-    return upper == prefix ? 0 : upper > prefix ? 1 : -1;
-  }
   __device__ bool ByList() const { return equal <= kListRoom; }  // else all keys of the class are the same
 };
+// Everything and nothing; no score has key 0 or the largest one (they would be NaN).
+__device__ inline Cut AllOf(uint32_t candidates) { return {1, 1, 0, 0, candidates}; }
+__device__ inline Cut NoneOf() { return {0xffffffffu, 0xffffffffu, 0, 0, 0}; }
+
+// The smallest key whose bin is at least `bin`; of a whole warp. Keys and bins have the same order, so that 7 steps of 32 ways find it.
+__device__ inline uint32_t FirstKeyOf(int bin, float best, int lane) {
+  uint32_t from = 0x007fffffu;  // the key of -inf; below it, and above that of +inf, are NaN
+  for (int width = 30; width >= 0; width -= 5) {
+    const uint64_t probe = uint64_t{from} + (static_cast<uint64_t>(lane) << width);
+    const bool at_least = probe >= 0xff800001u || BinOf(static_cast<uint32_t>(probe), best) >= bin;
+    const unsigned reached = __ballot_sync(kAllLanes, at_least);
+    const int below = reached == 0 ? kWarp : __ffs(static_cast<int>(reached)) - 1;  // lanes whose key is too small
+    if (below > 0) from += static_cast<uint32_t>(below - 1) << width;
+    if (below == 0) return from;
+    if (width == 0) return from + 1;
+  }
+  return from;
+}
 
 // --- the kernel ------------------------------------------------------------------------------------------------------------------
 
@@ -245,10 +251,12 @@ class Selector {
   __device__ std::byte* stage() const {  // [stage_bytes] of this warp
     return reinterpret_cast<std::byte*>(lse() + MassFloats(args_.group)) + warp() * args_.stage_bytes;
   }
+  __device__ uint32_t* keys() const { return reinterpret_cast<uint32_t*>(lse() + MassFloats(args_.group)); }  // [own], with keep_keys
+  __device__ float* kept_z_shared() const {
+    return reinterpret_cast<float*>(reinterpret_cast<std::byte*>(lse() + MassFloats(args_.group)) + kSelectWarps * args_.stage_bytes);
+  }
   __device__ float* kept_z() const {  // [group, z_stride] of this launch
-    if (args_.z_in_shared) {
-      return reinterpret_cast<float*>(reinterpret_cast<std::byte*>(lse() + MassFloats(args_.group)) + kSelectWarps * args_.stage_bytes);
-    }
+    if (args_.z_in_shared) return kept_z_shared();
     return args_.z + (int64_t{team_index_} * args_.team_blocks + block_) * args_.group * args_.z_stride;
   }
 
@@ -425,6 +433,17 @@ class Selector {
     for (int h = 0; h < args_.group; ++h) sum += __expf(HeadScore(h, z[h * z_stride_]) - most);
     return most + __logf(sum / static_cast<float>(args_.group));
   }
+  // Of four own positions by a rule that takes the maximum, where every logit is a number or -inf.
+  __device__ static float4 MostOf(const float* z, int stride, int group, const float* offset) {
+    float4 most = {-Infinity(), -Infinity(), -Infinity(), -Infinity()};
+#pragma unroll 4
+    for (int h = 0; h < group; ++h, z += stride) {
+      const float4 x = *reinterpret_cast<const float4*>(z);
+      const float o = offset != nullptr ? offset[h] : 0;
+      most = {fmaxf(most.x, x.x - o), fmaxf(most.y, x.y - o), fmaxf(most.z, x.z - o), fmaxf(most.w, x.w - o)};
+    }
+    return most;
+  }
   // Logits of four own positions, the last of them at most 3 behind the own part.
   __device__ float4 LoadFour(int h, int32_t at) const {
     const float* const z = z_ + h * z_stride_ + at;
@@ -434,14 +453,17 @@ class Selector {
   }
   // Of four own positions from `at` on; what lies behind the own part is anything.
   __device__ float4 ScoreFour(int32_t at) const {
+    const float* const offset = args_.rule != GroupRule::kMaxLogit ? lse() : nullptr;
+    if (kScans && simple_ && args_.z_in_shared) {  // where loads are known to be of shared memory
+      return MostOf(kept_z_shared() + at, static_cast<int>(args_.z_stride), args_.group, offset);
+    }
     float4 most = {-Infinity(), -Infinity(), -Infinity(), -Infinity()};
-    if (simple_) {  // every logit is a number or -inf
-      const bool weights = args_.rule != GroupRule::kMaxLogit;
+    if (simple_) {
 #pragma unroll 4
       for (int h = 0; h < args_.group; ++h) {
         const float4 z = LoadFour(h, at);
-        const float offset = weights ? lse()[h] : 0;
-        most = {fmaxf(most.x, z.x - offset), fmaxf(most.y, z.y - offset), fmaxf(most.z, z.z - offset), fmaxf(most.w, z.w - offset)};
+        const float o = offset != nullptr ? offset[h] : 0;
+        most = {fmaxf(most.x, z.x - o), fmaxf(most.y, z.y - o), fmaxf(most.z, z.z - o), fmaxf(most.w, z.w - o)};
       }
       return most;
     }
@@ -457,8 +479,14 @@ class Selector {
   }
   __device__ uint4 KeysAt(int32_t at, const float4& score, const uint64_t* resident, float log_theta) const {
     const int32_t i = begin_ + at;
+    if (i >= lo_ && i + 3 < hi_ && resident == nullptr) return {KeyOf(score.x), KeyOf(score.y), KeyOf(score.z), KeyOf(score.w)};
     return {KeyAt(i, score.x, resident, log_theta), KeyAt(i + 1, score.y, resident, log_theta),
             KeyAt(i + 2, score.z, resident, log_theta), KeyAt(i + 3, score.w, resident, log_theta)};
+  }
+  // As the first round of CountKeys found them.
+  __device__ uint4 KeysAgain(int32_t at, const uint64_t* resident, float log_theta) const {
+    if (args_.keep_keys) return *reinterpret_cast<const uint4*>(keys() + at);
+    return KeysAt(at, ScoreFour(at), resident, log_theta);
   }
   __device__ void Pool(int32_t at, const float4& score) const {
     float* const pooled = rule_->pooled;
@@ -471,7 +499,7 @@ class Selector {
   }
 
   // --- 3
-  // How many own keys lie in which bin: all of them, or (refining) those of the class of `cut` by their bits from `shift` on. Four positions to a
+  // How many own keys lie in which bin: all of them, or (refining) those of the class of `cut` in bins of 2^shift keys. Four positions to a
   // thread, so that loads do not wait for each other. The first round also pools. It counts most of what lies far below rank k only as
   // one number, in bin 0: adding to bins is what a round costs.
   __device__ void CountKeys(uint32_t k, const Cut& cut, bool refines, int shift) {
@@ -484,19 +512,24 @@ class Selector {
     const uint64_t* const resident = rule_->resident;
     const float log_theta = rule_->log_theta, best = best_;
     const bool first = round_ == 0, pools = first && rule_->pooled != nullptr;
-    const uint32_t mask = (1u << kRefineBits) - 1;
     int floor = 0;
     uint32_t skipped = 0;
     for (int32_t from = 0; from < own; from += kSample) {
       const int32_t at = from + 4 * static_cast<int32_t>(threadIdx.x);
       if (at < own) {
-        const float4 score = ScoreFour(at);
-        if (pools) Pool(at, score);
-        const uint4 key = KeysAt(at, score, resident, log_theta);
+        uint4 key;
+        if (first) {
+          const float4 score = ScoreFour(at);
+          if (pools) Pool(at, score);
+          key = KeysAt(at, score, resident, log_theta);
+          if (args_.keep_keys) *reinterpret_cast<uint4*>(keys() + at) = key;
+        } else {
+          key = KeysAgain(at, resident, log_theta);
+        }
         const auto count = [&](uint32_t one) {
           if (one == 0) return;
           if (refines) {
-            if (cut.Of(one, best) == 0) atomicAdd(own_bins() + ((one >> shift) & mask), 1u);
+            if (one >= cut.from && one < cut.to) atomicAdd(own_bins() + ((one - cut.from) >> shift), 1u);
             return;
           }
           const int bin = BinOf(one, best);
@@ -576,39 +609,39 @@ class Selector {
   }
 
   __device__ Cut FindCut(uint32_t k) {
-    Cut cut{-1, 32, 0, 0, 0, 0};
+    __shared__ uint32_t edge[2];
+    Cut cut{};
     uint32_t need = max(k, 1u);
     bool refines = false;
 #pragma unroll 1
     for (;;) {
-      const int shift = refines ? max(cut.shift - kRefineBits, 0) : 32, bits = cut.shift - shift;
+      int shift = 0;
+      while (refines && ((cut.to - cut.from - 1) >> shift) >= kBins) ++shift;
       CountKeys(k, cut, refines, shift);
       int bin = 0;
       uint32_t above = 0, inside = 0;
       const bool was_first = round_ == 0, enough = FindBin(need, &bin, &above, &inside);
       if (!refines) {
-        if (k == 0) {
-          cut.bin = kBins;  // nothing is in
-          return cut;
-        }
-        if (!enough || k == candidates_) {  // all are
-          cut.kept = candidates_;
-          return cut;
-        }
+        if (k == 0) return NoneOf();
+        if (!enough || k == candidates_) return AllOf(candidates_);
         // A guess that was wrong (the same in every block): bins below it are counted now.
         if (was_first && static_cast<uint32_t>(bin) < __ldcg(&team_->floor)) continue;
-        cut.bin = bin;
+        if (warp() < 2) {
+          const uint32_t key = FirstKeyOf(bin + warp(), best_, lane());
+          if (lane() == 0) edge[warp()] = key;
+        }
+        __syncthreads();
+        cut.from = edge[0], cut.to = edge[1];
         cut.kept = k;
       } else {
-        // Bins of fewer bits are the upper ones of a word of kRefineBits.
-        const uint32_t part = static_cast<uint32_t>(bin) & ((1u << bits) - 1);
-        cut.prefix = cut.shift == 32 ? part : (cut.prefix << bits) | part;
-        cut.shift = shift;
+        const uint32_t from = cut.from + (static_cast<uint32_t>(bin) << shift);
+        cut.to = min(cut.to - 1, from + ((1u << shift) - 1)) + 1;
+        cut.from = from;
       }
       cut.need = need -= above;
       cut.equal = inside;
       refines = true;
-      if (cut.ByList() || cut.shift == 0) return cut;
+      if (cut.ByList() || cut.to - cut.from == 1) return cut;
     }
   }
 
@@ -623,22 +656,22 @@ class Selector {
     uint32_t in = 0, of_class = 0;  // in the first lane of eight
     const bool lists = cut.ByList();
     const uint64_t* const resident = rule_->resident;
-    const float log_theta = rule_->log_theta, best = best_;
+    const float log_theta = rule_->log_theta;
     for (int32_t from = warp() * 4 * kWarp; from < own; from += kSelectWarps * 4 * kWarp) {
       const int32_t at = from + 4 * lane();
       uint4 key{};
-      if (at < own) key = KeysAt(at, ScoreFour(at), resident, log_theta);
+      if (at < own) key = KeysAgain(at, resident, log_theta);
       uint32_t in_word = 0, class_word = 0;
       const auto place = [&](uint32_t one, int t) {
-        const int side = cut.Of(one, best);
-        if (side == 1) in_word |= 1u << (4 * (lane() % 8) + t);
-        if (side != 0) return;
-        class_word |= 1u << (4 * (lane() % 8) + t);
+        in_word |= static_cast<uint32_t>(one >= cut.to) << t;
+        if (one < cut.from || one >= cut.to) return;
+        class_word |= 1u << t;
         if (!lists) return;
         const uint32_t entry = atomicAdd(&team_->list_size, 1u);
         team_->list_key[entry] = one, team_->list_position[entry] = begin_ + at + t;
       };
       place(key.x, 0), place(key.y, 1), place(key.z, 2), place(key.w, 3);
+      in_word <<= 4 * (lane() % 8), class_word <<= 4 * (lane() % 8);
 #pragma unroll
       for (int offset = 1; offset < 8; offset *= 2) {
         in_word |= __shfl_xor_sync(kAllLanes, in_word, offset);
@@ -672,7 +705,7 @@ class Selector {
     __syncthreads();
     uint32_t above_before = in_before;
     const uint32_t equal_before = class_before;
-    if (cut.bin >= 0 && cut.equal > 0) {
+    if (cut.equal > 0) {
       if (cut.ByList()) {
         RankList(cut, &before);
         __syncthreads();
