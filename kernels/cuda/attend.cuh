@@ -411,20 +411,8 @@ __global__ void __launch_bounds__(AttendShape<D>::kThreads, 1) AttendKernel(cons
   }
   Softmax<R, D> softmax;
   if (any) {
-    // Asks for the rows of a tile, to be in the L2 cache when they are loaded: registers hold only the next tile.
-    const auto fetch = [&](int64_t at) {
-      const int64_t i = at + lane / 2;
-      if (broken || i >= total) return;
-      const int32_t row = rows.Ref(static_cast<int32_t>(i));
-      if (row < 0 || row >= rows.row_limit) return;  // host rows are not cached there
-      const std::byte* const from = RowAt<D>(rows, row) + lane % 2 * (2 * D);
-#pragma unroll
-      for (int c = 0; c < 2 * D; c += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + c));
-    };
-    fetch(base + stride);
 #pragma unroll 1
     for (;;) {
-      fetch(base + 2 * stride);
       if constexpr (S::kRoomy) LoadValues<D>(rows, ref, valid, g, j, 0, &v);
       const int32_t ref_now = ref;
       const uint32_t valid_now = valid, missing_now = missing;

@@ -120,10 +120,10 @@ __device__ inline uint32_t KeyOf(float score) {
 __device__ inline float ScoreOf(uint32_t key) {
   return __uint_as_float((key & 0x80000000u) != 0 ? key & 0x7fffffffu : ~key);
 }
-// The bin of a key, in the same order; `best` is an upper bound of the finite scores that matter.
-__device__ inline int BinOf(uint32_t key, float best) {
-  const float below = (best - ScoreOf(key)) * kBinsPerNat;
-  return below >= kBins - 1 ? 0 : below <= 0 ? kBins - 1 : kBins - 1 - static_cast<int>(below);
+// The bin of a score, in the same order; `best` is an upper bound of the finite scores that matter. Infinities end in the outer bins.
+__device__ inline int BinOf(float score, float best) {
+  const int below = __float2int_rz(fmaf(score, -kBinsPerNat, best * kBinsPerNat));
+  return kBins - 1 - min(max(below, 0), kBins - 1);
 }
 
 // Which keys are certainly among the first k, and which form the class that is decided one by one.
@@ -144,7 +144,7 @@ __device__ inline uint32_t FirstKeyOf(int bin, float best, int lane) {
   uint32_t from = 0x007fffffu;  // the key of -inf; below it, and above that of +inf, are NaN
   for (int width = 30; width >= 0; width -= 5) {
     const uint64_t probe = uint64_t{from} + (static_cast<uint64_t>(lane) << width);
-    const bool at_least = probe >= 0xff800001u || BinOf(static_cast<uint32_t>(probe), best) >= bin;
+    const bool at_least = probe >= 0xff800001u || BinOf(ScoreOf(static_cast<uint32_t>(probe)), best) >= bin;
     const unsigned reached = __ballot_sync(kAllLanes, at_least);
     const int below = reached == 0 ? kWarp : __ffs(static_cast<int>(reached)) - 1;  // lanes whose key is too small
     if (below > 0) from += static_cast<uint32_t>(below - 1) << width;
@@ -518,28 +518,27 @@ class Selector {
       const int32_t at = from + 4 * static_cast<int32_t>(threadIdx.x);
       if (at < own) {
         uint4 key;
+        float4 score;
         if (first) {
-          const float4 score = ScoreFour(at);
+          score = ScoreFour(at);
           if (pools) Pool(at, score);
           key = KeysAt(at, score, resident, log_theta);
           if (args_.keep_keys) *reinterpret_cast<uint4*>(keys() + at) = key;
         } else {
           key = KeysAgain(at, resident, log_theta);
+          score = {ScoreOf(key.x), ScoreOf(key.y), ScoreOf(key.z), ScoreOf(key.w)};
         }
-        const auto count = [&](uint32_t one) {
-          if (one == 0) return;
+        const auto count = [&](uint32_t one, float of) {
+          int bin = BinOf(of, best);
+          bool counts = one != 0 && bin >= floor;
+          skipped += one != 0 && bin < floor ? 1 : 0;
           if (refines) {
-            if (one >= cut.from && one < cut.to) atomicAdd(own_bins() + ((one - cut.from) >> shift), 1u);
-            return;
+            bin = static_cast<int>((one - cut.from) >> shift);
+            counts = one >= cut.from && one < cut.to;
           }
-          const int bin = BinOf(one, best);
-          if (bin < floor) {
-            ++skipped;
-          } else {
-            atomicAdd(own_bins() + bin, 1u);
-          }
+          if (counts) atomicAdd(own_bins() + bin, 1u);
         };
-        count(key.x), count(key.y), count(key.z), count(key.w);
+        count(key.x, score.x), count(key.y, score.y), count(key.z, score.z), count(key.w, score.w);
       }
       if (from != 0 || !first || own < 4 * kSample) continue;
       // From the first positions: the bin above which four times the share of k lies, and some.
@@ -832,6 +831,7 @@ class Selector {
   }
 
   __device__ bool Outside(int32_t at) const { return begin_ + at >= lo_ && begin_ + at < hi_ && ((kept_words()[at / 32] >> (at % 32)) & 1) == 0; }
+  __device__ static float Weight(float z, float unit, uint32_t counts) { return counts != 0 ? Exp2(fmaf(z, kLog2E, unit)) : 0; }
   // Four heads in one pass, in units of a weight that no other is far above. What is so small that it vanishes there, or no number, is
   // added up as logarithms.
   __device__ void MassOutside() {
@@ -840,7 +840,7 @@ class Selector {
     for (int first = 0; first < args_.group; first += 4) {
       float sum[4] = {}, unit[4];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) unit[e] = first + e < args_.group ? lse()[first + e] - kBelow : 0;
+      for (int e = 0; e < 4; ++e) unit[e] = first + e < args_.group ? (kBelow - lse()[first + e]) * kLog2E : 0;
       for (int32_t at = 4 * static_cast<int32_t>(threadIdx.x); at < end_ - begin_; at += 4 * kSelectThreads) {
         uint32_t out = ~(kept_words()[at / 32] >> (at % 32)) & 15u;
         const int32_t i = begin_ + at;
@@ -855,8 +855,7 @@ class Selector {
         for (int e = 0; e < 4; ++e) {
           if (first + e >= args_.group) continue;
           const float4 z = LoadFour(first + e, at);
-          sum[e] += ((out & 1) != 0 ? __expf(z.x - unit[e]) : 0) + ((out & 2) != 0 ? __expf(z.y - unit[e]) : 0) +
-                    ((out & 4) != 0 ? __expf(z.z - unit[e]) : 0) + ((out & 8) != 0 ? __expf(z.w - unit[e]) : 0);
+          sum[e] += (Weight(z.x, unit[e], out & 1) + Weight(z.y, unit[e], out & 2)) + (Weight(z.z, unit[e], out & 4) + Weight(z.w, unit[e], out & 8));
         }
       }
 #pragma unroll
@@ -874,7 +873,7 @@ class Selector {
         if (!fine) {
           HeadMass(args_.outside, first + e, [&](int32_t i) { return Outside(i - begin_); });
         } else if (threadIdx.x == 0) {
-          *PartOf(args_.outside, first + e, block_) = {unit[e], all};
+          *PartOf(args_.outside, first + e, block_) = {lse()[first + e] - kBelow, all};
         }
       }
     }
