@@ -119,6 +119,8 @@ TEST_F(RowsCudaTest, AppendWithoutCodesAndTooManyTokens) {
     const bool written = slot >= 60 || slot < 7;
     EXPECT_EQ(after[slot * 2 * kDim + 5] == FloatToHalf(1.5f), written) << slot;
   }
+  EXPECT_STATUS(StatusCode::kUnsupported, "dither=1",
+                cuda::Append({.num_tasks = 0, .format = {.dither = true}, .head_dim = kDim}, stream()));
   EXPECT_STATUS(StatusCode::kUnsupported, "bits=5",
                 cuda::Append({.num_tasks = 0, .format = {.bits = 5}, .head_dim = kDim}, stream()));
 }

@@ -272,6 +272,10 @@ TEST_F(SelectCudaTest, LengthsOutsideAreRefused) {
   }
   EXPECT_EQ(RunChoose(std::vector<float>(10), 10, 1, {.k = 2}, 2, GroupRule::kMaxWeight, 9).count, -1);
   EXPECT_EQ(RunChoose(std::vector<float>(10), 10, 1, {.k = 3}, 2).count, -1) << "no room";
+  EXPECT_STATUS(StatusCode::kUnsupported, "dither=1",
+                cuda::Scan({.num_tasks = 0, .format = {.dither = true}, .group = 1, .head_dim = 64}, stream()));
+  EXPECT_STATUS(StatusCode::kUnsupported, "dither=1",
+                cuda::Select({.num_tasks = 0, .format = {.dither = true}, .group = 1, .head_dim = 64}, stream()));
   EXPECT_STATUS(StatusCode::kUnsupported, "bits=3", cuda::Scan({.num_tasks = 0, .format = {3, 64}, .group = 1, .head_dim = 64}, stream()));
 }
 
