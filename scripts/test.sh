@@ -2,7 +2,7 @@
 # Builds and runs every test: as users build, with AddressSanitizer and UBSan, with ThreadSanitizer, and once through
 # clang's check of locks. Installs what is missing and fetches the default model first.
 #   scripts/test.sh                  everything
-#   scripts/test.sh cpu asan         only these presets (cpu, asan, tsan, clang-tsa)
+#   scripts/test.sh cpu asan         only these presets (cpu, asan, tsan, clang-tsa, gpu); gpu is left out where there is no nvcc
 #   scripts/test.sh --no-install     leaves the system's packages alone
 #   scripts/test.sh --no-fetch       without the default model: tests that need it are skipped, and say so
 # Exit code 0 only if all of it passed.
@@ -12,14 +12,18 @@ set -euo pipefail
 install=yes fetch=yes presets=()
 for argument in "$@"; do
   case $argument in
-    cpu | asan | tsan | clang-tsa) presets+=("$argument") ;;
+    cpu | asan | tsan | clang-tsa | gpu) presets+=("$argument") ;;
     --no-install) install=no ;;
     --no-fetch) fetch=no ;;
     -h | --help) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) die "unknown argument $argument; see scripts/test.sh --help" ;;
   esac
 done
-[ ${#presets[@]} -gt 0 ] || presets=(cpu asan tsan clang-tsa)
+if [ ${#presets[@]} -eq 0 ]; then
+  presets=(cpu asan tsan clang-tsa)
+  # Everything of the CUDA build compiles and links without a GPU; tests that need one say that they were skipped.
+  ! command -v nvcc >/dev/null || presets+=(gpu)
+fi
 
 cd "$ROOT"
 [ "$install" = no ] || scripts/install_deps.sh --test

@@ -1,0 +1,193 @@
+// append + encode: rows, and the code block of each group that they complete. The bytes are those of kernels/code_block.h,
+// by the same fp64 arithmetic as kernels/reference/encode.cc.
+#include "base/units.h"
+#include "kernels/code_block.h"
+#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/launch.h"
+
+namespace prehoc::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+struct AppendArgs {
+  const AppendTask* tasks;
+  CodeFormat format;
+  CodeBlockLayout layout;
+  int32_t max_count;
+  int32_t head_dim;
+};
+
+struct Channel {
+  double lo, step;  // step 0 where every code is 0, bounded or not
+};
+
+// The fp16 of a stored key: itself, or rounded from bf16.
+template <RowType R>
+__device__ inline __half KeyOf(uint16_t bits) {
+  return R == RowType::kF16 ? __ushort_as_half(bits) : __float2half_rn(Number<R>::Value(bits));
+}
+
+__device__ inline bool IsFinite(__half h) { return (__half_as_ushort(h) & 0x7c00) != 0x7c00; }
+
+struct Range {
+  float lo, hi;
+  bool nan, finite;
+};
+__device__ inline Range RangeOf(const __half* keys, int tokens, int d, int c) {
+  Range range{Infinity(), -Infinity(), false, true};
+  for (int t = 0; t < tokens; ++t) {
+    const __half h = keys[t * d + c];
+    const float k = __half2float(h);
+    range.nan = range.nan || isnan(k);
+    range.finite = range.finite && IsFinite(h);
+    range.lo = fminf(range.lo, k);
+    range.hi = fmaxf(range.hi, k);
+  }
+  return range;
+}
+// -0 becomes 0.
+__device__ inline __half Stored(float x) { return __float2half_rn(x + 0.0f); }
+
+__device__ inline uint32_t CodeOf(double above_lo, double step, int levels) {
+  if (step == 0) return 0;
+  const double code = rint(above_lo / step);
+  return static_cast<uint32_t>(code < levels ? code : levels);
+}
+__device__ inline uint32_t CodeAt(const __half* keys, const Channel* channels, int levels, int d, int t, int c) {
+  const Channel channel = channels[c];
+  return CodeOf(static_cast<double>(__half2float(keys[t * d + c])) - channel.lo, channel.step, levels);
+}
+
+// One 32-bit word of planes of `width` bits from bit `from` of the codes on: four neighbouring channels of several quads.
+__device__ inline uint32_t PlaneWord(const __half* keys, const Channel* channels, int levels, int d, int t, int plane, int width,
+                                     int from) {
+  uint32_t word = 0;
+  const int quads = 8 / width;
+  for (int quad = 0; quad < quads; ++quad) {
+    for (int j = 0; j < 4; ++j) {
+      const int c = (plane * quads + quad) * 4 + j;
+      if (c >= d) break;
+      const uint32_t field = (CodeAt(keys, channels, levels, d, t, c) >> from) & ((1u << width) - 1);
+      word |= field << (8 * j + quad * width);
+    }
+  }
+  return word;
+}
+
+__device__ void EncodeGroup(const AppendArgs& args, const __half* keys, Channel* channels, bool* bounded, std::byte* block) {
+  const int d = args.head_dim, tokens = args.format.group_tokens, bits = args.format.bits, levels = (1 << bits) - 1;
+  if (threadIdx.x == 0) *bounded = true;
+  __syncthreads();
+  for (int c = threadIdx.x; c < d; c += kThreads) {
+    const Range range = RangeOf(keys, tokens, d, c);
+    __half lo = __ushort_as_half(0), step = __ushort_as_half(0x7c00);
+    if (range.finite) {
+      const double width = static_cast<double>(range.hi) - range.lo;
+      uint16_t bits_of_step = __half_as_ushort(__float2half_rn(static_cast<float>(width / levels)));
+      while (width > (levels + 0.5) * static_cast<double>(__half2float(__ushort_as_half(bits_of_step)))) ++bits_of_step;
+      lo = Stored(range.lo);
+      step = __ushort_as_half(bits_of_step);
+    } else {
+      *bounded = false;
+    }
+    channels[c] = {static_cast<double>(__half2float(lo)), range.finite ? static_cast<double>(__half2float(step)) : 0.0};
+    reinterpret_cast<__half*>(block)[c] = lo;
+    reinterpret_cast<__half*>(block + args.layout.step)[c] = step;
+  }
+  __syncthreads();
+  // Codes of 3 bits lie as two bits, then one.
+  const int low_width = bits == 3 ? 2 : bits;
+  const int low_planes = d * low_width / 32, high_planes = bits == 3 ? (d + 31) / 32 : 0;
+  const int words = (low_planes + high_planes) * kCodePageTokens;
+  for (int i = threadIdx.x; i < words * (tokens / kCodePageTokens); i += kThreads) {
+    const int page = i / words, plane = i % words / kCodePageTokens, t = i % kCodePageTokens;
+    const bool high = plane >= low_planes;
+    const uint32_t word = PlaneWord(keys, channels, levels, d, page * kCodePageTokens + t, high ? plane - low_planes : plane,
+                                    high ? 1 : low_width, high ? 2 : 0);
+    std::byte* const at = block + args.layout.pages + args.layout.page_bytes * page;
+    reinterpret_cast<uint32_t*>(at)[plane * kCodePageTokens + t] = word;
+  }
+  if (!args.format.error_norms) return;
+  for (int t = threadIdx.x; t < tokens; t += kThreads) {
+    double squares = 0;  // in the order of the reference, so that the bytes agree
+    for (int c = 0; c < d; ++c) {
+      const Channel channel = channels[c];
+      if (channel.step == 0 && !*bounded) continue;
+      const double above = static_cast<double>(__half2float(keys[t * d + c])) - channel.lo;
+      const double error = above - CodeOf(above, channel.step, levels) * channel.step;
+      squares = __dadd_rn(squares, __dmul_rn(error, error));
+    }
+    const double norm = sqrt(squares) * (1 + 1e-12);
+    __half up = __ushort_as_half(0x7c00);
+    if (*bounded) up = __float2half_ru(__double2float_ru(norm));
+    reinterpret_cast<__half*>(block + args.layout.norm)[t] = up;
+  }
+}
+
+__device__ void BoundPages(const AppendArgs& args, const __half* keys, Half* page_lo, Half* page_hi) {
+  const int d = args.head_dim, pages = args.format.group_tokens / kCodePageTokens;
+  for (int i = threadIdx.x; i < pages * d; i += kThreads) {
+    const int page = i / d, c = i % d;
+    const Range range = RangeOf(keys + page * kCodePageTokens * d, kCodePageTokens, d, c);
+    page_lo[i] = range.nan ? Half{0xfc00} : __half_as_ushort(Stored(range.lo));
+    page_hi[i] = range.nan ? Half{0x7c00} : __half_as_ushort(Stored(range.hi));
+  }
+}
+
+// A block takes one group of positions of one task: those of its tokens that are new, and the encoding if it becomes complete.
+template <RowType R>
+__global__ void __launch_bounds__(kThreads) AppendKernel(const __grid_constant__ AppendArgs args) {
+  extern __shared__ __align__(16) __half keys[];  // [group_tokens, head_dim], then Channel [head_dim]
+  __shared__ bool bounded;
+  const AppendTask task = args.tasks[blockIdx.y];
+  WaitForEarlierWork();
+  LetLaterWorkLaunch();
+  const int d = args.head_dim, tokens = args.format.group_tokens;
+  const int64_t first = *task.first;
+  if (task.count <= 0 || task.count > args.max_count || first < 0) return;
+  const int64_t group = first / tokens + blockIdx.x, begin = group * tokens, end = begin + tokens;
+  const int64_t from = max(first, begin), to = min(first + task.count, end);
+  if (from >= to) return;
+  uint16_t* const rows = static_cast<uint16_t*>(task.rows);
+  const auto row_of = [&](int64_t position) { return rows + position % task.ring_rows * (2 * d); };
+  const int new_tokens = static_cast<int>(to - from);
+  for (int i = threadIdx.x; i < new_tokens * d; i += kThreads) {
+    const int t = i / d, c = i % d;
+    const int64_t at = (from + t - first) * task.stride + c;
+    uint16_t* const row = row_of(from + t);
+    row[c] = Number<R>::Bits(task.k[at]);
+    row[d + c] = Number<R>::Bits(task.v[at]);
+  }
+  if (to < end || task.blocks == nullptr) return;
+  __syncthreads();
+  for (int i = threadIdx.x; i < tokens * d; i += kThreads) keys[i] = KeyOf<R>(row_of(begin + i / d)[i % d]);
+  __syncthreads();
+  Channel* const channels = reinterpret_cast<Channel*>(keys + tokens * d);
+  EncodeGroup(args, keys, channels, &bounded, task.blocks + args.layout.bytes * group);
+  if (task.page_lo == nullptr || task.page_hi == nullptr) return;
+  const int64_t page = group * (tokens / kCodePageTokens) * d;
+  BoundPages(args, keys, task.page_lo + page, task.page_hi + page);
+}
+}  // namespace
+
+Status Append(const AppendParams& params, cudaStream_t stream) {
+  const CodeFormat& format = params.format;
+  PREHOC_RETURN_IF_ERROR(
+      Check("append").Tasks(params.tasks, params.num_tasks).HeadDim(params.head_dim).Type(params.type)
+          .That(params.max_count >= 0, "max_count", params.max_count, "use 0 or more")
+          .That(IsCodeFormat({.bits = format.bits, .group_tokens = 64}, 64), "bits", format.bits, "use 2, 3, 4 or 8",
+                StatusCode::kUnsupported)
+          .That(IsCodeFormat(format, 64), "group_tokens", format.group_tokens, "use 16 or 64", StatusCode::kUnsupported)
+          .Take());
+  if (params.num_tasks == 0 || params.max_count == 0) return {};
+  const AppendArgs args{params.tasks, format, LayoutOf(format, params.head_dim), params.max_count, params.head_dim};
+  const auto groups = CeilDiv(params.max_count - 1, format.group_tokens) + 1;  // wherever the first one starts
+  const auto d = static_cast<size_t>(params.head_dim);
+  const Shape shape{.grid = dim3(static_cast<unsigned>(groups), static_cast<unsigned>(params.num_tasks)), .threads = kThreads,
+                    .shared_bytes = d * (static_cast<size_t>(format.group_tokens) * sizeof(__half) + sizeof(Channel))};
+  return params.type == RowType::kF16 ? LaunchKernel(AppendKernel<RowType::kF16>, "append", args, shape, stream)
+                                      : LaunchKernel(AppendKernel<RowType::kBF16>, "append", args, shape, stream);
+}
+
+}  // namespace prehoc::cuda

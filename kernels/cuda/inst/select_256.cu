@@ -1,0 +1,5 @@
+#include "kernels/cuda/select_launch.cuh"
+
+namespace prehoc::cuda {
+PREHOC_INSTANTIATE_SELECT(256);
+}

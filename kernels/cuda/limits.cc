@@ -1,0 +1,95 @@
+#include <array>
+#include <atomic>
+
+#include "kernels/cuda/launch.h"
+
+namespace prehoc::cuda {
+
+Result<DeviceLimits> CurrentLimits() {
+  constexpr int kDevices = 64;
+  static std::array<std::atomic<int64_t>, kDevices> known{};  // major << 48 | multiprocessors << 32 | shared bytes
+  int device = 0;
+  PREHOC_CUDA_TRY(cudaGetDevice(&device));
+  std::atomic<int64_t>* const slot = device < kDevices ? &known[static_cast<size_t>(device)] : nullptr;
+  const int64_t packed = slot != nullptr ? slot->load(std::memory_order_relaxed) : 0;
+  if (packed != 0) {
+    return DeviceLimits{static_cast<int>((packed >> 32) & 0xffff), static_cast<int>(packed & 0xffffffff), static_cast<int>(packed >> 48)};
+  }
+  DeviceLimits limits;
+  PREHOC_CUDA_TRY(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  PREHOC_CUDA_TRY(cudaDeviceGetAttribute(&limits.block_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  PREHOC_CUDA_TRY(cudaDeviceGetAttribute(&limits.major, cudaDevAttrComputeCapabilityMajor, device));
+  if (slot != nullptr) {
+    slot->store(int64_t{limits.major} << 48 | int64_t{limits.multiprocessors} << 32 | limits.block_shared_bytes, std::memory_order_relaxed);
+  }
+  return limits;
+}
+
+namespace {
+// The attributes of a launch, and the kernel's own that it needs.
+struct Configuration {
+  cudaLaunchConfig_t config{};
+  std::array<cudaLaunchAttribute, 3> attributes{};
+};
+Status Configure(const void* kernel, const char* name, const Shape& shape, bool overlaps, Configuration* to) {
+  if (shape.shared_bytes > 48 * 1024) {
+    PREHOC_RETURN_IF_ERROR(CudaStatus(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                           static_cast<int>(shape.shared_bytes)), name));
+  }
+  if (shape.cluster > 8) {
+    PREHOC_RETURN_IF_ERROR(CudaStatus(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name));
+  }
+  unsigned count = 0;
+  if (shape.cluster > 1) {
+    to->attributes[count].id = cudaLaunchAttributeClusterDimension;
+    to->attributes[count].val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+    ++count;
+  }
+  if (shape.cooperative) {
+    to->attributes[count].id = cudaLaunchAttributeCooperative;
+    to->attributes[count].val.cooperative = 1;
+    ++count;
+  } else if (overlaps) {
+    to->attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    to->attributes[count].val.programmaticStreamSerializationAllowed = 1;
+    ++count;
+  }
+  to->config.gridDim = shape.grid;
+  to->config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  to->config.dynamicSmemBytes = shape.shared_bytes;
+  to->config.attrs = to->attributes.data();
+  to->config.numAttrs = count;
+  return {};
+}
+}  // namespace
+
+int MostClusters(const void* kernel, const Shape& shape) {
+  Configuration to;
+  if (!Configure(kernel, "clusters", shape, false, &to).ok()) return 0;
+  int clusters = 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &to.config) == cudaSuccess) return clusters;
+  static_cast<void>(cudaGetLastError());
+  return 0;
+}
+
+int ClusterPlaces::Of(const void* kernel, Shape shape, int log) {
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
+  std::atomic<int>& known = known_[static_cast<size_t>(device)][static_cast<size_t>(log)];
+  if (known.load(std::memory_order_relaxed) == 0) {
+    shape.cluster = 1 << log;
+    shape.grid = dim3(1u << log);
+    known.store((MostClusters(kernel, shape) << log) + 1, std::memory_order_relaxed);
+  }
+  return known.load(std::memory_order_relaxed) - 1;
+}
+
+Status LaunchAny(const void* kernel, const char* name, void** args, const Shape& shape, cudaStream_t stream) {
+  PREHOC_ASSIGN_OR_RETURN(const DeviceLimits limits, CurrentLimits());
+  Configuration to;
+  PREHOC_RETURN_IF_ERROR(Configure(kernel, name, shape, limits.major >= 9, &to));
+  to.config.stream = stream;
+  return CudaStatus(cudaLaunchKernelExC(&to.config, kernel, args), name);
+}
+
+}  // namespace prehoc::cuda

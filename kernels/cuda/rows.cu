@@ -1,0 +1,115 @@
+// gate and gather: small kernels without variants.
+#include <algorithm>
+
+#include "base/units.h"
+#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/launch.h"
+
+namespace prehoc::cuda {
+namespace {
+
+constexpr int kGateThreads = 256;
+constexpr int kGatherThreads = 512;
+constexpr int kInFlight = 8;  // 16-byte loads of a lane: what it takes to fill the link from a few blocks
+
+struct GateArgs {
+  const GateTask* tasks;
+  int32_t group, head_dim;
+  float tau;
+};
+
+// A warp takes a head at a time. fp64, as the reference: a cosine near tau decides.
+__global__ void __launch_bounds__(kGateThreads) GateKernel(const __grid_constant__ GateArgs args) {
+  __shared__ float least[kGateThreads / kWarp];
+  const GateTask task = args.tasks[blockIdx.x];
+  WaitForEarlierWork();
+  LetLaterWorkLaunch();
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  float mine = 1;
+  for (int h = warp; h < args.group; h += kGateThreads / kWarp) {
+    double dot = 0, q_square = 0, anchor_square = 0;
+    for (int c = lane; c < args.head_dim; c += kWarp) {
+      const double x = task.q[h * args.head_dim + c], y = task.anchor[h * args.head_dim + c];
+      dot += x * y, q_square += x * x, anchor_square += y * y;
+    }
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) {
+      dot += __shfl_xor_sync(kAllLanes, dot, offset);
+      q_square += __shfl_xor_sync(kAllLanes, q_square, offset);
+      anchor_square += __shfl_xor_sync(kAllLanes, anchor_square, offset);
+    }
+    const double norms = sqrt(q_square) * sqrt(anchor_square);
+    float cosine = -2;
+    if (norms > 0 && norms <= 1.7976931348623157e308) cosine = static_cast<float>(fmin(1.0, fmax(-1.0, dot / norms)));
+    mine = fminf(mine, cosine);
+  }
+  if (lane == 0) least[warp] = mine;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int w = 1; w < kGateThreads / kWarp; ++w) mine = fminf(mine, least[w]);
+  if (task.cosine != nullptr) *task.cosine = mine;
+  if (task.hold != nullptr) *task.hold = mine > args.tau ? 1 : 0;
+}
+
+struct GatherArgs {
+  const GatherTask* tasks;
+  int32_t num_tasks;
+  int32_t vectors;  // 16-byte words of a piece
+};
+
+// All warps of all blocks share the words of all pieces, task after task: neighbouring lanes read neighbouring words, and each lane
+// has kInFlight loads on their way.
+__global__ void __launch_bounds__(kGatherThreads) GatherKernel(const __grid_constant__ GatherArgs args) {
+  WaitForEarlierWork();
+  LetLaterWorkLaunch();
+  const int64_t threads = int64_t{gridDim.x} * kGatherThreads, me = int64_t{blockIdx.x} * kGatherThreads + threadIdx.x;
+  for (int t = 0; t < args.num_tasks; ++t) {
+    const GatherTask& task = args.tasks[t];
+    const int64_t words = int64_t{max(0, *task.count)} * args.vectors;
+    for (int64_t base = me; base < words; base += threads * kInFlight) {
+      uint4 word[kInFlight];
+      int64_t to[kInFlight];
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const int64_t at = base + i * threads;
+        to[i] = -1;
+        if (at >= words) continue;
+        const int64_t piece = at / args.vectors, vector = at % args.vectors;
+        const int64_t from = task.from_piece[piece], into = task.to_piece[piece];
+        if (from < 0 || from >= task.from_limit || into < 0 || into >= task.to_limit) {
+          if (vector == 0 && task.refused != nullptr) atomicAdd(task.refused, 1);
+          continue;
+        }
+        to[i] = into * args.vectors + vector;
+        // Each byte is read once: it need not stay in the caches.
+        word[i] = __ldcs(reinterpret_cast<const uint4*>(task.from) + from * args.vectors + vector);
+      }
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        if (to[i] >= 0) reinterpret_cast<uint4*>(task.to)[to[i]] = word[i];
+      }
+    }
+  }
+}
+}  // namespace
+
+Status Gate(const GateParams& params, cudaStream_t stream) {
+  PREHOC_RETURN_IF_ERROR(Check("gate").Tasks(params.tasks, params.num_tasks).HeadDim(params.head_dim).Group(params.group).Take());
+  if (params.num_tasks == 0) return {};
+  const GateArgs args{params.tasks, params.group, params.head_dim, params.tau};
+  const Shape shape{.grid = dim3(static_cast<unsigned>(params.num_tasks)), .threads = kGateThreads};
+  return LaunchKernel(GateKernel, "gate", args, shape, stream);
+}
+
+Status Gather(const GatherParams& params, cudaStream_t stream) {
+  PREHOC_RETURN_IF_ERROR(
+      Check("gather").Tasks(params.tasks, params.num_tasks)
+          .That(params.piece_bytes > 0 && params.piece_bytes % 16 == 0, "piece_bytes", params.piece_bytes, "use a multiple of 16")
+          .That(params.max_blocks > 0, "max_blocks", params.max_blocks, "use 1 or more").Take());
+  if (params.num_tasks == 0) return {};
+  const GatherArgs args{params.tasks, params.num_tasks, params.piece_bytes / 16};
+  const Shape shape{.grid = dim3(static_cast<unsigned>(params.max_blocks)), .threads = kGatherThreads};
+  return LaunchKernel(GatherKernel, "gather", args, shape, stream);
+}
+
+}  // namespace prehoc::cuda

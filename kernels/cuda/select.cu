@@ -1,0 +1,174 @@
+// scan, choose and select: checks, plans, and the kernel that chooses from logits in memory.
+#include "kernels/cuda/select.cuh"
+
+#include <algorithm>
+
+#include "base/units.h"
+#include "kernels/cuda/select_launch.h"
+
+namespace prehoc::cuda {
+namespace {
+
+constexpr int32_t kMostPositions = 1 << 30;  // so that sums of positions and chunks fit into 32 bits
+
+struct Plan {
+  SelectArgs args{};
+  int blocks = 0;
+  size_t bytes = 0;
+};
+
+Status CheckFormat(const char* kernel, const CodeFormat& format) {
+  return Check(kernel)
+      .That(format.bits == 2 || format.bits == 4 || format.bits == 8, "bits", format.bits, "use 2, 4 or 8", StatusCode::kUnsupported)
+      .That(format.group_tokens == 16 || format.group_tokens == 64, "group_tokens", format.group_tokens, "use 16 or 64",
+            StatusCode::kUnsupported).Take();
+}
+Check CheckPositions(const char* kernel, int32_t max_n) {
+  Check check(kernel);
+  check.That(max_n >= 0 && max_n <= kMostPositions, "max_n", max_n, "use 0 to 2^30");
+  return check;
+}
+
+// Blocks that run at once in clusters of 2^log, with all the shared memory that there is; 0 if there are no such clusters.
+int PlacesOf(int log, const DeviceLimits& limits) {
+  static ClusterPlaces places;
+  constexpr int kDeclared = 2048;  // at least what the kernel declares itself
+  return places.Of(reinterpret_cast<const void*>(SelectKernel<0, 0>),
+                   {.threads = kSelectThreads, .shared_bytes = static_cast<size_t>(limits.block_shared_bytes - kDeclared)}, log);
+}
+
+// A task is split over as many blocks as there are multiprocessors for it, but for short ones: waiting costs more than they do. Clusters
+// wait for each other faster than other teams, but have 2^i blocks, at most 16: worth it unless they leave much more idle.
+void MakeTeams(int tasks, int32_t max_n, const DeviceLimits& limits, Plan* plan) {
+  SelectArgs& args = plan->args;
+  const int64_t useful = std::max<int64_t>(1, CeilDiv(max_n, 512));
+  args.team_blocks = static_cast<int>(std::clamp<int64_t>(std::min<int64_t>(limits.multiprocessors / tasks, useful), 1, kMaxTeam));
+  args.cluster = false;
+  int teams = std::min(tasks, limits.multiprocessors / args.team_blocks);
+  for (int log = ClusterPlaces::kMostLog; log > 0 && limits.clusters() && args.team_blocks > 1; --log) {
+    const int blocks = 1 << log;
+    if (blocks >= 2 * useful || blocks * 4 < args.team_blocks * 3 || PlacesOf(log, limits) < tasks * blocks) continue;
+    args.team_blocks = blocks;
+    args.cluster = true;
+    teams = tasks;
+    break;
+  }
+  plan->blocks = teams * args.team_blocks;
+}
+
+// Each block keeps what fits in its shared memory.
+Status MakePlan(int32_t num_tasks, int32_t max_n, bool scans, size_t query_bytes, std::byte* workspace, Plan* plan) {
+  PREHOC_ASSIGN_OR_RETURN(const DeviceLimits limits, CurrentLimits());
+  SelectArgs& args = plan->args;
+  MakeTeams(std::max(num_tasks, 1), max_n, limits, plan);
+  const int teams = plan->blocks / args.team_blocks;
+  args.num_tasks = num_tasks;
+  args.max_n = max_n;
+  args.chunk = static_cast<int32_t>(std::max<int64_t>(1, CeilDiv(max_n, int64_t{64} * args.team_blocks)) * 64);
+  args.z_stride = args.chunk + 16;  // heads 64 bytes apart: a warp's stores of one page meet no bank twice
+  const auto chunk = static_cast<size_t>(args.chunk), group = static_cast<size_t>(args.group);
+  const size_t stages = static_cast<size_t>(args.stage_bytes) * kSelectWarps;
+  const size_t fixed = query_bytes + kBins * 4 + chunk / 32 * 8 + group * 8 + 16 + stages + 2048;  // and what the kernel declares itself
+  const size_t z_bytes = scans ? group * static_cast<size_t>(args.z_stride) * 4 : 0;
+  const auto room = static_cast<size_t>(limits.block_shared_bytes);
+  args.z_in_shared = fixed + z_bytes <= room;
+  args.keep_keys = chunk * 4 <= stages;
+  PREHOC_RETURN_IF_ERROR(Check("choose").That(fixed <= room, "max_n", max_n, "positions are too many for one launch; give fewer tasks",
+                                              StatusCode::kUnsupported).Take());
+
+  const auto team_count = static_cast<size_t>(teams), blocks = static_cast<size_t>(plan->blocks);
+  size_t at = 0;
+  const auto part = [&](size_t bytes) {
+    std::byte* const here = workspace != nullptr ? workspace + at : nullptr;
+    at += RoundUp(bytes, 256);
+    return here;
+  };
+  args.teams = reinterpret_cast<Team*>(part(team_count * sizeof(Team)));
+  args.bitmaps = reinterpret_cast<uint32_t*>(part(args.dilate ? team_count * static_cast<size_t>(CeilDiv(max_n, 32)) * 4 : 0));
+  args.parts = reinterpret_cast<Mass*>(part(team_count * kMaxTeam * group * sizeof(Mass)));
+  args.outside = reinterpret_cast<Mass*>(part(team_count * kMaxTeam * group * sizeof(Mass)));
+  args.z = reinterpret_cast<float*>(part(args.z_in_shared ? 0 : blocks * z_bytes));
+  plan->bytes = at;
+  return {};
+}
+
+Result<Plan> PlanOf(const ChooseParams& params) {
+  PREHOC_RETURN_IF_ERROR(CheckPositions("choose", params.max_n).Tasks(params.tasks, params.num_tasks).Group(params.group)
+                             .That(params.rule <= GroupRule::kMaxLogit, "rule", static_cast<int64_t>(params.rule), "use 0, 1 or 2").Take());
+  Plan plan;
+  plan.args.choose = params.tasks;
+  plan.args.group = params.group;
+  plan.args.rule = params.rule;
+  plan.args.dilate = params.dilate;
+  PREHOC_RETURN_IF_ERROR(MakePlan(params.num_tasks, params.max_n, false, 0, params.workspace, &plan));
+  return plan;
+}
+Result<Plan> PlanOf(const SelectParams& params) {
+  PREHOC_RETURN_IF_ERROR(CheckPositions("select", params.max_n).Tasks(params.tasks, params.num_tasks).HeadDim(params.head_dim)
+                             .Group(params.group).Type(params.type)
+                             .That(params.rule <= GroupRule::kMaxLogit, "rule", static_cast<int64_t>(params.rule), "use 0, 1 or 2").Take());
+  PREHOC_RETURN_IF_ERROR(CheckFormat("select", params.format));
+  Plan plan;
+  plan.args.select = params.tasks;
+  plan.args.format = params.format;
+  plan.args.layout = LayoutOf(params.format, params.head_dim);
+  // As Selector::kStaged.
+  if (params.head_dim * params.format.bits <= 1024) plan.args.stage_bytes = static_cast<int32_t>(plan.args.layout.bytes);
+  plan.args.type = params.type;
+  plan.args.group = params.group;
+  plan.args.rule = params.rule;
+  plan.args.dilate = params.dilate;
+  const size_t query_bytes = static_cast<size_t>(params.head_dim) / 8 * kWarp * sizeof(uint4);  // at most
+  PREHOC_RETURN_IF_ERROR(MakePlan(params.num_tasks, params.max_n, true, query_bytes, params.workspace, &plan));
+  return plan;
+}
+
+Status CheckWorkspace(const char* kernel, const std::byte* workspace, size_t given, size_t needed) {
+  return Check(kernel)
+      .That(given >= needed, "workspace_bytes", static_cast<int64_t>(given), "is too little; ask for the bytes of these params")
+      .Given(workspace, "workspace").Take();
+}
+}  // namespace
+
+Result<size_t> ChooseWorkspaceBytes(const ChooseParams& params) {
+  PREHOC_ASSIGN_OR_RETURN(const Plan plan, PlanOf(params));
+  return plan.bytes;
+}
+Result<size_t> SelectWorkspaceBytes(const SelectParams& params) {
+  PREHOC_ASSIGN_OR_RETURN(const Plan plan, PlanOf(params));
+  return plan.bytes;
+}
+
+Status Choose(const ChooseParams& params, cudaStream_t stream) {
+  PREHOC_ASSIGN_OR_RETURN(const Plan plan, PlanOf(params));
+  if (params.num_tasks == 0) return {};
+  PREHOC_RETURN_IF_ERROR(CheckWorkspace("choose", params.workspace, params.workspace_bytes, plan.bytes));
+  using Kernel = Selector<0, 0>;
+  const Shape shape{.grid = dim3(static_cast<unsigned>(plan.blocks)), .threads = kSelectThreads,
+                    .shared_bytes = Kernel::SharedBytes(plan.args), .cluster = plan.args.cluster ? plan.args.team_blocks : 1,
+                    .cooperative = !plan.args.cluster && plan.args.team_blocks > 1};
+  return LaunchKernel(SelectKernel<0, 0>, "choose", plan.args, shape, stream);
+}
+
+Status Select(const SelectParams& params, cudaStream_t stream) {
+  PREHOC_ASSIGN_OR_RETURN(const Plan plan, PlanOf(params));
+  if (params.num_tasks == 0) return {};
+  PREHOC_RETURN_IF_ERROR(CheckWorkspace("select", params.workspace, params.workspace_bytes, plan.bytes));
+  return DispatchHeadDim(params.head_dim, [&](auto d) { return LaunchSelect<d()>(params.format.bits, plan.args, plan.blocks, stream); });
+}
+
+Status Scan(const ScanParams& params, cudaStream_t stream) {
+  PREHOC_RETURN_IF_ERROR(CheckPositions("scan", params.max_n).Tasks(params.tasks, params.num_tasks).HeadDim(params.head_dim)
+                             .Group(params.group).Type(params.type).Take());
+  PREHOC_RETURN_IF_ERROR(CheckFormat("scan", params.format));
+  if (params.num_tasks == 0) return {};
+  PREHOC_ASSIGN_OR_RETURN(const DeviceLimits limits, CurrentLimits());
+  const ScanArgs args{params.tasks, params.max_n, params.format, LayoutOf(params.format, params.head_dim), params.type, params.group};
+  const int64_t head_tiles = CeilDiv(params.group, kScanHeads), columns = head_tiles * params.num_tasks;
+  const int64_t useful = std::max<int64_t>(1, CeilDiv(params.max_n, int64_t{params.format.group_tokens} * (kScanThreads / kWarp)));
+  const int64_t blocks = std::clamp<int64_t>(CeilDiv(2 * limits.multiprocessors, columns), 1, useful);
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(params.num_tasks), static_cast<unsigned>(head_tiles));
+  return DispatchHeadDim(params.head_dim, [&](auto d) { return LaunchScan<d()>(params.format.bits, args, grid, stream); });
+}
+
+}  // namespace prehoc::cuda
