@@ -90,7 +90,7 @@ struct TwoClockOptions {
   // tc.gate: what decides whether a choice is kept: the cosine of the queries, or the mass that it is expected to miss.
   enum class Gate : uint8_t { kCosine, kMass } gate = Gate::kCosine;
   double epsilon = 0.01;     // tc.epsilon, for the mass gate: at most this share of the mass may be missed more
-  double tau = 0.8;          // tc.tau; <= -1 always inherits until max_age, >= 1 scans every step ("off")
+  double tau = 0.9;          // tc.tau; <= -1 always inherits until max_age, >= 1 scans every step ("off")
   int32_t max_age = 16;      // tc.max_age: steps a choice may be inherited
   Scorer scorer = Scorer::kCodes;  // tc.scorer: codes | exact
   double theta = 0;          // tc.theta: a missing position heavier than this is fetched within the step

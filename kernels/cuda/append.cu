@@ -178,7 +178,7 @@ Status Append(const AppendParams& params, cudaStream_t stream) {
           .That(params.max_count >= 0, "max_count", params.max_count, "use 0 or more")
           .That(IsCodeFormat({.bits = format.bits, .group_tokens = 64}, 64), "bits", format.bits, "use 2, 3, 4 or 8",
                 StatusCode::kUnsupported)
-          .That(!format.dither, "dither", format.dither, "the device has no dithered codes yet", StatusCode::kUnsupported)
+          .That(!format.dither, "dither", format.dither, "use codes without dither on a device", StatusCode::kUnsupported)
           .That(IsCodeFormat(format, 64), "group_tokens", format.group_tokens, "use 16 or 64", StatusCode::kUnsupported)
           .Take());
   if (params.num_tasks == 0 || params.max_count == 0) return {};

@@ -20,9 +20,9 @@ struct Plan {
 Status CheckFormat(const char* kernel, const CodeFormat& format) {
   return Check(kernel)
       .That(format.bits == 2 || format.bits == 4 || format.bits == 8, "bits", format.bits, "use 2, 4 or 8", StatusCode::kUnsupported)
+      .That(!format.dither, "dither", format.dither, "use codes without dither on a device", StatusCode::kUnsupported)
       .That(format.group_tokens == 16 || format.group_tokens == 64, "group_tokens", format.group_tokens, "use 16 or 64",
-            StatusCode::kUnsupported)
-      .That(!format.dither, "dither", format.dither, "the device has no dithered codes yet", StatusCode::kUnsupported).Take();
+            StatusCode::kUnsupported).Take();
 }
 Check CheckPositions(const char* kernel, int32_t max_n) {
   Check check(kernel);

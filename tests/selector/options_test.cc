@@ -67,7 +67,7 @@ const std::vector<KnobCase>& Cases() {
       {"etf.c", "0.9", {"0.7", "0.5", "1"}, {"0", "2"}, "etf cpe"},
       {"etf.l_s", "psaw", {"1/4", "0.75", "0"}, {"1", "same"}, "etf cpe"},
       {"etf.n", "prompt", {"chunk"}, {"T"}, "etf cpe"},
-      {"tc.tau", "0.8", {"off", "0.5", "-1"}, {"nan", "on"}, "tc"},
+      {"tc.tau", "0.9", {"off", "0.5", "-1"}, {"nan", "on"}, "tc"},
       {"tc.max_age", "16", {"0", "64"}, {"-1"}, "tc"},
       {"tc.scorer", "codes", {"exact"}, {"pages"}, "tc"},
       {"tc.gate", "cosine", {"mass"}, {"certified"}, "tc"},

@@ -8,6 +8,7 @@ namespace prehoc {
 namespace {
 SelectorOptions Small(std::initializer_list<std::string_view> more = {}) {
   SelectorOptions options = Options("tc", {"budget=5", "budget.sinks=1", "budget.local=2"});
+  options.tc.tau = 0.8;  // so that 30 degrees pass and 40 do not
   for (const std::string_view knob : more) {
     const size_t equals = knob.find('=');
     EXPECT_OK(options.Set(knob.substr(0, equals), knob.substr(equals + 1)));
@@ -29,7 +30,7 @@ TEST(TwoClock, IsTheDefaultWithTheGateOfCisAndDensePrefill) {
   EXPECT_EQ(selector->name(), "tc");
   const StepRule rule = selector->Rule({.layer = 2, .layers = 4, .step = 5, .n = 16'000});
   EXPECT_TRUE(rule.may_inherit);
-  EXPECT_DOUBLE_EQ(rule.tau, 0.8);
+  EXPECT_DOUBLE_EQ(rule.tau, 0.9);
   EXPECT_EQ(rule.max_age, 16);
   EXPECT_EQ(rule.scorer, Scorer::kCodes);
   EXPECT_DOUBLE_EQ(rule.theta, 0);

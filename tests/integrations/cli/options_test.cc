@@ -29,7 +29,7 @@ TEST(OptionsTest, DefaultsAreTheMainJob) {
   EXPECT_EQ(options.model, "smollm2-135m");
   EXPECT_EQ(options.question, "Who killed Abel?");
   EXPECT_EQ(options.selector.kind, SelectorKind::kTwoClock);
-  EXPECT_EQ(options.selector.tc.tau, 0.8);
+  EXPECT_EQ(options.selector.tc.tau, 0.9);
   EXPECT_EQ(options.store, "");
   EXPECT_FALSE(options.compare_dense);
 }
