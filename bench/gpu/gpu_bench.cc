@@ -452,9 +452,9 @@ int Main(int argc, char** argv) {
   if (!path.empty()) {
     std::string command;
     for (int i = 0; i < argc; ++i) command += (i > 0 ? " " : "") + std::string(argv[i]);
-    const CudaDevice& device = bench.device();
-    const Json json{{"command", command}, {"commit", Argument(argc, argv, "commit", "unknown")}, {"device", device.name},
-                    {"multiprocessors", device.multiprocessors}, {"driver", device.driver_version}, {"runtime", device.runtime_version},
+    const CudaDevice& card = bench.device();
+    const Json json{{"command", command}, {"commit", Argument(argc, argv, "commit", "unknown")}, {"device", card.name},
+                    {"multiprocessors", card.multiprocessors}, {"driver", card.driver_version}, {"runtime", card.runtime_version},
                     {"copy_gb_per_s", bench.rate}, {"results", bench.rows()}};
     std::FILE* file = std::fopen(path.c_str(), "w");
     if (file == nullptr) Fail({StatusCode::kIoError, "cannot write " + path});

@@ -15,6 +15,15 @@ nlohmann::ordered_json JsonNumber(double value) {
   return std::strtod(text, nullptr);
 }
 
+std::optional<double> NumberAt(const nlohmann::ordered_json& json, std::span<const char* const> path) {
+  const nlohmann::ordered_json* at = &json;
+  for (const char* name : path) {
+    if (!at->is_object() || !at->contains(name)) return std::nullopt;
+    at = &(*at)[name];
+  }
+  return at->is_number() ? std::optional<double>(at->get<double>()) : std::nullopt;
+}
+
 double Distribution::mean() const {
   if (values_.empty()) return 0;
   return std::accumulate(values_.begin(), values_.end(), 0.0) / static_cast<double>(values_.size());

@@ -1,12 +1,21 @@
 // Values and what people ask of them.
 #pragma once
+#include <initializer_list>
 #include <nlohmann/json.hpp>
+#include <optional>
+#include <span>
 #include <vector>
 
 namespace prehoc::cli {
 
 // A finite number to six digits, or null.
 nlohmann::ordered_json JsonNumber(double value);
+
+// The number at a path of names; nullopt where anything is missing or null.
+std::optional<double> NumberAt(const nlohmann::ordered_json& json, std::span<const char* const> path);
+inline std::optional<double> NumberAt(const nlohmann::ordered_json& json, std::initializer_list<const char*> path) {
+  return NumberAt(json, std::span(path.begin(), path.size()));
+}
 
 class Distribution {
  public:

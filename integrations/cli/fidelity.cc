@@ -48,6 +48,12 @@ Result<std::string> ReadWholeFile(const std::string& path) {
   return std::string(std::istreambuf_iterator<char>(file), {});
 }
 
+// A report is made to be shown: it says which files, and a fingerprint says which bytes; where they lay is nobody's business.
+std::string NameOf(const std::string& path) {
+  const std::filesystem::path all(path);
+  return (all.has_filename() ? all : all.parent_path()).filename().string();
+}
+
 class FidelityJob {
  public:
   FidelityJob(const FidelityOptions& options, const Environment& environment, std::ostream& out, std::ostream& err, const Clock& clock)
@@ -106,10 +112,10 @@ class FidelityJob {
     d["command"] = options_.command;
     d["date"] = Now();
     d["seed"] = options_.seed;
-    d["model"] = {{"name", loaded_.name}, {"path", loaded_.paths.path}, {"lora", loaded_.paths.lora}, {"fingerprint", loaded_.fingerprint},
+    d["model"] = {{"name", loaded_.name}, {"path", NameOf(loaded_.paths.path)}, {"lora", NameOf(loaded_.paths.lora)}, {"fingerprint", loaded_.fingerprint},
                   {"architecture", config.architecture}, {"layers", config.layers}, {"heads", config.heads}, {"kv_heads", config.kv_heads},
                   {"head_dim", config.head_dim}, {"weight_bytes", loaded_.model->weight_bytes}};
-    d["text"] = {{"path", document.path}, {"sha256", Sha256Hex(document.text)}, {"tokens", tokens}, {"context", lab.context()}, {"steps", options_.steps}};
+    d["text"] = {{"path", NameOf(document.path)}, {"sha256", Sha256Hex(document.text)}, {"tokens", tokens}, {"context", lab.context()}, {"steps", options_.steps}};
     d["machine"] = {{"cpu", CpuName()}, {"threads", options_.threads}, {"kernels", kernels_ ? kernels_->name : BestCpuKernels().name}};
     ordered_json tasks = ordered_json::array();
     for (const FidelityTask task : options_.tasks) tasks.push_back(FidelityTaskName(task));

@@ -78,11 +78,9 @@ class Calibrator {
     if (base.size() != 2) return UsageError("--calibrate: the last of --selectors is dense, which has nothing to calibrate; name another last");
     for (const std::string& value : grid_.values) {
       FidelityRun run = base.back();
-      const std::vector<std::string> used = run.selector.Describe();
-      const bool uses = std::any_of(used.begin(), used.end(), [&](const std::string& line) { return line.starts_with(grid_.knob + "="); });
       const Status set = run.selector.Set(grid_.knob, value);
       if (!set.ok()) return UsageError("--calibrate-knob: " + set.message());
-      if (!uses) return UsageError("--calibrate-knob: the selector " + std::string(SelectorKindName(run.selector.kind)) + " does not use " + grid_.knob);
+      if (!UsesKnob(run.selector, grid_.knob)) return UsageError("--calibrate-knob: the selector " + std::string(SelectorKindName(run.selector.kind)) + " does not use " + grid_.knob);
       PREHOC_RETURN_IF_ERROR(run.selector.Validate().WithContext("--calibrate-knob"));
       runs_.push_back(std::move(run));
     }

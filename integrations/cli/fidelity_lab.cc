@@ -205,7 +205,7 @@ Result<std::optional<ordered_json>> FidelityLab::Run(const FidelityRun& run, siz
 
 Result<bool> FidelityLab::RunText(const FidelityRun& run, const std::string& label, ordered_json* json) {
   const bool dense = run.selector.kind == SelectorKind::kDense;
-  FidelityObserver heads(geometry_, run.selector.budget.local);
+  FidelityObserver heads(geometry_, run.selector.Kept().local);
   QueryObserver queries(geometry_);
   AuditObserver* observer = dense ? static_cast<AuditObserver*>(&queries) : &heads;
   PREHOC_ASSIGN_OR_RETURN(const std::optional<Passed> passed,
@@ -305,7 +305,7 @@ Result<bool> FidelityLab::RunGeneration(const FidelityRun& run, const std::strin
   (*json)["generation"] = nullptr;
   const int64_t tokens = task_.options.generate;
   if (tokens == 0) return true;
-  FidelityObserver heads(geometry_, run.selector.budget.local);
+  FidelityObserver heads(geometry_, run.selector.Kept().local);
   const int64_t audit_every = std::max<int64_t>(1, tokens / kGenerationAudits);
   PREHOC_ASSIGN_OR_RETURN(const std::optional<Passed> passed,
                           RunPass(run, {"generation", text_.prompt, {}, tokens, audit_every, &heads}, label + ", generation"));

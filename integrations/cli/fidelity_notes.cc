@@ -8,18 +8,11 @@
 #include <string>
 #include <vector>
 
+#include "integrations/cli/distribution.h"
+
 namespace prehoc::cli {
 namespace {
 using nlohmann::ordered_json;
-
-std::optional<double> At(const ordered_json& json, std::initializer_list<const char*> path) {
-  const ordered_json* at = &json;
-  for (const char* name : path) {
-    if (!at->is_object() || !at->contains(name)) return std::nullopt;
-    at = &(*at)[name];
-  }
-  return at->is_number() ? std::optional<double>(at->get<double>()) : std::nullopt;
-}
 
 struct Seen {
   std::string label, role, budget;
@@ -30,8 +23,8 @@ struct Seen {
 std::vector<Seen> Runs(const ordered_json& document) {
   std::vector<Seen> all;
   for (const ordered_json& run : document["runs"]) {
-    Seen seen{run.value("label", ""), run.value("role", ""), run.value("budget", ""), At(run, {"model", "kl", "mean"}), At(run, {"cost", "rho"}),
-              At(run, {"cost", "mean_attended"}), At(run, {"cost", "bytes_per_step", "scored"}), 0, 0, 0};
+    Seen seen{run.value("label", ""), run.value("role", ""), run.value("budget", ""), NumberAt(run, {"model", "kl", "mean"}), NumberAt(run, {"cost", "rho"}),
+              NumberAt(run, {"cost", "mean_attended"}), NumberAt(run, {"cost", "bytes_per_step", "scored"}), 0, 0, 0};
     for (const ordered_json& task : run.value("tasks", ordered_json::array())) {
       seen.found += task.value("score", int64_t{0});
       seen.of += task.value("of", int64_t{0});

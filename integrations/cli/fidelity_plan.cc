@@ -96,13 +96,6 @@ Result<FidelityTask> ParseTask(std::string_view name) {
                                     "? There are needle, multikey, multivalue and extract"};
 }
 
-bool Uses(const SelectorOptions& options, std::string_view knob) {
-  const std::vector<std::string> used = options.Describe();
-  return std::any_of(used.begin(), used.end(), [&](const std::string& line) {
-    return line.size() > knob.size() && line.starts_with(knob) && line[knob.size()] == '=';
-  });
-}
-
 bool UsesCodes(const SelectorOptions& options) {
   const auto selector = Selector::Create(options);
   return selector.ok() && (*selector)->NeedsCodes();
@@ -122,7 +115,7 @@ class Planner {
       if (kind == SelectorKind::kDense) continue;
       SelectorOptions selector;
       selector.kind = kind;
-      if (!Uses(selector, "budget")) {
+      if (!UsesKnob(selector, "budget")) {
         PREHOC_RETURN_IF_ERROR(AddWithSweeps(kind, ""));
         continue;
       }
@@ -148,13 +141,13 @@ class Planner {
       const auto& [knob, value] = options_.set[i];
       const Status set = run.selector.Set(knob, value);
       if (!set.ok()) return UsageError("--set: " + set.message());
-      set_used_[i] = set_used_[i] || Uses(run.selector, knob);
+      set_used_[i] = set_used_[i] || UsesKnob(run.selector, knob);
     }
     PREHOC_RETURN_IF_ERROR(Add(run));
     for (size_t i = 0; i < options_.sweeps.size(); ++i) {
       const Sweep& sweep = options_.sweeps[i];
       const bool codes = sweep.knob == "codes";
-      if (codes ? !UsesCodes(run.selector) : !Uses(run.selector, sweep.knob)) continue;
+      if (codes ? !UsesCodes(run.selector) : !UsesKnob(run.selector, sweep.knob)) continue;
       swept_[i] = true;
       for (const std::string& value : sweep.values) PREHOC_RETURN_IF_ERROR(AddSwept(run, sweep.knob, value));
     }

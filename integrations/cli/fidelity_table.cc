@@ -7,22 +7,13 @@
 #include <optional>
 #include <vector>
 
+#include "integrations/cli/distribution.h"
 #include "integrations/cli/format.h"
 #include "integrations/cli/text_table.h"
 
 namespace prehoc::cli {
 namespace {
 using nlohmann::ordered_json;
-
-// The number at a path of names; nullopt where anything is missing or null.
-std::optional<double> At(const ordered_json& json, std::initializer_list<const char*> path) {
-  const ordered_json* at = &json;
-  for (const char* name : path) {
-    if (!at->is_object() || !at->contains(name)) return std::nullopt;
-    at = &(*at)[name];
-  }
-  return at->is_number() ? std::optional<double>(at->get<double>()) : std::nullopt;
-}
 
 struct Column {
   std::string name;
@@ -37,22 +28,14 @@ std::string Megabytes(double x) { return fmt::format("{:.2f}", x / 1e6); }
 std::string Milliseconds(double x) { return fmt::format("{:.2f}", 1e3 * x); }
 
 std::optional<double> Choosing(const ordered_json& run) {
-  const auto gate = At(run, {"cost", "seconds_per_step", "gate"}), score = At(run, {"cost", "seconds_per_step", "score"}),
-             choose = At(run, {"cost", "seconds_per_step", "choose"});
+  const auto gate = NumberAt(run, {"cost", "seconds_per_step", "gate"}), score = NumberAt(run, {"cost", "seconds_per_step", "score"}),
+             choose = NumberAt(run, {"cost", "seconds_per_step", "choose"});
   return gate && score && choose ? std::optional<double>(*gate + *score + *choose) : std::nullopt;
 }
 
 std::vector<Column> Columns(const ordered_json& document) {
   const auto at = [](std::initializer_list<const char*> path) {
-    const std::vector<const char*> names(path);
-    return [names](const ordered_json& run) {
-      const ordered_json* json = &run;
-      for (const char* name : names) {
-        if (!json->is_object() || !json->contains(name)) return std::optional<double>();
-        json = &(*json)[name];
-      }
-      return json->is_number() ? std::optional<double>(json->get<double>()) : std::optional<double>();
-    };
+    return [names = std::vector<const char*>(path)](const ordered_json& run) { return NumberAt(run, names); };
   };
   std::vector<Column> columns = {
       {"KL mean", false, true, at({"model", "kl", "mean"}), Small},
@@ -75,12 +58,12 @@ std::vector<Column> Columns(const ordered_json& document) {
       columns.push_back({tasks[i].value("name", "task") + " of " + std::to_string(tasks[i].value("of", 0)), true, true,
                          [i](const ordered_json& run) {
                            if (!run.contains("tasks") || i >= run["tasks"].size()) return std::optional<double>();
-                           return At(run["tasks"][i], {"score"});
+                           return NumberAt(run["tasks"][i], {"score"});
                          },
                          [](double x) { return fmt::format("{:.0f}", x); }});
     }
   }
-  if (At(document["runs"].empty() ? ordered_json() : document["runs"][0], {"generation", "tokens"})) {
+  if (NumberAt(document["runs"].empty() ? ordered_json() : document["runs"][0], {"generation", "tokens"})) {
     columns.push_back({"diverges at", true, true, at({"generation", "first_divergence"}), [](double x) { return fmt::format("{:.0f}", x); }});
   }
   return columns;

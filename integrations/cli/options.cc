@@ -76,14 +76,6 @@ void AddDoctorFlags(CLI::App& app, RawDoctor& raw) {
 
 // --- values -----------------------------------------------------------------------------------------------------
 
-// True if the selector's kind looks at `knob`.
-bool UsesKnob(const SelectorOptions& options, std::string_view knob) {
-  const std::vector<std::string> used = options.Describe();
-  return std::any_of(used.begin(), used.end(), [&](const std::string& line) {
-    return line.size() > knob.size() && line.starts_with(knob) && line[knob.size()] == '=';
-  });
-}
-
 Status SetKnob(const std::string& flag, std::string_view knob, std::string_view value, SelectorOptions* options) {
   const Status status = options->Set(knob, value);
   if (!status.ok()) return UsageError(flag + ": " + status.message());
@@ -228,6 +220,13 @@ std::string OneLine(std::string text) {
 }
 
 }  // namespace
+
+bool UsesKnob(const SelectorOptions& options, std::string_view knob) {
+  const std::vector<std::string> used = options.Describe();
+  return std::any_of(used.begin(), used.end(), [&](const std::string& line) {
+    return line.size() > knob.size() && line.starts_with(knob) && line[knob.size()] == '=';
+  });
+}
 
 Status CheckKernelsName(const std::string& name) {
   constexpr std::string_view kNames[] = {"reference", "avx2", "avx512"};

@@ -66,6 +66,9 @@ Result<Command> ParseCommandLine(std::span<const std::string> args);
 // Memory and combinations: what one flag alone cannot know. `memory_bytes` of the machine, 0 = unknown.
 Status CheckAnswerOptions(const AnswerOptions& options, uint64_t memory_bytes);
 
+// True if the selector's kind looks at `knob`.
+bool UsesKnob(const SelectorOptions& options, std::string_view knob);
+
 // kInvalid if `name` is no --kernels at all; whether this CPU runs them is another question.
 Status CheckKernelsName(const std::string& name);
 
