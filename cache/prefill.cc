@@ -140,37 +140,29 @@ Status Sequence::Impl::FillRing(int32_t layer_index, LayerBlocks& rows, int64_t 
   return copy(begin, std::min<int64_t>(end, sinks), [&](HeadState& head, int64_t at) { return head.sinks + at * row; });
 }
 
-void KeyVariance::Add(const Half* key) {
-  ++count_;
-  for (size_t c = 0; c < sums_.size(); ++c) {
-    const double x = HalfToFloat(key[c]);
-    sums_[c] += x;
-    squares_[c] += x * x;
-  }
-}
-
-void KeyVariance::Update() {
-  const double n = static_cast<double>(std::max<int64_t>(1, count_));
-  for (size_t c = 0; c < sums_.size(); ++c) {
-    const double mean = sums_[c] / n;
-    values_[c] = static_cast<float>(std::max(0.0, squares_[c] / n - mean * mean));
-  }
-}
-
 Status Sequence::Impl::AddKeysToSummaries(int32_t layer_index, LayerBlocks& rows, int64_t begin, int64_t end) {
   const SelectorOptions& options = cache->options.selector;
-  if (options.kind == SelectorKind::kTwoClock && options.tc.gate == TwoClockOptions::Gate::kMass) {
-    for (int32_t h = 0; h < geometry().kv_heads; ++h) {
-      KeyVariance& variance = layers[static_cast<size_t>(layer_index)].heads[static_cast<size_t>(h)].variance;
-      if (begin == 0) variance.Reset(static_cast<size_t>(geometry().head_dim));
-      for (int64_t at = begin; at < end; ++at) {
-        PREHOC_ASSIGN_OR_RETURN(const Half* row, rows.Row(at, h));
-        variance.Add(row);
-      }
-      variance.Update();
+  const bool by_mass = options.kind == SelectorKind::kTwoClock && options.tc.gate == TwoClockOptions::Gate::kMass;
+  if (by_mass) return AddKeysToVariances(layer_index, rows, begin, end);
+  if (options.cis.gate == CisOptions::Gate::kCertified) return AddKeysToBalls(layer_index, rows, begin, end);
+  return {};
+}
+
+Status Sequence::Impl::AddKeysToVariances(int32_t layer_index, LayerBlocks& rows, int64_t begin, int64_t end) {
+  for (int32_t h = 0; h < geometry().kv_heads; ++h) {
+    KeyVariance& variance = layers[static_cast<size_t>(layer_index)].heads[static_cast<size_t>(h)].variance;
+    if (begin == 0) variance.Reset(static_cast<size_t>(geometry().head_dim));
+    // A step that was rolled back and is run again adds nothing twice.
+    for (int64_t at = std::max(begin, variance.count()); at < end; ++at) {
+      PREHOC_ASSIGN_OR_RETURN(const Half* row, rows.Row(at, h));
+      variance.Add(row);
     }
+    variance.Update();
   }
-  if (options.cis.gate != CisOptions::Gate::kCertified) return {};
+  return {};
+}
+
+Status Sequence::Impl::AddKeysToBalls(int32_t layer_index, LayerBlocks& rows, int64_t begin, int64_t end) {
   const auto dim = static_cast<size_t>(geometry().head_dim);
   for (int32_t h = 0; h < geometry().kv_heads; ++h) {
     KeyBall& ball = layers[static_cast<size_t>(layer_index)].heads[static_cast<size_t>(h)].ball;

@@ -93,7 +93,7 @@ struct TwoClockOptions {
   double tau = 0.9;          // tc.tau; <= -1 always inherits until max_age, >= 1 scans every step ("off")
   int32_t max_age = 16;      // tc.max_age: steps a choice may be inherited
   Scorer scorer = Scorer::kCodes;  // tc.scorer: codes | exact
-  double theta = 0;          // tc.theta: a missing position heavier than this is fetched within the step
+  double theta = 0.001;      // tc.theta: a missing position heavier than this is fetched within the step
   double factor = 4;         // tc.factor c: wanted = c * k
   int32_t refresh = 16;      // tc.refresh s, steps
   int32_t pool = 16;         // tc.pool w, scans

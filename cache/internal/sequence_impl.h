@@ -14,6 +14,7 @@
 #include "base/units.h"
 #include "cache/internal/cache_impl.h"
 #include "cache/internal/device_layout.h"
+#include "cache/internal/key_variance.h"
 #include "cache/internal/layer_blocks.h"
 #include "cache/internal/residency.h"
 #include "kernels/code_block.h"
@@ -60,20 +61,6 @@ struct PendingFetch {
   std::vector<int32_t> positions, slots;
   std::vector<BlockPin> sources;
   TransferRequest request;
-};
-
-// Running variances of the keys' channels.
-class KeyVariance {
- public:
-  void Reset(size_t dim) { count_ = 0, sums_.assign(dim, 0), squares_.assign(dim, 0), values_.assign(dim, 0); }
-  void Add(const Half* key);
-  const float* values() const { return values_.data(); }  // [head_dim]
-  void Update();  // values() from what was added
-
- private:
-  int64_t count_ = 0;
-  std::vector<double> sums_, squares_;
-  std::vector<float> values_;
 };
 
 struct HeadState {
@@ -137,7 +124,10 @@ struct Sequence::Impl {
   Status IndexGroups(int32_t layer, std::span<const IndexedGroup> groups, const Launch& launch);
   Status FillRing(int32_t layer, LayerBlocks& rows, int64_t first, int64_t end);
   Status AttendPrefill(int32_t layer, LayerBlocks& rows, const LayerInput& in, int64_t first, int64_t count);
+  // What a gate must know of all keys: their variances, or a ball around them; nothing where no gate asks.
   Status AddKeysToSummaries(int32_t layer, LayerBlocks& rows, int64_t first, int64_t end);
+  Status AddKeysToVariances(int32_t layer, LayerBlocks& rows, int64_t first, int64_t end);
+  Status AddKeysToBalls(int32_t layer, LayerBlocks& rows, int64_t first, int64_t end);
   PrefillRule RuleOfPrefill(int32_t layer) const;
 
   // fast_clock.cc

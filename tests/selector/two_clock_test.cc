@@ -33,7 +33,7 @@ TEST(TwoClock, IsTheDefaultWithTheGateOfCisAndDensePrefill) {
   EXPECT_DOUBLE_EQ(rule.tau, 0.9);
   EXPECT_EQ(rule.max_age, 16);
   EXPECT_EQ(rule.scorer, Scorer::kCodes);
-  EXPECT_DOUBLE_EQ(rule.theta, 0);
+  EXPECT_DOUBLE_EQ(rule.theta, 0.001);
   EXPECT_FALSE(rule.residents_only);
   EXPECT_EQ(rule.sinks, 8);
   EXPECT_EQ(rule.local, 32);
