@@ -145,7 +145,9 @@ class Calibrator {
     }
     task_.err << "prehoc: " << heads_.size() - unprotected_.size() << " of " << heads_.size() << " heads stay within " << FormatNumber(claim_.delta_max)
               << " at " << grid_.knob << "=" << grid_.values.front() << " on two requests apart, and are protected" << std::endl;
-    return true;
+    if (unprotected_.size() < heads_.size()) return true;
+    return UsageError("--calibrate: no head keeps its dropped mass within " + FormatNumber(claim_.delta_max) + " at " + grid_.knob + "=" +
+                      grid_.values.front() + ", so there is nothing to protect; begin --calibrate-knob further out, or claim less");
   }
 
   Result<bool> Gather() {

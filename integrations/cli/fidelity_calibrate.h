@@ -25,7 +25,7 @@ Result<CalibrationSize> PlanCalibration(const LabTask& task, int64_t context);
 
 // The selector is the last of --selectors, at the first of --budgets, its knobs as --set; the grid is --calibrate-knob, from the safest
 // value on. Units are windows of the document that do not overlap, `context` tokens each. nullopt after an interruption.
-// kInvalid as PlanCalibration().
+// kInvalid as PlanCalibration(), and where even the safest value protects no head.
 Result<std::optional<CalibrationRun>> Calibrate(const LabTask& task, int64_t context);
 
 }  // namespace prehoc::cli

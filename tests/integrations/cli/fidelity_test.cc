@@ -12,6 +12,7 @@
 #include "base/units.h"
 #include "integrations/cli/calibration_file.h"
 #include "integrations/cli/exit_code.h"
+#include "integrations/cli/fidelity_lab.h"
 #include "integrations/cli/fidelity_notes.h"
 #include "integrations/cli/fidelity_table.h"
 #include "integrations/cli/fidelity_tasks.h"
@@ -229,6 +230,59 @@ TEST_F(FidelityTest, ACalibrationNamesItsEvidenceAndReadsBack) {
   EXPECT_EQ(file->model_fingerprint, outcome.json["model"]["fingerprint"]);
   EXPECT_EQ(file->most_prompt_tokens, 512);
   EXPECT_LE(file->upper_limit, 0.3);
+}
+
+TEST_F(FidelityTest, HeadsThatCannotBeProtectedDoNotCount) {
+  WriteFile(path("verses.txt"), Verses(700));
+  options_.context = 512;
+  options_.selectors = {SelectorKind::kDense, SelectorKind::kTwoClock};
+  options_.calibrate = *CalibrationClaim::Parse("max_dropped_mass<=0.12 alpha=0.3 confidence=0.8");
+  options_.calibrate_knob = "budget=48";
+  const Outcome outcome = Run();
+  ASSERT_EQ(outcome.exit_code, kExitOk) << outcome.err;
+  const ordered_json& calibration = outcome.json["calibration"];
+  const size_t unprotected = calibration["unprotected"].size();
+  EXPECT_GT(unprotected, 4u);  // they would violate in nearly every request
+  EXPECT_LT(unprotected, 8u);
+  EXPECT_LT(calibration["curve"][0]["violations"], 3);
+  options_.json = path("none.json");
+  options_.calibrate = *CalibrationClaim::Parse("max_dropped_mass<=0.001 alpha=0.3 confidence=0.8");
+  ExpectRefused(kExitUsage, {"--calibrate", "nothing to protect"});
+}
+
+// From sessions of its own: KL(dense, run), not the other way round, of the same tokens.
+TEST_F(FidelityTest, KlIsOfDenseAgainstTheRun) {
+  options_.selectors = {SelectorKind::kWindow};
+  const Outcome outcome = Run();
+  ASSERT_EQ(outcome.exit_code, kExitOk) << outcome.err;
+  const Environment environment = EnvironmentIn(dir_);
+  std::ostringstream err;
+  const auto loaded = Load(options_.model, {options_.model, ""}, environment, err, SteadyClock::Get());
+  ASSERT_TRUE(loaded.ok()) << loaded.status();
+  const std::vector<int32_t> tokens = *loaded->tokenizer->Encode(Verses(120), {.add_special = false, .parse_special = false});
+  const std::span<const int32_t> prompt = std::span(tokens).first(static_cast<size_t>(options_.context - options_.steps));
+  const LabTask task{options_, environment, *loaded, tokens, "", nullptr, err, SteadyClock::Get()};
+  std::vector<std::vector<float>> log_p[2];
+  const std::vector<FidelityRun> runs = *PlanRuns(options_);
+  for (size_t r = 0; r < 2; ++r) {
+    const auto session = Session::Create(loaded->model, LabSession(task, runs[r], static_cast<int64_t>(prompt.size()), options_.steps + 1));
+    ASSERT_TRUE(session.ok()) << session.status();
+    ASSERT_OK((*session)->Open(prompt));
+    GenerateRequest request;
+    request.prompt = prompt;
+    request.max_new_tokens = options_.steps + 1;
+    request.vocab = loaded->model->config.vocab;
+    request.forced = std::span(tokens).subspan(prompt.size(), static_cast<size_t>(options_.steps + 1));
+    GenerateHooks hooks;
+    hooks.on_logits = [&](std::span<const float> logits) { log_p[r].push_back(LogSoftmax(logits)); };
+    ASSERT_TRUE(Generate(request, (*session)->forward(), hooks, SteadyClock::Get()).ok());
+  }
+  const ordered_json& by_step = outcome.run("window 128")["model"]["kl_by_step"];
+  ASSERT_EQ(by_step.size(), static_cast<size_t>(options_.steps));
+  for (size_t i = 0; i < by_step.size(); ++i) {
+    const double kl = KlDivergence(log_p[0][i + 1], log_p[1][i + 1]);
+    EXPECT_NEAR(by_step[i].get<double>(), kl, 1e-4 * kl + 1e-9);
+  }
 }
 
 TEST_F(FidelityTest, ACalibrationWithoutEnoughUnitsSaysHowManyItTakes) {
