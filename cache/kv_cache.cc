@@ -56,7 +56,7 @@ Result<std::unique_ptr<KvCache>> KvCache::Create(const CacheOptions& options, co
   if (own.kernels->code_block_bytes(options.codes, options.geometry.head_dim) == 0) {
     return {StatusCode::kInvalid, "codes of " + std::to_string(options.codes.bits) + " bits over " +
                                       std::to_string(options.codes.group_tokens) +
-                                      " tokens are not offered: bits 2, 3, 4 or 8, over 16 or 64"};
+                                      " tokens are not offered: bits 2, 3, 4, 5 or 8, over 16 or 64"};
   }
   if (own.store && own.store->chunk_bytes() != options.geometry.block_bytes()) {
     return {StatusCode::kInvalid, "the store keeps records of " + std::to_string(own.store->chunk_bytes()) +

@@ -85,7 +85,8 @@ Status Sequence::Impl::Score(FastStep& s) {
   }
   const bool statistical = cache->options.selector.BoundInForce() == BoundKind::kStatistical;
   const int64_t coded_groups = coded / cache->options.codes.group_tokens;
-  if (statistical) s.variance.resize(layer.units.size() * static_cast<size_t>(group * coded_groups));
+  const size_t dithered = statistical ? layer.units.size() * static_cast<size_t>(group * coded_groups) : 0;
+  for (std::vector<float>* of_blocks : {&s.variance, &s.bias, &s.proven}) of_blocks->resize(dithered);
 
   for (size_t i = 0; i < layer.units.size(); ++i) {
     Unit& unit = layer.units[i];
@@ -132,7 +133,10 @@ Status Sequence::Impl::Score(FastStep& s) {
       const auto groups = static_cast<int32_t>(coded_groups);
       s.scan.push_back({.q = q, .blocks = head.codes, .groups = groups, .z = logits, .err = errors, .z_stride = layout.stride,
                         .seed = SeedOf(s.layer, unit.kv_head)});
-      if (statistical) s.scan.back().variance = s.variance.data() + i * static_cast<size_t>(group * coded_groups);
+      if (statistical) {
+        s.scan.back().variance = s.variance.data() + i * static_cast<size_t>(group * coded_groups);
+        s.scan.back().bias = s.bias.data() + i * static_cast<size_t>(group * coded_groups);
+      }
       step_report.bytes_codes +=
           groups * static_cast<int64_t>(kernels().code_block_bytes(cache->options.codes, geometry().head_dim));
     }
@@ -178,7 +182,8 @@ Status Sequence::Impl::Score(FastStep& s) {
 }
 
 // Error bounds at a confidence in the place of proven ones, wherever they are smaller. The codes decide what is chosen, so (with
-// bound.scope = head) all errors of a head must hold at once, to both sides: what is kept is bounded from below.
+// bound.scope = head) all errors of a head must hold at once, to both sides: what is kept is bounded from below. With set they
+// only widen a choice to max_dropped_mass, and SetBoundOutside() says what is reported.
 void Sequence::Impl::AllowForDither(FastStep& s) {
   const int32_t group = layers[static_cast<size_t>(s.layer)].units.front().heads;
   const int64_t in_group = cache->options.codes.group_tokens;
@@ -190,6 +195,7 @@ void Sequence::Impl::AllowForDither(FastStep& s) {
       for (int64_t g = 0; g < task.groups; ++g) {
         const float most = bound.Error(task.variance[h * task.groups + g]);
         float* errors = task.err + h * task.z_stride + g * in_group;
+        s.proven[static_cast<size_t>(task.variance - s.variance.data() + h * task.groups + g)] = *std::max_element(errors, errors + in_group);
         for (int64_t t = 0; t < in_group; ++t) errors[t] = std::min(errors[t], most);
       }
     }
@@ -308,10 +314,15 @@ Status Sequence::Impl::Choose(FastStep& s, bool plain) {
     if (s.rule.page > 0) ExpandPages(s.rule.page, &now.chosen);
     now.met = now.met_byte != 0 || !s.rule.target_is_bound;
   }
-  for (size_t i = 0; i < layer.units.size() && s.rule.bound != BoundKind::kNone && !BoundsWhileChoosing(s.rule); ++i) {
+  const bool of_set = s.rule.bound == BoundKind::kStatistical && cache->options.selector.bound_scope == SelectorOptions::BoundScope::kSet &&
+                      !s.variance.empty();
+  const bool bounds_to_come = s.rule.bound != BoundKind::kNone && (of_set || !BoundsWhileChoosing(s.rule));
+  for (size_t i = 0; i < layer.units.size() && bounds_to_come; ++i) {
     UnitStep& now = s.units[i];
     for (int32_t h = 0; h < layer.units[i].heads && Chooses(now); ++h) {
-      now.lse_out_bound[static_cast<size_t>(h)] = static_cast<float>(LseOutside(s, i, h, s.n - s.rule.local, now.chosen));
+      const int32_t end = s.n - s.rule.local;
+      const double bound = of_set ? SetBoundOutside(s, i, h, end, now.chosen) : LseOutside(s, i, h, end, now.chosen);
+      now.lse_out_bound[static_cast<size_t>(h)] = static_cast<float>(bound);
     }
   }
   return s.rule.clip_visible && !plain && s.rule.dilate_m > 0 ? AddVisibleNeighbours(s) : OkStatus();
@@ -428,6 +439,55 @@ double Sequence::Impl::LseOutside(const FastStep& s, size_t index, int32_t h, in
     if (value > -std::numeric_limits<double>::infinity()) sum += std::exp(value - most);
   }
   return sum > 0 ? most + std::log(sum) : -std::numeric_limits<double>::infinity();
+}
+
+// The statistical bound of what is outside, over blocks, whose dithers are independent. Positions as in LseOutside(); exact logits
+// (error 0) make blocks of no variance. Near the choice is what looks no better than the best that is outside, give or take two
+// standard deviations.
+double Sequence::Impl::SetBoundOutside(FastStep& s, size_t index, int32_t h, int32_t end, std::span<const int32_t> chosen) const {
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  const Unit& unit = layers[static_cast<size_t>(s.layer)].units[index];
+  const float* logits = z(unit.first_head + h);
+  const float* errors = err(unit.first_head + h);
+  const auto in_block = static_cast<int32_t>(cache->options.codes.group_tokens);
+  const size_t groups = s.variance.size() / s.units.size() / static_cast<size_t>(unit.heads);
+  const size_t of_head = (index * static_cast<size_t>(unit.heads) + static_cast<size_t>(h)) * groups;
+  s.outside.assign(static_cast<size_t>(std::max(0, end - s.rule.lo)), 1);
+  for (const int32_t position : chosen) {
+    if (position >= s.rule.lo && position < end) s.outside[static_cast<size_t>(position - s.rule.lo)] = 0;
+  }
+  float best = -kInf;  // of what is outside
+  for (int32_t i = s.rule.lo; i < end; ++i) {
+    if (std::isnan(logits[i]) || logits[i] == kInf) return kInfinity;
+    if (s.outside[static_cast<size_t>(i - s.rule.lo)]) best = std::max(best, logits[i]);
+  }
+  s.blocks_outside.clear();
+  for (int32_t begin = s.rule.lo, stop; begin < end; begin = stop) {
+    const auto block = static_cast<size_t>(begin / in_block);
+    stop = std::min((begin / in_block + 1) * in_block, end);
+    const float top = std::min(*std::max_element(logits + begin, logits + stop), best);
+    if (top == -kInf) continue;
+    const bool coded = block < groups;
+    const float near = coded ? best + 2 * std::sqrt(s.variance[of_head + block]) : -kInf;
+    double outside = 0, close = 0;
+    for (int32_t i = begin; i < stop; ++i) {
+      const bool out = s.outside[static_cast<size_t>(i - s.rule.lo)] != 0;
+      if (errors[i] == 0) {
+        if (out) s.blocks_outside.push_back({.lse = logits[i]});
+        continue;
+      }
+      if (!coded) return kInfinity;
+      if (!out && !(logits[i] <= near)) continue;
+      const double weight = std::exp(static_cast<double>(logits[i]) - top);
+      close += weight;
+      if (out) outside += weight;
+    }
+    if (close == 0) continue;
+    const double base = static_cast<double>(top) + s.bias[of_head + block];
+    s.blocks_outside.push_back({.lse = base + std::log(outside), .lse_near = base + std::log(close),
+                                .variance = s.variance[of_head + block], .proven = s.proven[of_head + block]});
+  }
+  return StatisticalLseBound(cache->options.selector.bound_confidence).OverBlocks(s.blocks_outside);
 }
 
 // The positions [begin, end) of the ring, in at most two runs.

@@ -21,8 +21,8 @@
 // token: multiply-add instructions that sum four bytes need no shuffle, and sixteen tokens fill a vector.
 //
 //   bits 8: a plane holds 1 quad;   bits 4: 2 quads (low nibble first);   bits 2: 4 quads (low pair first)
-//   bits 3: the low two bits of all channels as for bits 2, then the high bit of all channels in planes of 8 quads
-//           (head_dim is rounded up to 32 there; unused bits are zero)
+//   bits 3, 5: the low two (four) bits of all channels as for bits 2 (4), then the high bit of all channels in planes of
+//           8 quads (head_dim is rounded up to 32 there; unused bits are zero)
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -33,8 +33,11 @@ namespace prehoc {
 
 inline constexpr int32_t kCodePageTokens = 16;
 
+// Of a code, in the planes of low bits; the rest is one high bit, if there is any.
+constexpr int32_t LowCodeBits(int32_t bits) { return bits == 3 || bits == 5 ? bits - 1 : bits; }
+
 constexpr bool IsCodeFormat(const CodeFormat& format, int32_t head_dim) {
-  const bool bits = format.bits == 2 || format.bits == 3 || format.bits == 4 || format.bits == 8;
+  const bool bits = format.bits == 2 || format.bits == 3 || format.bits == 4 || format.bits == 5 || format.bits == 8;
   const bool group = format.group_tokens == 16 || format.group_tokens == 64;
   return bits && group && head_dim >= 16 && head_dim <= 256 && head_dim % 16 == 0;
 }
@@ -71,13 +74,9 @@ constexpr CodeBlockLayout LayoutOf(const CodeFormat& format, int32_t head_dim) {
   layout.step = 2 * d;
   layout.norm = 4 * d;
   layout.pages = layout.norm + (format.error_norms ? size_t{2} * static_cast<size_t>(format.group_tokens) : 0);
-  const size_t two_bits = d * 4;  // 16 tokens * head_dim * 2 / 8
-  switch (format.bits) {
-    case 2: layout.page_bytes = two_bits; break;
-    case 3: layout.page_bytes = two_bits + (d + 31) / 32 * 64; break;
-    case 4: layout.page_bytes = d * 8; break;
-    default: layout.page_bytes = d * 16; break;
-  }
+  const int32_t low_bits = LowCodeBits(format.bits);
+  layout.page_bytes = d * 2 * static_cast<size_t>(low_bits);  // 16 tokens, 8 bits to a byte
+  if (low_bits != format.bits) layout.page_bytes += (d + 31) / 32 * 64;
   layout.bytes = layout.pages + layout.page_bytes * static_cast<size_t>(format.group_tokens / kCodePageTokens);
   return layout;
 }

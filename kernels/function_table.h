@@ -33,7 +33,7 @@ struct RowRun {
 // Low-bit codes of K, per channel over a group of tokens: k ~ lo[c] + code * step[c]; dithered: k ~ lo[c] + (code -
 // shift[c]) * step[c], with a shift from a seed (CodeShift() in code_block.h) that encode adds and scan takes away.
 struct CodeFormat {
-  int32_t bits = 4;          // 2, 3, 4 or 8
+  int32_t bits = 4;          // 2, 3, 4, 5 or 8
   int32_t group_tokens = 64; // 16 or 64
   bool error_norms = false;  // also stores |k_i - code_i| per token (fp16, rounded up): tightens the bound
   // Over the seeds, the errors of a token are uniform on +-step / 2, unbiased and independent between channels; tokens of
@@ -100,6 +100,8 @@ struct GateParams {
 // much for z - z_exact. It is SUM_c q_c^2 step_c^2 / 12 / head_dim, plus whatever this backend's arithmetic adds (a sum of
 // independent uniform variables is sub-Gaussian with its own variance: Arbel, Marchal, Nguyen, "On strict
 // sub-Gaussianity, optimal proxy variance and symmetry for bounded random variables", 2020); never NaN, +inf if not known.
+// With `bias` the part of the error that is not random and does not average out over blocks: |z_exact - z - e| <= bias[h, g]
+// for an e of that variance and mean 0, independent between blocks. Never NaN, +inf if not known.
 struct ScanTask {
   const float* q = nullptr;           // [group, head_dim]
   const std::byte* blocks = nullptr;  // [groups] blocks of code_block_bytes, contiguous
@@ -109,6 +111,7 @@ struct ScanTask {
   int64_t z_stride = 0;
   uint64_t seed = 0;                  // dithered formats: block g was encoded with CodeBlockSeed(seed, g)
   float* variance = nullptr;          // [group, groups] of dithered codes, or null; needs err
+  float* bias = nullptr;              // as variance, or null; needs variance
 };
 struct ScanParams {
   std::span<const ScanTask> tasks;

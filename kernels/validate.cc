@@ -56,7 +56,7 @@ class Check {
     if (status_.ok() && !IsCodeFormat(format, 16)) {
       Fail(StatusCode::kUnsupported, "format is bits=" + std::to_string(format.bits) + ", group_tokens=" +
                                          std::to_string(format.group_tokens) +
-                                         "; use bits 2, 3, 4 or 8 and group_tokens 16 or 64");
+                                         "; use bits 2, 3, 4, 5 or 8 and group_tokens 16 or 64");
     }
     return *this;
   }
@@ -140,6 +140,7 @@ Status Validate(const ScanParams& params) {
     check.Task(i).That(task.groups >= 0, "groups", task.groups, "use 0 or more");
     check.Given(any, task.q, "q").Given(any, task.blocks, "blocks").Given(any, task.z, "z");
     check.Given(any && task.variance != nullptr, task.err, "err");
+    check.Given(any && task.bias != nullptr, task.variance, "variance");
     check.That(task.variance == nullptr || params.format.dither, "format.dither", 0, "variance is of dithered codes");
     const int64_t tokens = int64_t{task.groups} * params.format.group_tokens;
     check.Stride("z_stride", task.z_stride, params.group, tokens, "groups * group_tokens");

@@ -10,6 +10,34 @@ namespace prehoc {
 namespace {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kRounding = 1e-3;  // fp32 logits and log-sum-exps on the caller's side
+
+// log SUM exp of what is added, in one pass; -inf adds nothing, +inf is +inf.
+class LogSum {
+ public:
+  void Add(double x) {
+    if (x == -kInfinity) return;
+    if (x > most_) sum_ = most_ == -kInfinity ? 0 : sum_ * std::exp(most_ - x), most_ = x;
+    sum_ += x == most_ ? 1 : std::exp(x - most_);
+  }
+  double Value() const { return most_ + std::log(sum_); }  // -inf + -inf if nothing was added
+
+ private:
+  double most_ = -kInfinity, sum_ = 0;
+};
+
+// The root w of w exp(w) = x for x >= 0, not below it by more than 1e-13 of it. From above: with w = ln(1 + x), w exp(w) >= x,
+// and Newton's steps on a convex function stay on that side.
+double LambertW(double x) {
+  if (!(x < kInfinity)) return kInfinity;
+  double w = std::log1p(x);
+  for (int i = 0; i < 64; ++i) {
+    const double e = std::exp(-w);
+    const double step = (w - x * e) / (1 + w);
+    w -= step;
+    if (!(step > 1e-14 * w)) break;
+  }
+  return w * (1 + 1e-13);
+}
 }  // namespace
 
 KeyBall::KeyBall(std::span<const float> keys, int32_t head_dim) : center_(static_cast<size_t>(head_dim)) {
@@ -73,7 +101,8 @@ double DroppedLseBound(std::span<const double> lse_dropped, std::span<const KeyB
 }
 
 StatisticalLseBound::StatisticalLseBound(double confidence, int64_t chosen_from)
-    : factor_(std::sqrt(2 * std::log(static_cast<double>(chosen_from) / (1 - confidence)))) {
+    : factor_(std::sqrt(2 * std::log(static_cast<double>(chosen_from) / (1 - confidence)))),
+      factor_of_two_(std::sqrt(2 * std::log(2 * static_cast<double>(chosen_from) / (1 - confidence)))) {
   PREHOC_CHECK(confidence >= 0.5 && confidence < 1 && chosen_from >= 1);
 }
 
@@ -99,6 +128,29 @@ double StatisticalLseBound::operator()(std::span<const float> z, std::span<const
   for (const double value : raised) sum += std::exp(value - most);
   // 1e-12 of it: the rounding of sums and exponentials.
   return most + std::log(sum) + 1e-12 * (std::abs(most) + static_cast<double>(z.size()));
+}
+
+double StatisticalLseBound::OverBlocks(std::span<const DitheredBlock> blocks) const {
+  LogSum estimated, proven, root_of_q, gained;  // root_of_q: of squares
+  for (const DitheredBlock& block : blocks) {
+    if (block.lse == -kInfinity && block.lse_near == -kInfinity) continue;
+    double raised = block.lse, spread = std::sqrt(static_cast<double>(block.variance));
+    if (spread == kInfinity) raised += block.proven, spread = 0;  // only the proven bound is known: it is not left to chance
+    if (std::isnan(raised) || raised == kInfinity || std::isnan(spread) || std::isnan(block.proven)) return kInfinity;
+    if (std::isnan(block.lse_near) || block.lse_near == kInfinity) return kInfinity;
+    estimated.Add(raised);
+    proven.Add(block.lse + block.proven);
+    root_of_q.Add(2 * (raised + std::min<double>(factor_of_two_ * spread, block.proven) + std::log(spread)));
+    gained.Add(block.lse_near + std::log(spread / 2));
+  }
+  const double lse = estimated.Value();
+  if (lse == -kInfinity) return lse;
+  LogSum averaged;
+  averaged.Add(lse + LambertW(factor_of_two_ * std::exp(root_of_q.Value() / 2 - lse)));
+  averaged.Add(gained.Value());
+  const double bound = std::min(averaged.Value(), proven.Value());
+  // 1e-12 of it: the rounding of sums and exponentials, here and in what was handed in.
+  return bound + 1e-12 * (std::abs(lse) + std::abs(bound) + static_cast<double>(blocks.size()));
 }
 
 double DroppedMassBound(double lse_kept, double u_dropped) {

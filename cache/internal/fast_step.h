@@ -7,6 +7,7 @@
 
 #include "cache/internal/layer_blocks.h"
 #include "cache/kv_cache.h"
+#include "selector/certificate.h"
 
 namespace prehoc {
 
@@ -43,7 +44,9 @@ struct FastStep {
   std::vector<GateTask> gate;
   std::vector<float> cosines, spreads;
   std::vector<ScanTask> scan;
-  std::vector<float> variance;  // [units, group, groups] of dithered codes
+  std::vector<float> variance, bias, proven;  // [units, group, groups] of dithered codes; proven: the largest proven error
+  std::vector<DitheredBlock> blocks_outside;  // of one head
+  std::vector<uint8_t> outside;               // of one head, per position
   std::vector<ScoreTask> score;
   std::vector<std::vector<RowRun>> score_runs;
   std::vector<ScorePagesTask> pages;

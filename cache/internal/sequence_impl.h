@@ -152,6 +152,7 @@ struct Sequence::Impl {
   void Keep(FastStep& s, size_t index);
   void AllowForDither(FastStep& s);
   double LseOutside(const FastStep& s, size_t index, int32_t h, int32_t end, std::span<const int32_t> chosen) const;
+  double SetBoundOutside(FastStep& s, size_t index, int32_t h, int32_t end, std::span<const int32_t> chosen) const;
   bool PoolIsDue(const FastStep& s) const;
   Status RefreshCandidates(FastStep& s);
   void PushRing(const HeadState& head, int64_t begin, int64_t end, std::vector<RowRun>* runs) const;

@@ -49,7 +49,7 @@ void AddAnswerFlags(CLI::App& app, RawAnswer& raw) {
   app.add_option("--set", raw.set, "any knob of the selector, such as tc.tau=0.7; may be repeated")
       ->type_name("KNOB=VALUE")->group(method)->allow_extra_args(false);
   app.add_flag("--show-knobs", raw.show_knobs, "print the selector's knobs with their values, and stop")->group(method);
-  AddText(app, "--codes", raw.codes, "BITS/TOKENS", "index codes: 2, 3, 4 or 8 bits over 16 or 64 tokens, "
+  AddText(app, "--codes", raw.codes, "BITS/TOKENS", "index codes: 2, 3, 4, 5 or 8 bits over 16 or 64 tokens, "
           "+norms for tighter bounds, +dither for statistical ones; default 4/64", method);
   AddText(app, "--calibration", raw.calibration, "FILE", "selector, knobs and codes as calibrated there", method);
   AddText(app, "--audit-every", raw.audit_every, "N",
@@ -244,7 +244,7 @@ Result<CodeFormat> ParseCodes(std::string_view text) {
   };
   while (take("+norms", &format.error_norms) || take("+dither", &format.dither)) {
   }
-  for (const int bits : {2, 3, 4, 8}) {
+  for (const int bits : {2, 3, 4, 5, 8}) {
     for (const int tokens : {16, 64}) {
       if (rest != std::to_string(bits) + "/" + std::to_string(tokens)) continue;
       format.bits = bits;
@@ -252,7 +252,7 @@ Result<CodeFormat> ParseCodes(std::string_view text) {
       return format;
     }
   }
-  return Bad("--codes", text, "2, 3, 4 or 8 bits over 16 or 64 tokens, such as 4/64, 8/16+norms or 4/64+dither");
+  return Bad("--codes", text, "2, 3, 4, 5 or 8 bits over 16 or 64 tokens, such as 4/64, 8/16+norms or 4/64+dither");
 }
 
 std::string CodesToString(const CodeFormat& format) {

@@ -71,7 +71,7 @@ Status Scan(const VectorOps& ops, const ScanParams& params, const Launch& launch
               .blocks = task.blocks + static_cast<size_t>(first) * shape.block_bytes, .groups = static_cast<int32_t>(n),
               .z = task.z + at, .err = task.err != nullptr ? task.err + at : nullptr, .z_stride = task.z_stride,
               .seeds = seeds, .variance = task.variance != nullptr ? task.variance + first : nullptr,
-              .variance_stride = task.groups},
+              .bias = task.bias != nullptr ? task.bias + first : nullptr, .variance_stride = task.groups},
              shape);
   });
   return {};

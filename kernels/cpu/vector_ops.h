@@ -81,6 +81,7 @@ struct ScanPart {
   int64_t z_stride = 0;
   const uint64_t* seeds = nullptr;    // [groups] of the blocks; read only if dithered
   float* variance = nullptr;          // [group] rows, or null; not without err
+  float* bias = nullptr;              // as variance, or null
   int64_t variance_stride = 0;
 };
 struct ScanShape {

@@ -96,15 +96,15 @@ __device__ void EncodeGroup(const AppendArgs& args, const __half* keys, Channel*
     reinterpret_cast<__half*>(block + args.layout.step)[c] = step;
   }
   __syncthreads();
-  // Codes of 3 bits lie as two bits, then one.
-  const int low_width = bits == 3 ? 2 : bits;
-  const int low_planes = d * low_width / 32, high_planes = bits == 3 ? (d + 31) / 32 : 0;
+  // Codes of 3 and 5 bits lie as two or four bits, then one.
+  const int low_width = bits == 3 || bits == 5 ? bits - 1 : bits;
+  const int low_planes = d * low_width / 32, high_planes = low_width != bits ? (d + 31) / 32 : 0;
   const int words = (low_planes + high_planes) * kCodePageTokens;
   for (int i = threadIdx.x; i < words * (tokens / kCodePageTokens); i += kThreads) {
     const int page = i / words, plane = i % words / kCodePageTokens, t = i % kCodePageTokens;
     const bool high = plane >= low_planes;
     const uint32_t word = PlaneWord(keys, channels, levels, d, page * kCodePageTokens + t, high ? plane - low_planes : plane,
-                                    high ? 1 : low_width, high ? 2 : 0);
+                                    high ? 1 : low_width, high ? low_width : 0);
     std::byte* const at = block + args.layout.pages + args.layout.page_bytes * page;
     reinterpret_cast<uint32_t*>(at)[plane * kCodePageTokens + t] = word;
   }
@@ -176,7 +176,7 @@ Status Append(const AppendParams& params, cudaStream_t stream) {
   PREHOC_RETURN_IF_ERROR(
       Check("append").Tasks(params.tasks, params.num_tasks).HeadDim(params.head_dim).Type(params.type)
           .That(params.max_count >= 0, "max_count", params.max_count, "use 0 or more")
-          .That(IsCodeFormat({.bits = format.bits, .group_tokens = 64}, 64), "bits", format.bits, "use 2, 3, 4 or 8",
+          .That(IsCodeFormat({.bits = format.bits, .group_tokens = 64}, 64), "bits", format.bits, "use 2, 3, 4, 5 or 8",
                 StatusCode::kUnsupported)
           .That(!format.dither, "dither", format.dither, "use codes without dither on a device", StatusCode::kUnsupported)
           .That(IsCodeFormat(format, 64), "group_tokens", format.group_tokens, "use 16 or 64", StatusCode::kUnsupported)

@@ -26,16 +26,17 @@ inline void WriteField(std::byte* planes, int32_t token, int32_t channel, int32_
   planes[field.byte] |= static_cast<std::byte>(value << field.shift);
 }
 
-// The code of (token of the page, channel) in a page: codes of 3 bits lie in two parts.
+// The code of (token of the page, channel) in a page: codes of 3 and 5 bits lie in two parts.
 inline uint32_t ReadCode(const std::byte* page, int32_t token, int32_t channel, int32_t bits, int32_t head_dim) {
-  if (bits != 3) return ReadField(page, token, channel, bits);
-  const std::byte* high = page + 4 * head_dim;
-  return ReadField(page, token, channel, 2) | ReadField(high, token, channel, 1) << 2;
+  const int32_t low_bits = LowCodeBits(bits);
+  const uint32_t low = ReadField(page, token, channel, low_bits);
+  if (low_bits == bits) return low;
+  return low | ReadField(page + 2 * low_bits * head_dim, token, channel, 1) << low_bits;
 }
 inline void WriteCode(std::byte* page, int32_t token, int32_t channel, int32_t bits, int32_t head_dim, uint32_t code) {
-  if (bits != 3) return WriteField(page, token, channel, bits, code);
-  WriteField(page, token, channel, 2, code & 3);
-  WriteField(page + 4 * head_dim, token, channel, 1, code >> 2);
+  const int32_t low_bits = LowCodeBits(bits);
+  WriteField(page, token, channel, low_bits, code & ((1u << low_bits) - 1));
+  if (low_bits != bits) WriteField(page + 2 * low_bits * head_dim, token, channel, 1, code >> low_bits);
 }
 
 }  // namespace prehoc::reference

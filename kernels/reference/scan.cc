@@ -73,15 +73,23 @@ float ErrorBound(const BlockTerms& terms, const Half* norm, double root, float z
   return std::isnan(rounded) ? kInfinity : rounded;
 }
 
-float Variance(const BlockTerms& terms, double root) {
+float RoundUp(double value) {
+  auto rounded = static_cast<float>(value);
+  if (rounded < value) rounded = std::nextafter(rounded, kInfinity);
+  return std::isnan(rounded) ? kInfinity : rounded;
+}
+
+// Of the error, what is not random, over sqrt(head_dim).
+double Bias(const BlockTerms& terms, double root) {
   if (!terms.bounded || !std::isfinite(static_cast<float>(terms.magnitude / root))) return kInfinity;
   const double fixed = 2048 * 0x1p-53 * terms.magnitude + 0x1p-23 * terms.quantisation +  // arithmetic, places of a shift
                        0x1p-24 * (terms.magnitude + 0x1p-120);                            // rounding of z to fp32
-  const double spread = (std::sqrt(terms.squares / 12) + fixed) * (1 + 1e-9) / root;
-  const double variance = spread * spread;
-  auto rounded = static_cast<float>(variance);
-  if (rounded < variance) rounded = std::nextafter(rounded, kInfinity);
-  return std::isnan(rounded) ? kInfinity : rounded;
+  return fixed * (1 + 1e-9) / root;
+}
+
+double Variance(const BlockTerms& terms, double root) {
+  const double spread = std::sqrt(terms.squares / 12) * (1 + 1e-9) / root + Bias(terms, root);
+  return spread * spread;
 }
 
 void ScanBlock(const ScanParams& params, const ScanTask& task, int64_t h, int64_t g) {
@@ -91,7 +99,8 @@ void ScanBlock(const ScanParams& params, const ScanTask& task, int64_t h, int64_
   const double root = std::sqrt(static_cast<double>(d));
   BlockTerms terms;
   Prepare(task.q + h * d, block, CodeBlockSeed(task.seed, g), params.format, d, &terms);
-  if (task.variance != nullptr) task.variance[h * task.groups + g] = Variance(terms, root);
+  if (task.variance != nullptr) task.variance[h * task.groups + g] = RoundUp(Variance(terms, root));
+  if (task.bias != nullptr) task.bias[h * task.groups + g] = RoundUp(Bias(terms, root));
   const auto* norm = params.format.error_norms ? reinterpret_cast<const Half*>(block + layout.norm) : nullptr;
   const int64_t at = h * task.z_stride + g * tokens;
   for (int32_t t = 0; t < tokens; ++t) {

@@ -444,7 +444,7 @@ TEST(PipelineTiers, NoAuditedStepExceedsThePromisedMass) {
 }
 
 TEST(PipelineTiers, EveryCodeFormatEstimatesAndBounds) {
-  for (const int bits : {2, 3, 4, 8}) {
+  for (const int bits : {2, 3, 4, 5, 8}) {
     for (const bool norms : {false, true}) {
       WorldOptions options = WorldOptions::Default();
       options.cache.codes = {.bits = bits, .group_tokens = 16, .error_norms = norms};

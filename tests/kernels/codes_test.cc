@@ -60,12 +60,13 @@ Decoded Decode(const std::byte* block, const CodeFormat& format, int32_t head_di
   }
   out.code.assign(tokens, std::vector<int>(d, 0));
   for (size_t token = 0; token < tokens; token += 16) {
-    const int low_bits = format.bits == 3 ? 2 : format.bits;
+    const bool high_bits = format.bits == 3 || format.bits == 5;
+    const int low_bits = high_bits ? format.bits - 1 : format.bits;
     const size_t planes = d * static_cast<size_t>(low_bits) / 32;
     AddPlanes(block, planes, low_bits, 1, token, &out);
     block += planes * 64;
-    if (format.bits != 3) continue;
-    AddPlanes(block, (d + 31) / 32, 1, 4, token, &out);
+    if (!high_bits) continue;
+    AddPlanes(block, (d + 31) / 32, 1, 1 << low_bits, token, &out);
     block += (d + 31) / 32 * 64;
   }
   return out;
@@ -73,7 +74,7 @@ Decoded Decode(const std::byte* block, const CodeFormat& format, int32_t head_di
 
 std::vector<CodeFormat> AllFormats() {
   std::vector<CodeFormat> formats;
-  for (const int32_t bits : {2, 3, 4, 8}) {
+  for (const int32_t bits : {2, 3, 4, 5, 8}) {
     for (const int32_t tokens : {16, 64}) {
       for (const bool norms : {false, true}) {
         for (const bool dither : {false, true}) formats.push_back({bits, tokens, norms, dither});
@@ -129,8 +130,9 @@ TEST_P(CodesTest, BlockBytesAreTheLayout) {
   EXPECT_EQ(kernels().code_block_bytes({4, 16, true}, 128), 2 * 2 * 128 + 2 * 16 + 16 * 128 / 2u);
   EXPECT_EQ(kernels().code_block_bytes({2, 16, false}, 48), 2 * 2 * 48 + 16 * 48 / 4u);
   EXPECT_EQ(kernels().code_block_bytes({3, 16, false}, 48), 2 * 2 * 48 + 16 * 48 / 4 + 16 * 64 / 8u);
+  EXPECT_EQ(kernels().code_block_bytes({5, 64, false}, 48), 2 * 2 * 48 + 64 * 48 / 2 + 64 * 64 / 8u);
   EXPECT_EQ(kernels().code_block_bytes({8, 64, true}, 256), 2 * 2 * 256 + 2 * 64 + 64 * 256u);
-  for (const CodeFormat& bad : {CodeFormat{5, 64, false}, CodeFormat{0, 64, false}, CodeFormat{4, 32, false}}) {
+  for (const CodeFormat& bad : {CodeFormat{6, 64, false}, CodeFormat{0, 64, false}, CodeFormat{4, 32, false}}) {
     EXPECT_EQ(kernels().code_block_bytes(bad, 64), 0u);
   }
   for (const int32_t d : {0, 8, 72, 272, -16}) EXPECT_EQ(kernels().code_block_bytes({}, d), 0u) << d;
@@ -429,15 +431,16 @@ TEST_P(CodesTest, TheVarianceIsThatOfTheSteps) {
       const auto blocks = Encode(rows, format, d, kernels());
       const auto q = rng.Normals(static_cast<size_t>(group * d));
       const int64_t n = int64_t{groups} * tokens;
-      Guarded<float> z(static_cast<size_t>(group * n)), err(z.size()), variance(static_cast<size_t>(group * groups));
+      Guarded<float> z(static_cast<size_t>(group * n)), err(z.size()), variance(static_cast<size_t>(group * groups)), bias(variance.size());
       const ScanTask task{.q = q.data(), .blocks = blocks.data(), .groups = groups, .z = z.data(), .err = err.data(), .z_stride = n,
-                          .seed = kSeed, .variance = variance.data()};
+                          .seed = kSeed, .variance = variance.data(), .bias = bias.data()};
       ASSERT_OK(kernels().scan({.tasks = {&task, 1}, .format = format, .group = group, .head_dim = d}, launch()));
       EXPECT_TRUE(variance.GuardsIntact());
+      EXPECT_TRUE(bias.GuardsIntact());
       std::vector<float> exact_z(z.size());
       ScanTask exact = task;
       exact.z = exact_z.data();
-      exact.err = exact.variance = nullptr;
+      exact.err = exact.variance = exact.bias = nullptr;
       ASSERT_OK(ReferenceKernels().scan({.tasks = {&exact, 1}, .format = format, .group = group, .head_dim = d}, {}));
       for (size_t g = 0; g < static_cast<size_t>(groups); ++g) {
         const Decoded block = Decode(blocks.data() + g * (blocks.size() / static_cast<size_t>(groups)), format, d, g);
@@ -445,6 +448,7 @@ TEST_P(CodesTest, TheVarianceIsThatOfTheSteps) {
           const float found = variance[h * static_cast<size_t>(groups) + g];
           if (g == 1) {
             EXPECT_EQ(found, kInfinity);
+            EXPECT_EQ(bias[h * static_cast<size_t>(groups) + g], kInfinity);
             continue;
           }
           const Allowed allowed = Allow(q.data() + h * static_cast<size_t>(d), block, format.bits);
@@ -452,6 +456,9 @@ TEST_P(CodesTest, TheVarianceIsThatOfTheSteps) {
           for (size_t c = 0; c < static_cast<size_t>(d); ++c) {
             want += std::pow(static_cast<double>(q[h * static_cast<size_t>(d) + c]) * block.step[c], 2) / 12 / d;
           }
+          const float fixed = bias[h * static_cast<size_t>(groups) + g];
+          ASSERT_GE(std::sqrt(found) * (1 + 1e-6), std::sqrt(want) + fixed);
+          ASSERT_LE(fixed, allowed.arithmetic);
           ASSERT_GE(std::sqrt(found), std::sqrt(want));
           ASSERT_LE(std::sqrt(found), std::sqrt(want) * (1 + 1e-4) + allowed.arithmetic) << format.bits << " " << g;
           for (size_t t = 0; t < static_cast<size_t>(tokens); ++t) {
@@ -476,6 +483,10 @@ TEST_P(CodesTest, VarianceWithoutDitherOrBoundIsRefused) {
   EXPECT_OK(kernels().scan(params, {}));
   task.err = nullptr;
   EXPECT_TRUE(HasStatus(kernels().scan(params, {}), StatusCode::kInvalid, "err is null"));
+  task.err = err.data();
+  task.variance = nullptr;
+  task.bias = variance.data();
+  EXPECT_TRUE(HasStatus(kernels().scan(params, {}), StatusCode::kInvalid, "variance is null"));
 }
 
 TEST_P(CodesTest, ScanOfManyTasksAndOfNothing) {

@@ -98,7 +98,7 @@ TEST_P(RefusalTest, Encode) {
     EXPECT_TRUE(block.Untouched());
   };
   refuses(kUnsupported, "encode: head_dim=17", [](auto& p, auto&) { p.head_dim = 17; });
-  refuses(kUnsupported, "bits=5, group_tokens=64; use bits 2, 3, 4 or 8", [](auto& p, auto&) { p.format.bits = 5; });
+  refuses(kUnsupported, "bits=6, group_tokens=64; use bits 2, 3, 4, 5 or 8", [](auto& p, auto&) { p.format.bits = 6; });
   refuses(kUnsupported, "group_tokens=32", [](auto& p, auto&) { p.format.group_tokens = 32; });
   refuses(kInvalid, "encode: task 1: rows is null", [](auto&, auto& t) { t.rows = nullptr; });
   refuses(kInvalid, "task 1: block is null", [](auto&, auto& t) { t.block = nullptr; });

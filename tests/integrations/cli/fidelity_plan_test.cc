@@ -44,7 +44,7 @@ TEST(FidelityPlanTest, WhatNoRunCanTakeIsRefused) {
   options.set = {};
   options.sweeps = {{"psaw.c", {"0.5"}}};
   EXPECT_STATUS(StatusCode::kInvalid, "--sweep", PlanRuns(options).status());
-  options.sweeps = {{"codes", {"5/64"}}};
+  options.sweeps = {{"codes", {"6/64"}}};
   EXPECT_STATUS(StatusCode::kInvalid, "4/64", PlanRuns(options).status());
   options.sweeps = {};
   options.budgets = {"none"};

@@ -176,7 +176,7 @@ INSTANTIATE_TEST_SUITE_P(
         BadLine{{"answer", "--set", "cis.tau=0.5"}, {"--set", "tc does not use cis.tau"}},
         BadLine{{"answer", "--set", "selector=cis"}, {"--selector"}},
         BadLine{{"answer", "--selector", "cis", "--set", "cis.gate=certified", "--set", "budget.local=4"}, {"--selector cis", "budget.local=4"}},
-        BadLine{{"answer", "--codes", "5/64"}, {"--codes \"5/64\"", "4/64"}},
+        BadLine{{"answer", "--codes", "6/64"}, {"--codes \"6/64\"", "4/64"}},
         BadLine{{"answer", "--codes", "4"}, {"--codes"}},
         BadLine{{"answer", "--codes", "4/64+dither+dither"}, {"--codes", "4/64+dither"}},
         BadLine{{"answer", "--set", "bound=statistical"}, {"bound=statistical", "--codes 4/64+dither"}},
@@ -203,7 +203,7 @@ TEST(OptionsTest, BudgetsMustFitTheMachine) {
 }
 
 TEST(OptionsTest, CodesReadBackAsTheyPrint) {
-  for (const char* text : {"2/16", "3/64", "4/64", "8/16+norms", "4/64+dither", "2/16+norms+dither"}) {
+  for (const char* text : {"2/16", "3/64", "5/64", "4/64", "8/16+norms", "4/64+dither", "2/16+norms+dither"}) {
     EXPECT_EQ(CodesToString(*ParseCodes(text)), text);
   }
   EXPECT_EQ(*ParseCodes("4/16+dither+norms"), (CodeFormat{4, 16, true, true}));

@@ -121,8 +121,8 @@ TEST_F(RowsCudaTest, AppendWithoutCodesAndTooManyTokens) {
   }
   EXPECT_STATUS(StatusCode::kUnsupported, "dither=1",
                 cuda::Append({.num_tasks = 0, .format = {.dither = true}, .head_dim = kDim}, stream()));
-  EXPECT_STATUS(StatusCode::kUnsupported, "bits=5",
-                cuda::Append({.num_tasks = 0, .format = {.bits = 5}, .head_dim = kDim}, stream()));
+  EXPECT_STATUS(StatusCode::kUnsupported, "bits=6",
+                cuda::Append({.num_tasks = 0, .format = {.bits = 6}, .head_dim = kDim}, stream()));
 }
 
 TEST_F(RowsCudaTest, GateMatchesTheReferenceAndHoldsAboveTau) {
