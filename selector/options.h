@@ -144,7 +144,7 @@ struct SelectorOptions {
   BoundKind bound = BoundKind::kNone;
   double bound_confidence = 0.999;  // bound.confidence, of a statistical bound: per query head and step
   // bound.scope, of a statistical bound: head (all positions of a head at once, so that the level holds for whatever set the
-  // codes choose) | set (the set alone, as if it had been chosen without the codes: tighter, and no promise).
+  // codes choose) | set (the set alone, whose errors average out, with what codes gain by choosing it on average: tighter, no promise).
   enum class BoundScope : uint8_t { kHead, kSet } bound_scope = BoundScope::kHead;
   int32_t certify_every = 0;     // n > 0: a fresh scan at least every n steps
 
