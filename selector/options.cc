@@ -248,6 +248,13 @@ std::vector<Knob> MakeKnobs() {
       WithWord("off", Real("tc.tau", kTc, tau, [](auto& o) -> auto& { return o.tc.tau; }, any), 1,
                [](const SelectorOptions& o) { return o.tc.tau; },
                [](SelectorOptions& o, double off) { o.tc.tau = off; }),
+      Word("tc.cos_stage", kTc, [](auto& o) -> auto& { return o.tc.cos_stage; },
+           Words<C::CosStage>{{"post_rope", C::CosStage::kPostRope}, {"pre_rope", C::CosStage::kPreRope}}),
+      // The heads of a KV head choose together, so they have no gates of their own.
+      Word("tc.gate_scope", kTc, [](auto& o) -> auto& { return o.tc.gate_scope; },
+           Words<C::GateScope>{{"kv_head", C::GateScope::kKvHead},
+                               {"group_mean", C::GateScope::kGroupMean},
+                               {"layer", C::GateScope::kLayer}}),
       Whole("tc.max_age", kTc, 0, [](auto& o) -> auto& { return o.tc.max_age; }),
       Word("tc.scorer", kTc, [](auto& o) -> auto& { return o.tc.scorer; }, scorers),
       Real("tc.theta", kTc, "a number in [0, 1]", [](auto& o) -> auto& { return o.tc.theta; }, probability),

@@ -91,6 +91,8 @@ struct TwoClockOptions {
   enum class Gate : uint8_t { kCosine, kMass } gate = Gate::kCosine;
   double epsilon = 0.01;     // tc.epsilon, for the mass gate: at most this share of the mass may be missed more
   double tau = 0.9;          // tc.tau; <= -1 always inherits until max_age, >= 1 scans every step ("off")
+  CisOptions::CosStage cos_stage = CisOptions::CosStage::kPostRope;    // tc.cos_stage: the queries that the cosine compares
+  CisOptions::GateScope gate_scope = CisOptions::GateScope::kKvHead;   // tc.gate_scope: kv_head | group_mean | layer
   int32_t max_age = 16;      // tc.max_age: steps a choice may be inherited
   Scorer scorer = Scorer::kCodes;  // tc.scorer: codes | exact
   double theta = 0.001;      // tc.theta: a missing position heavier than this is fetched within the step

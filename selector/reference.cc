@@ -438,7 +438,7 @@ struct ReferenceTrace::Impl {
 
   // cos of one query head with its anchor; -2 if a norm is zero or not finite.
   double Cosine(const Unit& unit, int32_t head, const ReferenceInput& in) const {
-    const bool pre = is_cis() && options.cis.cos_stage == CisOptions::CosStage::kPreRope;
+    const bool pre = (is_cis() ? options.cis.cos_stage : options.tc.cos_stage) == CisOptions::CosStage::kPreRope;
     const std::span<const float> q = pre ? in.q_pre : in.q;
     const std::vector<float>& anchor = pre ? unit.anchor_pre : unit.anchor;
     const size_t dim = static_cast<size_t>(shape.head_dim);
@@ -458,7 +458,7 @@ struct ReferenceTrace::Impl {
   // The gate's figure for one unit, over the heads of its scope. An unusable head spoils it.
   double GateCosine(const Unit& asking, const ReferenceInput& in) const {
     using Scope = CisOptions::GateScope;
-    const Scope scope = is_cis() ? options.cis.gate_scope : Scope::kKvHead;
+    const Scope scope = is_cis() ? options.cis.gate_scope : options.tc.gate_scope;
     double least = 2, sum = 0;
     int32_t count = 0;
     for (const Unit& unit : units) {

@@ -36,7 +36,7 @@ struct ReferenceInput {
   std::span<const ReferenceRow> rows;  // hshare, step 0: what the borrow maps come from, the last query included
   std::span<const double> err;  // [heads, n]: |true logit - z| at most; empty = exact
   std::span<const float> q;     // [heads, head_dim], after RoPE
-  std::span<const float> q_pre; // before RoPE; may be empty unless cis.cos_stage = pre_rope
+  std::span<const float> q_pre; // before RoPE; may be empty unless cis.cos_stage or tc.cos_stage = pre_rope
   std::span<const float> variance;  // [kv_heads, head_dim], of the keys' channels; may be empty unless tc.gate = mass
   std::span<const KeyBall> balls;  // [kv_heads]; may be empty unless cis.gate = certified
   // [heads], for cis.gate_batch = batch: the gate's figure (-2 = unusable) of the same head in the other sequences of

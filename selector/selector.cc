@@ -158,7 +158,9 @@ bool Selector::NeedsErrorBounds() const {
 }
 
 bool Selector::NeedsPreRope() const {
-  return IsCis(options_) && options_.cis.cos_stage == CisOptions::CosStage::kPreRope;
+  constexpr auto kPreRope = CisOptions::CosStage::kPreRope;
+  if (options_.kind == SelectorKind::kTwoClock) return options_.tc.cos_stage == kPreRope && options_.tc.gate == TwoClockOptions::Gate::kCosine;
+  return IsCis(options_) && options_.cis.cos_stage == kPreRope;
 }
 
 double ExpectedMiss(double dropped, double spread) {

@@ -16,6 +16,8 @@ class TwoClock final : public Selector {
     rule.epsilon = rule.by_mass ? tc.epsilon : 0;
     rule.may_inherit = context.step > 0 && (rule.by_mass || tc.tau < 1) && tc.max_age > 0;
     rule.tau = tc.tau;
+    rule.pre_rope = !rule.by_mass && tc.cos_stage == CisOptions::CosStage::kPreRope;
+    rule.scope = tc.gate_scope;
     rule.max_age = tc.max_age;
     rule.theta = tc.theta;
     return rule;

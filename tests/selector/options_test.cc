@@ -68,6 +68,8 @@ const std::vector<KnobCase>& Cases() {
       {"etf.l_s", "psaw", {"1/4", "0.75", "0"}, {"1", "same"}, "etf cpe"},
       {"etf.n", "prompt", {"chunk"}, {"T"}, "etf cpe"},
       {"tc.tau", "0.9", {"off", "0.5", "-1"}, {"nan", "on"}, "tc"},
+      {"tc.cos_stage", "post_rope", {"pre_rope"}, {"rope"}, "tc"},
+      {"tc.gate_scope", "kv_head", {"group_mean", "layer"}, {"query_head"}, "tc"},
       {"tc.max_age", "16", {"0", "64"}, {"-1"}, "tc"},
       {"tc.scorer", "codes", {"exact"}, {"pages"}, "tc"},
       {"tc.gate", "cosine", {"mass"}, {"certified"}, "tc"},

@@ -49,6 +49,8 @@ const std::vector<Choice>& Choices() {
       {"psaw.cis_filter", {"select", "step"}},
       {"etf.c", {"0.5", "1"}},
       {"tc.tau", {"-1", "0.5", "0.8", "off"}},
+      {"tc.cos_stage", {"post_rope", "pre_rope"}},
+      {"tc.gate_scope", {"kv_head", "kv_head", "group_mean", "layer"}},
       {"tc.max_age", {"0", "2", "16"}},
       {"sc.factor", {"1", "1.5", "4"}},
       {"sc.refresh", {"1", "4", "16"}},

@@ -67,6 +67,17 @@ TEST(TwoClock, InheritsWhileTheGateHoldsAndElseScans) {
   EXPECT_EQ(step.attended[0], (Positions{0, 3, 5, 9, 10}));
 }
 
+TEST(TwoClock, TheGateMayCompareQueriesBeforeRopeAndDecideForALayer) {
+  EXPECT_TRUE(MakeSelector(Small({"tc.cos_stage=pre_rope"}))->NeedsPreRope());
+  EXPECT_FALSE(MakeSelector(Small())->NeedsPreRope());
+  EXPECT_FALSE(MakeSelector(Small({"tc.cos_stage=pre_rope", "tc.gate=mass"}))->NeedsPreRope());
+  HandLayer layer(Small({"tc.cos_stage=pre_rope"}));
+  layer.Step({Peaks(8, 4, 2)}, {0}, {0});
+  EXPECT_FALSE(layer.Step({Peaks(9, 5, 3)}, {90}, {10}).selected[0]);
+  EXPECT_TRUE(layer.Step({Peaks(10, 5, 3)}, {0}, {60}).selected[0]);
+  EXPECT_EQ(MakeSelector(Small({"tc.gate_scope=layer"}))->Rule({.layers = 2, .step = 1, .n = 100}).scope, CisOptions::GateScope::kLayer);
+}
+
 // What is chosen can be anywhere: a jump is followed in its own step, whatever is resident.
 TEST(TwoClock, ResidencyDoesNotNarrowTheChoice) {
   for (const bool all_resident : {false, true}) {
