@@ -1,6 +1,5 @@
 #include "transfer/record_format.h"
 
-#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <string>
@@ -46,11 +45,6 @@ std::array<uint64_t, 2> Checksum(const RecordHeader& header, std::span<const std
   return Hash128(payload, Hash64(BytesBeforeChecksum(header)));
 }
 
-template <size_t N>
-bool AllZero(const std::array<uint8_t, N>& bytes) {
-  return std::all_of(bytes.begin(), bytes.end(), [](uint8_t b) { return b == 0; });
-}
-
 }  // namespace
 
 uint64_t Hash64(std::span<const std::byte> bytes, uint64_t seed) {
@@ -79,7 +73,8 @@ Result<RecordContext> RecordContext::Create(const StoreIdentity& identity) {
   return context;
 }
 
-RecordHeader EncodeHeader(const RecordContext& context, const ChunkKey& key, std::span<const std::byte> payload) {
+RecordHeader EncodeHeader(const RecordContext& context, const ChunkKey& key, std::span<const std::byte> payload,
+                          const ChunkOrigin& origin) {
   RecordHeader header;
   header.dtype = context.dtype;
   header.layout = context.layout;
@@ -87,8 +82,16 @@ RecordHeader EncodeHeader(const RecordContext& context, const ChunkKey& key, std
   header.chain = key.chain;
   header.layer = key.layer;
   header.payload_bytes = payload.size();
+  header.branch = origin.branch ? 1 : 0;
+  header.chunk = origin.chunk;
+  header.parent = origin.parent;
+  header.tenant = origin.tenant;
   header.checksum = Checksum(header, payload);
   return header;
+}
+
+ChunkOrigin OriginOf(const RecordHeader& header) {
+  return {.tenant = header.tenant, .parent = header.parent, .chunk = header.chunk, .branch = header.branch != 0};
 }
 
 Result<std::span<const std::byte>> ParseRecord(const RecordContext& context, const ChunkKey& key,
@@ -127,9 +130,8 @@ Status CheckRecord(const RecordContext& context, const ChunkKey& key, std::span<
   if (header.payload_bytes != payload.size()) {
     return Mismatch(key, "payload length", std::to_string(payload.size()), std::to_string(header.payload_bytes));
   }
-  if (header.reserved0 != 0 || header.reserved1 != 0 || !AllZero(header.reserved2)) {
-    return Mismatch(key, "reserved field", "not zero", "zero");
-  }
+  if (header.branch > 1) return Mismatch(key, "branch", std::to_string(header.branch), "0 or 1");
+  if (header.chunk < 0) return Mismatch(key, "chunk number", std::to_string(header.chunk), "0 or more");
   if (verify == VerifyPayload::kYes) {
     const std::array<uint64_t, 2> found = Checksum(header, payload);
     if (found != header.checksum) return Mismatch(key, "checksum", Hex(found[0]), Hex(header.checksum[0]));

@@ -121,13 +121,18 @@ struct RocksDbStore::Impl final : public rocksdb::EventListener {
   void NoteError(const rocksdb::Status& error);
 
   // --- reading ---
-  // The record at `place`, unverified beyond what ParseRecord() checks with `verify`; its payload is copied to `out`.
-  Status Read(const ChunkKey& key, const SegmentTable::Place& place, std::span<std::byte> out, VerifyPayload verify);
-  Status ReadFile(const ChunkKey& key, const SegmentTable::Place& place, std::span<std::byte> out,
-                  VerifyPayload verify);
-  Status ReadDb(const ChunkKey& key, uint64_t number, std::span<std::byte> out, VerifyPayload verify);
+  // The record at `place`, unverified beyond what ParseRecord() checks with `verify`; its payload is copied to `out`, its
+  // header to `header`.
+  Status Read(const ChunkKey& key, const SegmentTable::Place& place, std::span<std::byte> out, VerifyPayload verify,
+              RecordHeader* header);
+  Status ReadFile(const ChunkKey& key, const SegmentTable::Place& place, std::span<std::byte> out, VerifyPayload verify,
+                  RecordHeader* header);
+  Status ReadDb(const ChunkKey& key, uint64_t number, std::span<std::byte> out, VerifyPayload verify,
+                RecordHeader* header);
   Status TakePayload(const ChunkKey& key, std::span<const std::byte> record, std::span<std::byte> out,
-                     VerifyPayload verify) const;
+                     VerifyPayload verify, RecordHeader* header) const;
+  // The tap, if there is one, then the check.
+  Status Check(const ChunkKey& key, std::span<std::byte> header, std::span<std::byte> payload, VerifyPayload verify) const;
   AlignedBuffer TakeScratch();
   void GiveScratch(AlignedBuffer buffer);
 
@@ -231,21 +236,39 @@ void RocksDbStore::Impl::GiveScratch(AlignedBuffer buffer) {
   scratch.push_back(std::move(buffer));
 }
 
+Status RocksDbStore::Impl::Check(const ChunkKey& key, std::span<std::byte> header, std::span<std::byte> payload,
+                                 VerifyPayload verify) const {
+  if (options.tap == nullptr) return CheckRecord(context, key, header, payload, verify);
+  uint64_t ticket = 0;
+  PREHOC_RETURN_IF_ERROR(options.tap->OnRead(key, header, payload, &ticket));
+  const Status check = CheckRecord(context, key, header, payload, verify);
+  options.tap->OnChecked(key, ticket, check);
+  return check;
+}
+
 Status RocksDbStore::Impl::TakePayload(const ChunkKey& key, std::span<const std::byte> record, std::span<std::byte> out,
-                                       VerifyPayload verify) const {
-  auto payload = ParseRecord(context, key, record, verify);
-  if (!payload.ok()) return payload.status().WithContext(where);
-  if (payload->size() != out.size()) {
-    return {StatusCode::kCorrupt, where + ": chunk " + key.ToString() + ": payload of " +
-                                      std::to_string(payload->size()) + " bytes, expected " +
-                                      std::to_string(out.size())};
+                                       VerifyPayload verify, RecordHeader* header) const {
+  if (record.size() != sizeof(RecordHeader) + out.size()) {
+    return {StatusCode::kCorrupt, where + ": chunk " + key.ToString() + ": record of " + std::to_string(record.size()) +
+                                      " bytes, expected " + std::to_string(sizeof(RecordHeader) + out.size())};
   }
-  std::memcpy(out.data(), payload->data(), out.size());
+  std::vector<std::byte> tapped;
+  Status check;
+  if (options.tap != nullptr) {
+    tapped.assign(record.begin(), record.end());
+    record = tapped;
+    check = Check(key, std::span(tapped).first(sizeof *header), std::span(tapped).subspan(sizeof *header), verify);
+  } else {
+    check = CheckRecord(context, key, record.first(sizeof *header), record.subspan(sizeof *header), verify);
+  }
+  PREHOC_RETURN_IF_ERROR(check.WithContext(where));
+  std::memcpy(header, record.data(), sizeof *header);
+  std::memcpy(out.data(), record.data() + sizeof *header, out.size());
   return {};
 }
 
 Status RocksDbStore::Impl::ReadFile(const ChunkKey& key, const SegmentTable::Place& place, std::span<std::byte> out,
-                                    VerifyPayload verify) {
+                                    VerifyPayload verify, RecordHeader* header) {
   std::shared_ptr<const DirectFile> file = place.file;
   if (file == nullptr) {
     char name[32];
@@ -261,17 +284,18 @@ Status RocksDbStore::Impl::ReadFile(const ChunkKey& key, const SegmentTable::Pla
   Status status;
   if (in_place) {
     const auto before = file->ReadInPlace(payload, out, &buffer);
-    status = before.ok() ? CheckRecord(context, key, before->last(sizeof(RecordHeader)), out, verify) : before.status();
+    status = before.ok() ? Check(key, before->last(sizeof(RecordHeader)), out, verify) : before.status();
+    if (status.ok()) std::memcpy(header, before->last(sizeof *header).data(), sizeof *header);
   } else {
     const auto record = file->Read(offset, record_bytes(), &buffer);
-    status = record.ok() ? TakePayload(key, *record, out, verify) : record.status();
+    status = record.ok() ? TakePayload(key, *record, out, verify, header) : record.status();
   }
   GiveScratch(std::move(buffer));
   return status;
 }
 
 Status RocksDbStore::Impl::ReadDb(const ChunkKey& key, uint64_t number, std::span<std::byte> out,
-                                  VerifyPayload verify) {
+                                  VerifyPayload verify, RecordHeader* header) {
   rocksdb::ReadOptions read_options;
   // Always: RocksDB asserts what it finds in a block, and the packaged library is built with assertions, so a damaged
   // length in an unchecked block would end the process.
@@ -282,18 +306,19 @@ Status RocksDbStore::Impl::ReadDb(const ChunkKey& key, uint64_t number, std::spa
   const rocksdb::Status status = db->Get(read_options, db->DefaultColumnFamily(), AsSlice(db_key), &value);
   if (!status.ok()) return FromRocksDb(status, where + ": chunk " + key.ToString());
   if (value.size() < shape.pad) return {StatusCode::kCorrupt, where + ": chunk " + key.ToString() + ": too short"};
-  return TakePayload(key, std::as_bytes(std::span(value.data(), value.size())).subspan(shape.pad), out, verify);
+  const auto record = std::as_bytes(std::span(value.data(), value.size())).subspan(shape.pad);
+  return TakePayload(key, record, out, verify, header);
 }
 
 Status RocksDbStore::Impl::Read(const ChunkKey& key, const SegmentTable::Place& place, std::span<std::byte> out,
-                                VerifyPayload verify) {
+                                VerifyPayload verify, RecordHeader* header) {
   // The short way: one direct read of the record where its file should have it. Whatever is wrong with that, the answer
   // is RocksDB's.
-  if (place.segment != 0 && ReadFile(key, place, out, verify).ok()) {
+  if (place.segment != 0 && ReadFile(key, place, out, verify, header).ok()) {
     Add(counters.file_reads);
     return {};
   }
-  return ReadDb(key, place.number, out, verify);
+  return ReadDb(key, place.number, out, verify, header);
 }
 
 // --- writing ---
@@ -371,13 +396,14 @@ Status RocksDbStore::Impl::EvictOldestLocked() {
   for (const ListedRecord& wanted : oldest->wanted) {
     const SegmentTable::Place place{wanted.number, oldest->segment, wanted.block_offset, nullptr};
     const auto payload = std::span(record).subspan(sizeof(RecordHeader));
-    const Status read = Read(wanted.key, place, payload, VerifyPayload::kYes);
+    RecordHeader found;
+    const Status read = Read(wanted.key, place, payload, VerifyPayload::kYes, &found);
     if (!read.ok()) {
       // What is damaged dies with its file.
       if (read.code() == StatusCode::kCorrupt) Add(counters.corrupt);
       continue;
     }
-    const RecordHeader header = EncodeHeader(context, wanted.key, payload);
+    const RecordHeader header = EncodeHeader(context, wanted.key, payload, OriginOf(found));
     PREHOC_RETURN_IF_ERROR(WriteLocked(wanted.key, std::as_bytes(std::span(&header, 1)), payload));
     table.CountMoved(oldest->segment);
     Add(counters.rescued);
@@ -493,7 +519,8 @@ Status RocksDbStore::DoGet(const ChunkKey& key, std::span<std::byte> out) {
   // Again only if the record moved to a new number while it was read, which one read sees once or not at all.
   for (auto place = impl.table.FindToRead(key); place && place->number != tried; place = impl.table.FindToRead(key)) {
     tried = place->number;
-    status = impl.Read(key, *place, out, verify);
+    RecordHeader header;
+    status = impl.Read(key, *place, out, verify, &header);
     if (status.ok()) {
       Impl::Add(impl.counters.hits);
       Impl::Add(impl.counters.read_bytes, out.size());
@@ -523,17 +550,24 @@ Status RocksDbStore::DoGet(const ChunkKey& key, std::span<std::byte> out) {
   return status;
 }
 
-Status RocksDbStore::DoPut(const ChunkKey& key, std::span<const std::byte> data) {
+Status RocksDbStore::DoPut(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) {
   Impl& impl = *impl_;
   if (impl.options.read_only) return {StatusCode::kUnsupported, impl.where + ": is open read-only"};
   if (impl.table.Find(key)) return {};
-  const RecordHeader header = EncodeHeader(impl.context, key, data);  // outside the lock: it reads all bytes
+  RecordHeader header = EncodeHeader(impl.context, key, data, origin);  // outside the lock: it reads all bytes
+  std::vector<std::byte> tapped;
+  bool lost = false;
+  if (impl.options.tap != nullptr) {
+    tapped.assign(data.begin(), data.end());
+    lost = !impl.options.tap->OnWrite(key, std::as_writable_bytes(std::span(&header, 1)), tapped);
+    data = tapped;
+  }
   MutexLock write_lock(impl.write_mutex);
   if (impl.table.Find(key)) return {};
   Status status = impl.CheckWritableLocked();
   if (status.ok()) status = impl.CheckDisk();
   if (status.ok()) status = impl.MakeRoomLocked(impl.record_cost());
-  if (status.ok()) status = impl.WriteLocked(key, std::as_bytes(std::span(&header, 1)), data);
+  if (status.ok() && !lost) status = impl.WriteLocked(key, std::as_bytes(std::span(&header, 1)), data);
   if (!status.ok()) {
     Impl::Add(impl.counters.put_dropped);
     return status;
@@ -576,6 +610,29 @@ Status RocksDbStore::DoFlush() {
 uint64_t RocksDbStore::DoResidentBytes() const { return impl_->table.totals().records * impl_->record_bytes(); }
 
 uint64_t RocksDbStore::DoBudget() const { return impl_->options.budget; }
+
+std::vector<RocksDbStore::RecordPlace> RocksDbStore::ListRecords() const {
+  std::vector<RecordPlace> records;
+  for (const SegmentTable::Listed& listed : impl_->table.ListRecords()) records.push_back({listed.key, listed.segment});
+  return records;
+}
+
+std::vector<RocksDbStore::SegmentPlace> RocksDbStore::ListSegments() const {
+  std::vector<SegmentPlace> segments;
+  for (SegmentTable::File& file : impl_->table.ListFiles()) {
+    segments.push_back({file.segment, file.name.substr(file.name.find_first_not_of('/')), file.bytes});
+  }
+  return segments;
+}
+
+Result<RecordHeader> RocksDbStore::Inspect(const ChunkKey& key, VerifyPayload verify) const {
+  const auto place = impl_->table.Find(key);
+  if (!place) return Status(StatusCode::kNotFound, impl_->where + ": no chunk " + key.ToString());
+  RecordHeader header;
+  std::vector<std::byte> payload(chunk_bytes());
+  PREHOC_RETURN_IF_ERROR(impl_->Read(key, *place, payload, verify, &header));
+  return header;
+}
 
 uint64_t RocksDbStore::segment_count() const { return impl_->table.totals().segments; }
 

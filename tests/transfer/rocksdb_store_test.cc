@@ -150,7 +150,7 @@ TEST_F(RocksDbStoreTest, RefusesAnotherIdentityWithBothValues) {
   note = {kStoreVersion, options_.identity, kBytes};
   note.identity.format_version = 9;
   std::ofstream(options_.path + "/" + kStoreNoteName) << FormatStoreNote(note);
-  EXPECT_STATUS(StatusCode::kInvalid, "format version 9, not 1", TryOpen());
+  EXPECT_STATUS(StatusCode::kInvalid, "format version 9, not 2", TryOpen());
   std::ofstream(options_.path + "/" + kStoreNoteName) << "nonsense";
   EXPECT_STATUS(StatusCode::kCorrupt, "prehoc-store", TryOpen());
 }

@@ -37,12 +37,18 @@ TEST(StoreNoteTest, ComesBackAsItWas) {
 
 TEST(StoreNoteTest, IsTheTextThatIsDocumented) {
   EXPECT_EQ(FormatStoreNote(Note()),
-            "prehoc store\nstore 1\nformat 1\ndtype f16\nlayout rows-kv/l2/h2/d16/p16/c64\nmodel "
+            "prehoc store\nstore 1\nformat 2\ndtype f16\nlayout rows-kv/l2/h2/d16/p16/c64\nmodel "
             "01080f161d242b323940474e555c636a71787f868d949ba2a9b0b7bec5ccd3da\nmodel_name test-model\nchunk_bytes 4096\n");
 }
 
-TEST(StoreNoteTest, ReadsAndWritesWhatVersionOneWrote) {
-  const std::string golden = ReadFile(PREHOC_TESTDATA_DIR "/store/note-v1.txt");
+TEST(StoreNoteTest, AStoreWithRecordsOfVersionOneIsRefusedWithBothVersions) {
+  auto note = ParseStoreNote(ReadFile(PREHOC_TESTDATA_DIR "/store/note-v1.txt"));
+  ASSERT_OK(note);
+  EXPECT_STATUS(StatusCode::kInvalid, "format version 1, not 2", CheckStoreNote(*note, Note()));
+}
+
+TEST(StoreNoteTest, ReadsAndWritesWhatVersionTwoWrote) {
+  const std::string golden = ReadFile(PREHOC_TESTDATA_DIR "/store/note-v2.txt");
   auto note = ParseStoreNote(golden);
   ASSERT_OK(note);
   EXPECT_OK(CheckStoreNote(*note, Note()));
@@ -93,7 +99,7 @@ TEST(StoreNoteTest, MalformedValuesAreRefused) {
   EXPECT_STATUS(StatusCode::kCorrupt, "malformed", with("chunk_bytes 4096", "chunk_bytes -1"));
   EXPECT_STATUS(StatusCode::kCorrupt, "malformed", with("chunk_bytes 4096", "chunk_bytes 99999999999999999999999"));
   EXPECT_STATUS(StatusCode::kCorrupt, "malformed", with("chunk_bytes 4096", "chunk_bytes 4096 "));
-  EXPECT_STATUS(StatusCode::kCorrupt, "malformed", with("format 1", "format one"));
+  EXPECT_STATUS(StatusCode::kCorrupt, "malformed", with("format 2", "format two"));
   EXPECT_STATUS(StatusCode::kCorrupt, "malformed", with("model 01", "model 0"));
   EXPECT_STATUS(StatusCode::kCorrupt, "malformed", with("model 01", "model 0g"));
   EXPECT_STATUS(StatusCode::kCorrupt, "lacks", with("dtype", "type"));
@@ -108,7 +114,7 @@ TEST(StoreNoteTest, RefusalsNameBothValues) {
     EXPECT_STATUS(StatusCode::kInvalid, is, CheckStoreNote(found, Note()));
   };
   differs([](auto& n) { n.store_version = 7; }, "store version 7", "not 1");
-  differs([](auto& n) { n.identity.format_version = 3; }, "format version 3", "not 1");
+  differs([](auto& n) { n.identity.format_version = 3; }, "format version 3", "not 2");
   differs([](auto& n) { n.identity.dtype = "bf16"; }, "dtype bf16", "not f16");
   differs([](auto& n) { n.identity.layout = "other"; }, "layout other", "rows-kv/l2");
   differs([](auto& n) { n.identity.model[0] = 0xff, n.identity.model_name = "gpt"; }, "'gpt' (ff", "'test-model' (01");
