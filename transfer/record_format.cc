@@ -111,6 +111,15 @@ Status CheckRecord(const RecordContext& context, const ChunkKey& key, std::span<
   }
   RecordHeader header;
   std::memcpy(&header, header_bytes.data(), sizeof header);
+  PREHOC_RETURN_IF_ERROR(CheckHeader(context, key, header, payload.size()));
+  if (verify == VerifyPayload::kYes) {
+    const std::array<uint64_t, 2> found = Checksum(header, payload);
+    if (found != header.checksum) return Mismatch(key, "checksum", Hex(found[0]), Hex(header.checksum[0]));
+  }
+  return {};
+}
+
+Status CheckHeader(const RecordContext& context, const ChunkKey& key, const RecordHeader& header, uint64_t payload_bytes) {
   if (header.magic != kRecordMagic) return Mismatch(key, "magic", Hex(header.magic), Hex(kRecordMagic));
   if (header.version != kRecordFormatVersion) {
     return Mismatch(key, "format version", std::to_string(header.version), std::to_string(kRecordFormatVersion));
@@ -127,15 +136,11 @@ Status CheckRecord(const RecordContext& context, const ChunkKey& key, std::span<
   if (header.chain != key.chain || header.layer != key.layer) {
     return Mismatch(key, "key", ChunkKey{header.chain, header.layer}.ToString(), key.ToString());
   }
-  if (header.payload_bytes != payload.size()) {
-    return Mismatch(key, "payload length", std::to_string(payload.size()), std::to_string(header.payload_bytes));
+  if (header.payload_bytes != payload_bytes) {
+    return Mismatch(key, "payload length", std::to_string(payload_bytes), std::to_string(header.payload_bytes));
   }
   if (header.branch > 1) return Mismatch(key, "branch", std::to_string(header.branch), "0 or 1");
   if (header.chunk < 0) return Mismatch(key, "chunk number", std::to_string(header.chunk), "0 or more");
-  if (verify == VerifyPayload::kYes) {
-    const std::array<uint64_t, 2> found = Checksum(header, payload);
-    if (found != header.checksum) return Mismatch(key, "checksum", Hex(found[0]), Hex(header.checksum[0]));
-  }
   return {};
 }
 

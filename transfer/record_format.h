@@ -67,6 +67,9 @@ Result<std::span<const std::byte>> ParseRecord(const RecordContext& context, con
 Status CheckRecord(const RecordContext& context, const ChunkKey& key, std::span<const std::byte> header_bytes,
                    std::span<const std::byte> payload, VerifyPayload verify = VerifyPayload::kYes);
 
+// What CheckRecord() says of the header alone, for a payload of `payload_bytes`.
+Status CheckHeader(const RecordContext& context, const ChunkKey& key, const RecordHeader& header, uint64_t payload_bytes);
+
 // XXH3, with the widest vectors the CPU has.
 uint64_t Hash64(std::span<const std::byte> bytes, uint64_t seed = 0);
 std::array<uint64_t, 2> Hash128(std::span<const std::byte> bytes, uint64_t seed = 0);

@@ -10,6 +10,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <filesystem>
+#include <iterator>
 #include <optional>
 #include <vector>
 
@@ -36,6 +38,16 @@ constexpr uint64_t kSmallFiles = 128 * kKiB;
 constexpr size_t kMaxOpenFiles = 256;
 
 rocksdb::Slice AsSlice(const SegmentKey& key) { return {key.data(), key.size()}; }
+
+// kBusy with who holds the store, if that is what RocksDB's words mean.
+Status HeldByOther(const std::string& words, const std::string& path) {
+  if (words.find("lock hold by current process") != std::string::npos) {
+    return {StatusCode::kBusy, "store " + path + ": is open in this process already"};
+  }
+  if (words.find("While lock file") == std::string::npos) return {};
+  return {StatusCode::kBusy, "store " + path + ": " + LockHolder(path) + " holds it (" + path +
+                                 "/LOCK); stop it, use another directory, or open with read_only"};
+}
 
 uint64_t ManifestBytes(uint64_t budget) { return std::clamp<uint64_t>(budget / 64, 64 * kKiB, 2 * kMiB); }
 
@@ -131,6 +143,8 @@ struct RocksDbStore::Impl final : public rocksdb::EventListener {
                 RecordHeader* header);
   Status TakePayload(const ChunkKey& key, std::span<const std::byte> record, std::span<std::byte> out,
                      VerifyPayload verify, RecordHeader* header) const;
+  Result<std::shared_ptr<const DirectFile>> FileOf(const SegmentTable::Place& place);
+  Status ReadHeader(const ChunkKey& key, const SegmentTable::Place& place, RecordHeader* header);
   // The tap, if there is one, then the check.
   Status Check(const ChunkKey& key, std::span<std::byte> header, std::span<std::byte> payload, VerifyPayload verify) const;
   AlignedBuffer TakeScratch();
@@ -168,13 +182,7 @@ Status RocksDbStore::Impl::OpenDb() {
       direct_io = false;  // tmpfs and others
       continue;
     }
-    if (text.find("lock hold by current process") != std::string::npos) {
-      return {StatusCode::kBusy, where + ": is open in this process already"};
-    }
-    if (text.find("While lock file") != std::string::npos) {
-      return {StatusCode::kBusy, where + ": " + LockHolder(options.path) + " holds it (" + options.path +
-                                     "/LOCK); stop it, use another directory, or open with read_only"};
-    }
+    if (const Status held = HeldByOther(text, options.path); !held.ok()) return held;
     Status ours = FromRocksDb(status, where);
     if (ours.code() != StatusCode::kCorrupt) return ours;
     return {ours.code(), ours.message() + "; delete the directory, it is a cache"};
@@ -267,15 +275,27 @@ Status RocksDbStore::Impl::TakePayload(const ChunkKey& key, std::span<const std:
   return {};
 }
 
+Result<std::shared_ptr<const DirectFile>> RocksDbStore::Impl::FileOf(const SegmentTable::Place& place) {
+  if (place.file != nullptr) return place.file;
+  char name[32];
+  std::snprintf(name, sizeof name, "/%06llu.sst", static_cast<unsigned long long>(place.segment));
+  PREHOC_ASSIGN_OR_RETURN(std::shared_ptr<const DirectFile> file, DirectFile::Open(options.path + name, direct_io));
+  table.KeepFile(place.segment, file);
+  return file;
+}
+
+Status RocksDbStore::Impl::ReadHeader(const ChunkKey& key, const SegmentTable::Place& place, RecordHeader* header) {
+  if (place.segment == 0) return {StatusCode::kNotFound, where + ": chunk " + key.ToString() + " is in no file yet"};
+  PREHOC_ASSIGN_OR_RETURN(const std::shared_ptr<const DirectFile> file, FileOf(place));
+  AlignedBuffer buffer;
+  PREHOC_ASSIGN_OR_RETURN(const auto bytes, file->Read(shape.RecordOffset(place.block_offset), sizeof *header, &buffer));
+  std::memcpy(header, bytes.data(), sizeof *header);
+  return CheckHeader(context, key, *header, options.chunk_bytes).WithContext(where);
+}
+
 Status RocksDbStore::Impl::ReadFile(const ChunkKey& key, const SegmentTable::Place& place, std::span<std::byte> out,
                                     VerifyPayload verify, RecordHeader* header) {
-  std::shared_ptr<const DirectFile> file = place.file;
-  if (file == nullptr) {
-    char name[32];
-    std::snprintf(name, sizeof name, "/%06llu.sst", static_cast<unsigned long long>(place.segment));
-    PREHOC_ASSIGN_OR_RETURN(file, DirectFile::Open(options.path + name, direct_io));
-    table.KeepFile(place.segment, file);
-  }
+  PREHOC_ASSIGN_OR_RETURN(const std::shared_ptr<const DirectFile> file, FileOf(place));
   AlignedBuffer buffer = TakeScratch();
   const uint64_t offset = shape.RecordOffset(place.block_offset);
   const uint64_t payload = offset + sizeof(RecordHeader);
@@ -503,6 +523,28 @@ Result<std::unique_ptr<RocksDbStore>> RocksDbStore::Open(const Options& options)
   return store;
 }
 
+Result<std::vector<std::string>> RocksDbStore::Salvage(const Options& options) {
+  PREHOC_RETURN_IF_ERROR(options.Validate());
+  const std::string where = "store " + options.path;
+  PREHOC_ASSIGN_OR_RETURN(const StoreNote note, ReadStoreNote(options.path));
+  PREHOC_RETURN_IF_ERROR(CheckStoreNote(note, {kStoreVersion, options.identity, options.chunk_bytes}).WithContext(where));
+  PREHOC_ASSIGN_OR_RETURN(const StoreFiles before, ListStoreFiles(options.path));
+  if (!before.links.empty()) return CheckStoreFiles(options.path);
+  const ValueShape shape = ValueShape::For(sizeof(RecordHeader), options.chunk_bytes);
+  const rocksdb::Options db_options = MakeRocksDbOptions({kMiB, ManifestBytes(options.budget), false, shape.aligned});
+  const rocksdb::Status status = rocksdb::RepairDB(options.path, db_options);
+  PREHOC_RETURN_IF_ERROR(HeldByOther(status.ToString(), options.path));
+  PREHOC_RETURN_IF_ERROR(FromRocksDb(status, where));
+  // RocksDB puts what it cannot read aside.
+  std::error_code error;
+  std::filesystem::remove_all(options.path + "/lost", error);
+  RestrictFiles(options.path);
+  PREHOC_ASSIGN_OR_RETURN(const StoreFiles after, ListStoreFiles(options.path));
+  std::vector<std::string> gone;
+  std::set_difference(before.tables.begin(), before.tables.end(), after.tables.begin(), after.tables.end(), std::back_inserter(gone));
+  return gone;
+}
+
 RocksDbStore::~RocksDbStore() {
   if (impl_->db == nullptr) return;
   if (!impl_->options.read_only) DoFlush().IgnoreError();
@@ -629,6 +671,7 @@ Result<RecordHeader> RocksDbStore::Inspect(const ChunkKey& key, VerifyPayload ve
   const auto place = impl_->table.Find(key);
   if (!place) return Status(StatusCode::kNotFound, impl_->where + ": no chunk " + key.ToString());
   RecordHeader header;
+  if (verify == VerifyPayload::kNo && impl_->ReadHeader(key, *place, &header).ok()) return header;
   std::vector<std::byte> payload(chunk_bytes());
   PREHOC_RETURN_IF_ERROR(impl_->Read(key, *place, payload, verify, &header));
   return header;

@@ -44,6 +44,10 @@ class RocksDbStore final : public ChunkStore {
   // kCorrupt (files that RocksDB refuses: delete the directory, it is a cache).
   static Result<std::unique_ptr<RocksDbStore>> Open(const Options& options);
 
+  // For a store that Open() calls corrupt: makes RocksDB's list of files anew from those that can be read. Records are not
+  // looked at; files that cannot be read are deleted, their names returned. Codes as Open(), which is to be called next.
+  static Result<std::vector<std::string>> Salvage(const Options& options);
+
   // Flushes; errors are lost, so call Flush() first where they matter.
   ~RocksDbStore() override;
 
