@@ -54,6 +54,10 @@ ChunkKeyChain::ChunkKeyChain(const ChunkKeyRoot& root) {
   hash.AddPart(root.layout);
   hash.AddPart(root.method);
   root_ = hash.Finish();
+  Sha256 tenant;
+  tenant.AddPart("prehoc tenant 1");
+  tenant.AddPart(root.tenant_salt);
+  tenant_ = ChainTag(tenant.Finish());
 }
 
 void ChunkKeyChain::Append(std::span<const int32_t> tokens, std::string_view branch) {
@@ -63,6 +67,7 @@ void ChunkKeyChain::Append(std::span<const int32_t> tokens, std::string_view bra
   hash.AddCount(tokens.size());
   hash.Add(tokens.data(), tokens.size_bytes());
   hash.AddPart(branch);
+  if (!branch.empty() && first_branch_ < 0) first_branch_ = size();
   chain_.push_back(hash.Finish());
 }
 
@@ -70,6 +75,13 @@ ChunkKey ChunkKeyChain::Key(ChunkIndex chunk, LayerId layer) const {
   PREHOC_CHECK(chunk.valid() && chunk.value() < size());
   PREHOC_CHECK(layer.valid());
   return {chain_[static_cast<size_t>(chunk.value())], layer.value()};
+}
+
+ChunkOrigin ChunkKeyChain::Origin(ChunkIndex chunk) const {
+  PREHOC_CHECK(chunk.valid() && chunk.value() < size());
+  const auto at = static_cast<size_t>(chunk.value());
+  return {.tenant = tenant_, .parent = ChainTag(at == 0 ? root_ : chain_[at - 1]), .chunk = chunk.value(),
+          .branch = first_branch_ >= 0 && chunk.value() >= first_branch_};
 }
 
 ChunkKeyChain ChainOf(const ChunkKeyRoot& root, std::span<const int32_t> tokens, int32_t chunk_tokens) {

@@ -2,6 +2,7 @@
 //
 //   root     = SHA-256(part("prehoc chunk key 1"), part(salt), part(model), part(dtype), part(layout), part(method))
 //   chain[i] = SHA-256(chain[i - 1] or root, count, tokens of chunk i, part(branch))
+//   tenant   = SHA-256(part("prehoc tenant 1"), part(salt)): only its first 8 bytes are used, to tell tenants apart in a listing
 //
 // part(x) is the length of x [bytes], then x; lengths and counts are 64-bit, tokens 32-bit, all little-endian. Every
 // length is hashed before what it measures, so no two inputs run together into the same bytes.
@@ -39,9 +40,12 @@ class ChunkKeyChain {
   void Append(std::span<const int32_t> tokens, std::string_view branch = {});
   int64_t size() const { return static_cast<int64_t>(chain_.size()); }
   ChunkKey Key(ChunkIndex chunk, LayerId layer) const;  // requires chunk < size()
+  ChunkOrigin Origin(ChunkIndex chunk) const;           // likewise
 
  private:
   ChainHash root_;
+  uint64_t tenant_ = 0;        // ChunkOrigin::tenant
+  int64_t first_branch_ = -1;  // the first chunk that has one, and with it all that follow
   std::vector<ChainHash> chain_;
 };
 

@@ -10,6 +10,7 @@
 #include "base/mutex.h"
 #include "base/test_point.h"
 #include "cache/internal/host_block.h"
+#include "transfer/record_format.h"
 
 namespace prehoc {
 namespace {
@@ -17,6 +18,16 @@ namespace {
 // After so many refusals one turn of eviction looks only for blocks that can go without a write: a store that stalls or
 // is full will not take the next one either.
 constexpr int kMaxRefusals = 4;
+
+// Bound to the key, so that bytes of another block do not pass either.
+std::array<uint64_t, 2> SealOf(const ChunkKey& key, std::span<const std::byte> bytes) {
+  const uint64_t seed = Hash64(std::as_bytes(std::span(key.chain)), static_cast<uint64_t>(key.layer));
+  return Hash128(bytes, seed);
+}
+
+Status Damaged(const ChunkKey& key) {
+  return {StatusCode::kCorrupt, "host tier: chunk " + key.ToString() + ": memory no longer holds what was sealed"};
+}
 
 Status Lost(const ChunkKey& key, const Status& why) {
   return why.WithContext("host tier: chunk " + key.ToString() + " is lost");
@@ -56,6 +67,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     uint64_t hits = 0, loads = 0, shared_loads = 0, load_errors = 0, load_nanos = 0;
     uint64_t evicted = 0, forgotten = 0, lost = 0, healed = 0, duplicates = 0, prefetches = 0, prefetches_refused = 0;
     uint64_t written = 0, dropped = 0, failed = 0, shed = 0;
+    uint64_t verified = 0, corrupt = 0;  // checks of bytes in memory; and those that found damage
   };
   struct Releaser {
     Impl* impl;
@@ -89,6 +101,12 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
 
   BlockData& In(Block* block) const PREHOC_REQUIRES(mutex) { return block->data; }
   std::span<std::byte> BytesOf(BlockId memory) const { return arena->block(memory); }
+
+  std::span<const std::byte> BytesOfTail(Block* tail) {
+    MutexLock lock(mutex);
+    PREHOC_CHECK(!In(tail).known && In(tail).memory.valid() && In(tail).pins == 0);
+    return BytesOf(In(tail).memory);
+  }
 
   // ---- who holds a block ----
 
@@ -139,6 +157,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     PREHOC_DCHECK(data.known && !data.memory.valid());
     data.memory = memory;
     data.lost = {};
+    data.damaged = false;
     ++resident;
     if (data.pins == 0) LinkLocked(block);
   }
@@ -160,7 +179,34 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     BlockData& data = In(block);
     if (--data.pins > 0) return;
     data.use = use;
-    if (data.known) LinkLocked(block);
+    if (!data.known) return;
+    LinkLocked(block);
+    if (data.damaged && !data.writing) DropDamagedLocked(block);
+  }
+
+  // Takes away memory that does not hold what was sealed. Nobody pins or writes the block.
+  void DropDamagedLocked(Block* block) PREHOC_REQUIRES(mutex) {
+    BlockData& data = In(block);
+    PREHOC_DCHECK(data.list != nullptr && !data.writing);
+    data.list->Remove(block);
+    FreeLocked(std::exchange(data.memory, BlockId()));
+    data.awaited = false;
+    data.damaged = false;
+    --resident;
+    if (!data.stored) {
+      data.lost = Lost(data.key, Damaged(data.key));
+      ++counters.lost;
+    }
+    ForgetIfUnusedLocked(block);
+  }
+
+  // A pinned block was found damaged by the holder of a pin, who gives it up.
+  void CondemnLocked(Block* block) PREHOC_REQUIRES(mutex) {
+    BlockData& data = In(block);
+    if (!std::exchange(data.damaged, true)) ++counters.corrupt;
+    if (--data.pins > 0) return;
+    LinkLocked(block);
+    if (!data.writing) DropDamagedLocked(block);
   }
 
   // Takes the memory of a block that nothing keeps in place.
@@ -181,7 +227,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   }
 
   bool EvictableLocked(const BlockData& data, const Turn& turn) const PREHOC_REQUIRES(mutex) {
-    if (data.writing || data.refused_in >= turn.id) return false;
+    if (data.writing || data.damaged || data.refused_in >= turn.id) return false;
     if (data.handles == 0) return true;
     return store != nullptr && (data.stored || turn.refusals < kMaxRefusals);
   }
@@ -212,15 +258,13 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
       Result<BlockId> memory = arena->Allocate();
       if (memory.ok()) return memory;
       Block* victim = nullptr;
-      ChunkKey key;
-      std::span<const std::byte> bytes;
+      PendingWrite write;
       {
         MutexLock lock(mutex);
         victim = VictimLocked(turn, demand);
         if (victim != nullptr) {
           if (store == nullptr) return EvictLocked(victim);
-          key = In(victim).key;
-          bytes = BeginWriteLocked(victim);
+          write = BeginWriteLocked(victim);
         } else {
           if (frees != frees_before) continue;
           if (demand && transit > 0) {
@@ -236,10 +280,14 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
         FlushAndBeginAnew(&turn);
         continue;
       }
-      const WriteResult result = Write(key, bytes);
+      const WriteResult result = Write(write);
       MutexLock lock(mutex);
       EndWriteLocked(victim, result);
       BlockData& data = In(victim);
+      if (result.damaged) {
+        if (data.pins == 0) DropDamagedLocked(victim);
+        continue;
+      }
       if (!result.status.ok()) {
         data.refused_in = std::max(data.refused_in, turn.id);
         turn.refusal = result.status;
@@ -277,24 +325,33 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
 
   // ---- writing ----
 
+  struct PendingWrite {
+    ChunkKey key;
+    ChunkOrigin origin;
+    std::array<uint64_t, 2> seal{};
+    std::span<const std::byte> bytes;
+  };
   struct WriteResult {
     Status status;
-    bool wrote = false;  // else the store had it already
+    bool wrote = false;    // else the store had it already
+    bool damaged = false;  // the bytes are not what was sealed: they were not written
   };
 
-  std::span<const std::byte> BeginWriteLocked(Block* block) PREHOC_REQUIRES(mutex) {
+  PendingWrite BeginWriteLocked(Block* block) PREHOC_REQUIRES(mutex) {
     BlockData& data = In(block);
-    PREHOC_DCHECK(!data.writing && data.memory.valid());
+    PREHOC_DCHECK(!data.writing && data.memory.valid() && data.sealed);
     data.writing = true;
     ++transit;
-    return BytesOf(data.memory);
+    return {data.key, data.origin, data.seal, BytesOf(data.memory)};
   }
 
-  WriteResult Write(const ChunkKey& key, std::span<const std::byte> bytes) const PREHOC_EXCLUDES(mutex) {
+  WriteResult Write(const PendingWrite& write) const PREHOC_EXCLUDES(mutex) {
     PREHOC_TEST_POINT("host_tier.write");
     // Asked each time: a bounded store may have shed what it once took.
-    if (store->Contains(key)) return {};
-    return {store->Put(key, bytes), true};
+    if (store->Contains(write.key)) return {};
+    // Or the store would give damage a checksum that holds.
+    if (SealOf(write.key, write.bytes) != write.seal) return {.status = Damaged(write.key), .damaged = true};
+    return {.status = store->Put(write.key, write.bytes, write.origin), .wrote = true};
   }
 
   void EndWriteLocked(Block* block, const WriteResult& result) PREHOC_REQUIRES(mutex) {
@@ -302,8 +359,11 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     data.writing = false;
     data.stored = result.status.ok();
     --transit;
-    if (data.stored) {
+    if (result.damaged) {
+      if (!std::exchange(data.damaged, true)) ++counters.corrupt;
+    } else if (data.stored) {
       counters.written += result.wrote;
+      data.store_sealed |= result.wrote;
     } else {
       ++(result.status.code() == StatusCode::kBusy ? counters.dropped : counters.failed);
     }
@@ -312,7 +372,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
 
   bool WantsWriteLocked(Block* block) const PREHOC_REQUIRES(mutex) {
     const BlockData& data = In(block);
-    return data.memory.valid() && !data.stored && !data.writing;
+    return data.memory.valid() && !data.stored && !data.writing && !data.damaged;
   }
 
   // True if the caller has to post RunWriteBehind(block).
@@ -342,8 +402,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   }
 
   void RunWriteBehind(Block* block) {
-    ChunkKey key;
-    std::span<const std::byte> bytes;
+    PendingWrite write;
     {
       MutexLock lock(mutex);
       if (closed) return;
@@ -352,13 +411,13 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
         --queued_writes;
         return EndJobLocked(block);
       }
-      key = In(block).key;
-      bytes = BeginWriteLocked(block);
+      write = BeginWriteLocked(block);
       ++running;
     }
-    const WriteResult result = Write(key, bytes);
+    const WriteResult result = Write(write);
     MutexLock lock(mutex);
     EndWriteLocked(block, result);
+    if (result.damaged && In(block).pins == 0) DropDamagedLocked(block);
     --queued_writes;
     --running;
     EndJobLocked(block);
@@ -366,18 +425,17 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
 
   // Writes a block that has a job of the caller, unless it is stored or gone.
   Status WriteNow(Block* block) {
-    ChunkKey key;
-    std::span<const std::byte> bytes;
+    PendingWrite write;
     {
       MutexLock lock(mutex);
       while (In(block).writing) changed.Wait(mutex);
       if (!WantsWriteLocked(block)) return {};
-      key = In(block).key;
-      bytes = BeginWriteLocked(block);
+      write = BeginWriteLocked(block);
     }
-    const WriteResult result = Write(key, bytes);
+    const WriteResult result = Write(write);
     MutexLock lock(mutex);
     EndWriteLocked(block, result);
+    if (result.damaged && In(block).pins == 0) DropDamagedLocked(block);
     return result.status;
   }
 
@@ -388,7 +446,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
       MutexLock lock(mutex);
       for (const auto& [key, block] : map) {
         BlockData& data = In(block.get());
-        if (!data.memory.valid() || data.stored) continue;
+        if (!data.memory.valid() || data.stored || data.damaged) continue;
         ++data.jobs;
         found.emplace_back(data.sealed_at, block.get());
       }
@@ -403,7 +461,11 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   // ---- reading ----
 
   // Pins `block`, loading it if it must. `loaded`: this call read it.
-  Result<std::span<std::byte>> Hold(Block* block, bool* loaded) {
+  Result<std::span<std::byte>> Hold(Block* block, PinCheck check, bool* loaded) {
+    if (check == PinCheck::kVerify || options.verify_pins) {
+      PREHOC_ASSIGN_OR_RETURN(const std::span<std::byte> bytes, HoldVerified(block));
+      if (!bytes.empty()) return bytes;  // else it is not in memory, or is no more
+    }
     std::shared_ptr<BlockLoad> load;
     {
       MutexLock lock(mutex);
@@ -420,6 +482,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
         return BytesOf(data.memory);
       }
       if (data.memory.valid()) {
+        if (data.damaged) return Damaged(data.key);
         ++counters.hits;
         PinLocked(block, 1);
         return BytesOf(data.memory);
@@ -433,6 +496,33 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     if (!load->status.ok()) return load->status;
     *loaded = load->from_store;
     return BytesOf(In(block).memory);
+  }
+
+  // Pins the block if it is in memory and as it was sealed; an empty span if it is not in memory (any more). A tail has no
+  // seal: it is trusted.
+  Result<std::span<std::byte>> HoldVerified(Block* block) {
+    std::array<uint64_t, 2> seal{};
+    ChunkKey key;
+    std::span<std::byte> bytes;
+    {
+      MutexLock lock(mutex);
+      BlockData& data = In(block);
+      if (!data.memory.valid()) return std::span<std::byte>();
+      if (data.damaged) return Damaged(data.key);
+      bytes = BytesOf(data.memory);
+      // Whoever pinned it before has checked it then.
+      const bool idle = data.known && data.pins == 0;
+      ++counters.hits;
+      PinLocked(block, 1);
+      if (!idle) return bytes;
+      ++counters.verified;
+      seal = data.seal;
+      key = data.key;
+    }
+    if (SealOf(key, bytes) == seal) return bytes;
+    MutexLock lock(mutex);
+    CondemnLocked(block);
+    return std::span<std::byte>();
   }
 
   std::shared_ptr<BlockLoad> BeginLoadLocked(Block* block) PREHOC_REQUIRES(mutex) {
@@ -462,6 +552,11 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
       status = store->Get(load->key, BytesOf(*memory));
       nanos = clock->NowNanos() - start;
     }
+    if (status.ok()) {
+      status = CompareSeal(block, SealOf(load->key, BytesOf(*memory)));
+      // A record that is not what was written goes, or it would keep the right one from being written.
+      if (!status.ok()) store->Delete(load->key).IgnoreError();
+    }
     MutexLock lock(mutex);
     if (!demand || memory.ok()) --transit;
     if (memory.ok()) {
@@ -472,6 +567,21 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     }
     FinishLoadLocked(block, load, memory.ok() ? *memory : BlockId(), std::move(status));
     changed.NotifyAll();
+  }
+
+  // The store vouches for its record; that it is the very one which was written from here, only this tier knows.
+  Status CompareSeal(Block* block, const std::array<uint64_t, 2>& seal) {
+    MutexLock lock(mutex);
+    BlockData& data = In(block);
+    if (data.memory.valid()) return {};  // a Seal() brought the bytes meanwhile, and they are what counts
+    if (!data.store_sealed) {
+      data.seal = seal;
+      data.sealed = data.store_sealed = true;
+    }
+    if (data.seal == seal) return {};
+    data.store_sealed = false;
+    ++counters.corrupt;
+    return {StatusCode::kCorrupt, "host tier: chunk " + data.key.ToString() + ": the store gave other bytes than were sealed"};
   }
 
   void FinishLoadLocked(Block* block, BlockLoad* load, BlockId memory, Status status) PREHOC_REQUIRES(mutex) {
@@ -555,15 +665,23 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     In(tail).lost = {StatusCode::kNotFound, "host tier: this tail was a duplicate; use the block that Seal() returned"};
     ++counters.duplicates;
     if (data.memory.valid()) return FreeLocked(memory);
+    // Computed twice, bytes may differ in their last bits; what the store has stays what this block is.
+    if (data.stored && data.store_sealed && data.seal != In(tail).seal) return FreeLocked(memory);
+    if (data.seal != In(tail).seal) data.store_sealed = false;
+    data.seal = In(tail).seal;
+    data.sealed = true;
     counters.healed += !data.lost.ok();
     AdoptLocked(canonical, memory);
   }
 
   // True if the caller has to post RunWriteBehind(*canonical).
-  bool SealLocked(Block* tail, const ChunkKey& key, Block** canonical) PREHOC_REQUIRES(mutex) {
+  bool SealLocked(Block* tail, const ChunkKey& key, const ChunkOrigin& origin, const std::array<uint64_t, 2>& seal,
+                  Block** canonical) PREHOC_REQUIRES(mutex) {
     BlockData& data = In(tail);
     PREHOC_CHECK(!data.known && data.memory.valid() && data.pins == 0);
     --tails;
+    data.seal = seal;
+    data.sealed = true;
     const auto [entry, inserted] = map.try_emplace(key);
     if (inserted) {
       entry->second.reset(tail);
@@ -576,6 +694,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
       MergeTailLocked(tail, entry->second.get());
     }
     *canonical = entry->second.get();
+    In(*canonical).origin = origin;
     return QueueWriteLocked(*canonical);
   }
 
@@ -688,24 +807,25 @@ Result<BlockRef> HostTier::NewTail() {
   return impl_->RefLocked(block.release());
 }
 
-BlockRef HostTier::Seal(BlockRef tail, const ChunkKey& key) {
+BlockRef HostTier::Seal(BlockRef tail, const ChunkKey& key, const ChunkOrigin& origin) {
   PREHOC_CHECK(tail != nullptr);
   Block* canonical = nullptr;
   bool post = false;
   BlockRef result;
+  const std::array<uint64_t, 2> seal = SealOf(key, impl_->BytesOfTail(tail.get()));
   {
     MutexLock lock(impl_->mutex);
-    post = impl_->SealLocked(tail.get(), key, &canonical);
+    post = impl_->SealLocked(tail.get(), key, origin, seal, &canonical);
     result = impl_->RefLocked(canonical);
   }
   if (post) impl_->PostWriteBehind(canonical);
   return result;
 }
 
-Result<BlockPin> HostTier::Pin(const BlockRef& block, BlockUse use) {
+Result<BlockPin> HostTier::Pin(const BlockRef& block, BlockUse use, PinCheck check) {
   PREHOC_CHECK(block != nullptr);
   bool loaded = false;
-  Result<std::span<std::byte>> bytes = impl_->Hold(block.get(), &loaded);
+  Result<std::span<std::byte>> bytes = impl_->Hold(block.get(), check, &loaded);
   if (!bytes.ok()) return bytes.status();
   return MakePin(block, *bytes, use, loaded);
 }
@@ -716,7 +836,7 @@ std::optional<BlockPin> HostTier::TryPin(const BlockRef& block, BlockUse use) {
   {
     MutexLock lock(impl_->mutex);
     const BlockId memory = impl_->In(block.get()).memory;
-    if (!memory.valid()) return std::nullopt;
+    if (!memory.valid() || impl_->In(block.get()).damaged) return std::nullopt;
     ++impl_->counters.hits;
     impl_->PinLocked(block.get(), 1);
     bytes = impl_->BytesOf(memory);
@@ -787,6 +907,19 @@ Status HostTier::Flush() {
   return first;
 }
 
+bool HostTier::FlipIdleBitForTest(uint64_t pick, uint64_t bit) {
+  MutexLock lock(impl_->mutex);
+  const BlockList& list = pick % 2 == 0 && impl_->streamed.size() > 0 ? impl_->streamed : impl_->kept;
+  if (list.size() == 0) return false;
+  Block* block = list.front();
+  for (uint64_t i = pick / 2 % static_cast<uint64_t>(list.size()); i > 0; --i) block = impl_->In(block).after;
+  const BlockData& data = impl_->In(block);
+  if (data.writing || data.damaged) return false;
+  const std::span<std::byte> bytes = impl_->BytesOf(data.memory);
+  bytes[bit / 8 % bytes.size()] ^= std::byte{1} << (bit % 8);
+  return true;
+}
+
 size_t HostTier::block_bytes() const { return impl_->options.block_bytes; }
 int64_t HostTier::capacity_blocks() const { return impl_->arena->capacity_blocks(); }
 int64_t HostTier::used_blocks() const { return impl_->arena->used_blocks(); }
@@ -822,6 +955,8 @@ void HostTier::VisitCounters(const CounterVisitor& visit) const {
   show("host.duplicates", c.duplicates);
   show("host.prefetches", c.prefetches);
   show("host.prefetches_refused", c.prefetches_refused);
+  show("host.verified_bytes", c.verified * block_bytes());
+  show("host.corrupt", c.corrupt);
   show("write_behind.queued", queued);
   show("write_behind.written", c.written);
   show("write_behind.bytes", c.written * block_bytes());
@@ -842,6 +977,8 @@ Status HostTier::Impl::CheckBlockLocked(const ChunkKey& key, Block* block) const
   if (data.pins > 0 && !data.memory.valid()) return bad("is pinned and not in memory");
   if (data.writing && !data.memory.valid()) return bad("is being written and not in memory");
   if ((data.list != nullptr) != (data.memory.valid() && data.pins == 0)) return bad("is in a list, or not, wrongly");
+  if (data.memory.valid() && !data.sealed) return bad("is in memory and was never sealed");
+  if (data.damaged && !data.memory.valid()) return bad("is damaged and not in memory");
   if (!data.lost.ok() && data.memory.valid()) return bad("is lost and in memory");
   if (data.handles == 0 && data.jobs == 0 && data.load == nullptr && !data.memory.valid()) return bad("has no use");
   return {};

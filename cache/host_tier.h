@@ -31,6 +31,10 @@ enum class BlockState : uint8_t { kTail, kHost, kStoreOnly, kLost };
 // it has not been used for longest. The pin that dies last decides; a tail that was never pinned is kept.
 enum class BlockUse : uint8_t { kStream, kKeep };
 
+// Whether a pin of a block that is in memory already compares its bytes with what Seal() saw: one pass over them. A block that
+// comes from the store is always compared.
+enum class PinCheck : uint8_t { kTrust, kVerify };
+
 // The block's bytes stay in host memory, where they are, while this lives. Moves, does not copy. Dies before the tier.
 class [[nodiscard]] BlockPin {
  public:
@@ -63,6 +67,7 @@ class HostTier {
     size_t block_bytes = 0;         // required
     uint64_t budget = 0;            // [bytes] of host memory, hard
     bool huge_pages = true;
+    bool verify_pins = false;       // every pin of an idle block is PinCheck::kVerify
     int32_t max_queued_writes = 64;  // write-behind jobs under way; beyond it a block waits for its eviction or for Flush()
     const Clock* clock = nullptr;    // of load_nanos; null = SteadyClock
     Status Validate() const;         // kInvalid, naming the field and its value
@@ -81,15 +86,18 @@ class HostTier {
   // The tail is whole: from now on it is immutable, found by `key`, evictable and written behind. Returns the block to
   // use from here on: `tail` itself, or the one that already has this key (then the tail's memory is given back).
   // A lost block of this key becomes whole again, for all who hold it; one that only the store has is in memory again.
+  // Takes the checksum that every later check compares with: one pass over the bytes.
   // Requires that `tail` came from NewTail(), was not sealed before, and that nobody pins it. Never waits.
-  BlockRef Seal(BlockRef tail, const ChunkKey& key);
+  // `origin` goes to the store with the bytes.
+  BlockRef Seal(BlockRef tail, const ChunkKey& key, const ChunkOrigin& origin = {});
 
   // Brings the bytes into host memory if they are not there, evicting others, and keeps them there.
   // kOutOfSpace (everything else is pinned or cannot be evicted), kIoError, kDeadline (the block stays as it is), kCorrupt or
   // kNotFound (no tier has it: the block is lost from now on). Waits for the store. Two threads that want the same
   // block read it once, and get the same error. A block in memory costs a lock and no allocation.
-  Result<BlockPin> Pin(const BlockRef& block, BlockUse use = BlockUse::kKeep);
-  // Only if it is in host memory now; waits for nothing but a lock.
+  // Damage that a check finds is dropped and counted, and the bytes come from the store if it has them.
+  Result<BlockPin> Pin(const BlockRef& block, BlockUse use = BlockUse::kKeep, PinCheck check = PinCheck::kTrust);
+  // Only if it is in host memory now; waits for nothing but a lock. Checks nothing, verify_pins or not.
   std::optional<BlockPin> TryPin(const BlockRef& block, BlockUse use = BlockUse::kKeep);
 
   // The block of `key`, if host memory or the store has it (the store's word is not verified before Pin()). Reads nothing.
@@ -110,10 +118,12 @@ class HostTier {
   int64_t capacity_blocks() const;
   int64_t used_blocks() const;
   // host.{of the arena: see HostArena; blocks, pinned, tails, waiting, hits, loads, shared_loads, load_errors, load_bytes,
-  // load_nanos, evicted, forgotten, lost, healed, duplicates, prefetches, prefetches_refused} and
+  // load_nanos, evicted, forgotten, lost, healed, duplicates, prefetches, prefetches_refused, verified_bytes, corrupt} and
   // write_behind.{queued, written, bytes, dropped, failed, shed}: waiting = callers that wait for the I/O of others now;
   // forgotten = went unstored, as nobody held them; dropped = the store would have stalled; shed = a queue was full.
   void VisitCounters(const CounterVisitor& visit) const;
+  // Flips one bit of a sealed block that nobody uses, as failing memory would; `pick` says which. False if there is none.
+  bool FlipIdleBitForTest(uint64_t pick, uint64_t bit);
   // Walks every block. kCorrupt with the first rule that does not hold. O(blocks).
   Status CheckInvariants() const;
 

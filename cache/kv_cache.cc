@@ -70,6 +70,7 @@ Result<std::unique_ptr<KvCache>> KvCache::Create(const CacheOptions& options, co
   host.block_bytes = options.geometry.block_bytes();
   host.budget = options.host_budget;
   host.huge_pages = options.huge_pages;
+  host.verify_pins = options.verify_pins;
   PREHOC_ASSIGN_OR_RETURN(impl->host, HostTier::Create(host, own.executor, own.background, own.store));
   return std::unique_ptr<KvCache>(new KvCache(std::move(impl)));
 }
@@ -99,6 +100,7 @@ Result<std::unique_ptr<Sequence>> KvCache::OpenWithPrefix(const SequenceOptions&
 }
 
 Status KvCache::Flush() { return impl_->host->Flush(); }
+bool KvCache::FlipIdleBitForTest(uint64_t pick, uint64_t bit) { return impl_->host->FlipIdleBitForTest(pick, bit); }
 const CacheOptions& KvCache::options() const { return impl_->options; }
 const Selector& KvCache::selector() const { return *impl_->selector; }
 const KernelTable& KvCache::kernels() const { return *impl_->resources.kernels; }

@@ -38,6 +38,8 @@ struct CacheOptions {
   SelectorOptions selector;
   CodeFormat codes;
   bool huge_pages = true;
+  bool verify_pins = false;  // blocks in host memory are compared with their checksum at every use, not only when they go to
+                             // another sequence or to the store; costs a pass over what attention reads
   int64_t audit_every = 64;  // decode steps between audits with exact scores; 0 = never
   bool persist_decode = true;  // chunks that hold generated tokens go to the store too (under a key of their own)
   Status Validate() const;
@@ -185,6 +187,7 @@ class KvCache {
   const CacheOptions& options() const;
   const Selector& selector() const;
   const KernelTable& kernels() const;
+  bool FlipIdleBitForTest(uint64_t pick, uint64_t bit);  // see HostTier
   // device.*, host.*, store.*, write_behind.*; each tier with its budget and its peak.
   void VisitCounters(const CounterVisitor& visit) const;
 

@@ -56,7 +56,7 @@ Result<int64_t> Sequence::Impl::LoadPrefix(std::span<const int32_t> wanted) {
   cache->resources.io->ParallelFor(chunks * num_layers, [&](int64_t i) {
     const int64_t chunk = i / num_layers;
     if (chunk >= good.load(std::memory_order_relaxed)) return;
-    auto pin = cache->host->Pin(found[static_cast<size_t>(i)], BlockUse::kStream);
+    auto pin = cache->host->Pin(found[static_cast<size_t>(i)], BlockUse::kStream, PinCheck::kVerify);
     Status status = pin.status();
     if (pin.ok()) {
       loaded += pin->loaded();
@@ -156,7 +156,8 @@ Status Sequence::Impl::EndRepair() {
     PREHOC_RETURN_IF_ERROR(EncodeBlock(l, repairing->value(), repair_pins[static_cast<size_t>(l)].bytes()));
     repair_pins[static_cast<size_t>(l)] = BlockPin();
     BlockRef& block = layers[static_cast<size_t>(l)].blocks[at];
-    block = cache->host->Seal(std::move(repair_blocks[static_cast<size_t>(l)]), chain.Key(*repairing, LayerId(l)));
+    block = cache->host->Seal(std::move(repair_blocks[static_cast<size_t>(l)]), chain.Key(*repairing, LayerId(l)),
+                              chain.Origin(*repairing));
   }
   ++report.recomputed_chunks;
   repairing.reset();

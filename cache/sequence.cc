@@ -264,7 +264,8 @@ void Sequence::Impl::SealChunks(int32_t layer_index, int64_t first_chunk, int64_
     PREHOC_CHECK(!layer.tail_pins.empty());
     layer.tail_pins.erase(layer.tail_pins.begin());
     BlockRef& block = layer.blocks[static_cast<size_t>(chunk)];
-    block = cache->host->Seal(std::move(block), next_chain.Key(ChunkIndex(static_cast<int32_t>(chunk)), LayerId(layer_index)));
+    const ChunkIndex index(static_cast<int32_t>(chunk));
+    block = cache->host->Seal(std::move(block), next_chain.Key(index, LayerId(layer_index)), next_chain.Origin(index));
   }
 }
 

@@ -25,9 +25,9 @@ Status ChunkStore::Get(const ChunkKey& key, std::span<std::byte> out) {
   return DoGet(key, out);
 }
 
-Status ChunkStore::Put(const ChunkKey& key, std::span<const std::byte> data) {
+Status ChunkStore::Put(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) {
   if (data.size() != chunk_bytes_) return WrongSize("data", key, data.size(), chunk_bytes_);
-  return DoPut(key, data);
+  return DoPut(key, data, origin);
 }
 
 }  // namespace prehoc

@@ -31,13 +31,28 @@ struct ChunkKeyHash {
   }
 };
 
+// Where a chunk stands in its sequence. Goes into the record beside the key, so that a store can be looked through without the
+// prompts that filled it; nothing is found by it. A tag is the first 8 bytes of a SHA-256.
+struct ChunkOrigin {
+  uint64_t tenant = 0;  // tag of the tenant's salt
+  uint64_t parent = 0;  // tag of the chunk before, or of the root that tenant, model, layout and method have in common
+  int32_t chunk = 0;    // 0-based
+  bool branch = false;  // holds rows that depend on more than the tokens: only the sequence that wrote it can ask for it
+  friend bool operator==(const ChunkOrigin&, const ChunkOrigin&) = default;
+};
+inline uint64_t ChainTag(const std::array<uint8_t, 32>& chain) {
+  uint64_t tag;
+  std::memcpy(&tag, chain.data(), sizeof tag);
+  return tag;
+}
+
 // What a store was made for. A store opened with another identity is refused, with both values in the message.
 struct StoreIdentity {
   std::array<uint8_t, 32> model{};  // model fingerprint
   std::string model_name;           // for messages only
   std::string dtype = "f16";
   std::string layout;               // e.g. "rows-kv/l30/h3/d64/p16/c256"
-  uint32_t format_version = 1;      // transfer/record_format.h
+  uint32_t format_version = 2;      // transfer/record_format.h
   friend bool operator==(const StoreIdentity& a, const StoreIdentity& b) {
     return a.model == b.model && a.dtype == b.dtype && a.layout == b.layout && a.format_version == b.format_version;
   }
@@ -57,7 +72,7 @@ class ChunkStore {
   // May shed older records to stay within the store's byte budget.
   // Returns kInvalid (size), kBusy (would have to stall: the write was dropped and counted), kOutOfSpace (disk or
   // budget), kIoError (the store then refuses writes until reopened).
-  Status Put(const ChunkKey& key, std::span<const std::byte> data);
+  Status Put(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin = {});
 
   // True if Get() would probably find the key; costs no read of the record. Never true for a dropped key.
   bool Contains(const ChunkKey& key) const { return DoContains(key); }
@@ -80,7 +95,7 @@ class ChunkStore {
 
  private:
   virtual Status DoGet(const ChunkKey& key, std::span<std::byte> out) = 0;
-  virtual Status DoPut(const ChunkKey& key, std::span<const std::byte> data) = 0;
+  virtual Status DoPut(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) = 0;
   virtual bool DoContains(const ChunkKey& key) const = 0;
   virtual Status DoDelete(const ChunkKey& key) = 0;
   virtual Status DoFlush() = 0;
@@ -101,7 +116,9 @@ class ChunkStoreWrapper : public ChunkStore {
 
  private:
   Status DoGet(const ChunkKey& key, std::span<std::byte> out) override { return base_->Get(key, out); }
-  Status DoPut(const ChunkKey& key, std::span<const std::byte> data) override { return base_->Put(key, data); }
+  Status DoPut(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) override {
+    return base_->Put(key, data, origin);
+  }
   bool DoContains(const ChunkKey& key) const override { return base_->Contains(key); }
   Status DoDelete(const ChunkKey& key) override { return base_->Delete(key); }
   Status DoFlush() override { return base_->Flush(); }

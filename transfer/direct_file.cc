@@ -58,8 +58,8 @@ Result<std::span<const std::byte>> DirectFile::Read(uint64_t offset, size_t byte
   return std::span<const std::byte>(scratch->data() + before, bytes);
 }
 
-Result<std::span<const std::byte>> DirectFile::ReadInPlace(uint64_t offset, std::span<std::byte> out,
-                                                           AlignedBuffer* scratch) const {
+Result<std::span<std::byte>> DirectFile::ReadInPlace(uint64_t offset, std::span<std::byte> out,
+                                                     AlignedBuffer* scratch) const {
   PREHOC_CHECK(offset > 0 && offset % kAlignment == 0 && out.size() % kAlignment == 0);
   if (!scratch->Reserve(kAlignment)) return {StatusCode::kOutOfSpace, "no memory to read a page"};
   const iovec parts[2] = {{scratch->data(), kAlignment}, {out.data(), out.size()}};
@@ -71,7 +71,7 @@ Result<std::span<const std::byte>> DirectFile::ReadInPlace(uint64_t offset, std:
   if (static_cast<size_t>(n) != kAlignment + out.size()) {
     return {StatusCode::kCorrupt, "the file ends before byte " + std::to_string(offset + out.size())};
   }
-  return std::span<const std::byte>(scratch->data(), kAlignment);
+  return std::span<std::byte>(scratch->data(), kAlignment);
 }
 
 bool DirectFile::has_name() const {

@@ -43,8 +43,7 @@ class DirectFile {
   // Reads the page before `offset` into `scratch`, and the bytes from there on into `out`, with one system call.
   // Requires that offset, size and address of `out` are multiples of 4096, and offset > 0. Returns the page before;
   // codes as Read().
-  Result<std::span<const std::byte>> ReadInPlace(uint64_t offset, std::span<std::byte> out,
-                                                 AlignedBuffer* scratch) const;
+  Result<std::span<std::byte>> ReadInPlace(uint64_t offset, std::span<std::byte> out, AlignedBuffer* scratch) const;
 
   // False once the file was deleted: its bytes go when this object dies.
   bool has_name() const;

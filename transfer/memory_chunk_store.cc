@@ -4,6 +4,7 @@
 #include <cstring>
 #include <new>
 #include <string>
+#include <vector>
 
 #include "base/units.h"
 
@@ -22,7 +23,7 @@ Status MemoryChunkStore::Options::Validate() const {
 }
 
 MemoryChunkStore::MemoryChunkStore(const Options& options, RecordContext context)
-    : ChunkStore(options.chunk_bytes), context_(std::move(context)), budget_(options.budget) {}
+    : ChunkStore(options.chunk_bytes), context_(std::move(context)), budget_(options.budget), tap_(options.tap) {}
 
 Result<std::unique_ptr<MemoryChunkStore>> MemoryChunkStore::Create(const Options& options) {
   PREHOC_RETURN_IF_ERROR(options.Validate());
@@ -44,11 +45,14 @@ Status MemoryChunkStore::DoGet(const ChunkKey& key, std::span<std::byte> out) {
     record = found->second->record;
   }
   // The copy runs unlocked: `record` keeps the bytes, and keeps them from being evicted.
-  const Result<std::span<const std::byte>> payload =
-      ParseRecord(context_, key, {record.get(), sizeof(RecordHeader) + chunk_bytes()});
+  const std::span<std::byte> stored(record.get(), record_bytes());
+  std::vector<std::byte> tapped;
+  if (tap_ != nullptr) tapped.assign(stored.begin(), stored.end());
+  const Result<std::span<const std::byte>> payload = Parse(key, tap_ != nullptr ? std::span(tapped) : stored);
   if (payload.ok()) std::memcpy(out.data(), payload->data(), out.size());
   MutexLock lock(mutex_);
   if (!payload.ok()) {
+    if (payload.status().code() != StatusCode::kCorrupt) return payload.status().WithContext("memory store");
     ++counters_.corrupt;
     const auto found = index_.find(key);
     if (found != index_.end() && found->second->record == record) EraseLocked(found->second);
@@ -59,7 +63,16 @@ Status MemoryChunkStore::DoGet(const ChunkKey& key, std::span<std::byte> out) {
   return {};
 }
 
-Status MemoryChunkStore::DoPut(const ChunkKey& key, std::span<const std::byte> data) {
+Result<std::span<const std::byte>> MemoryChunkStore::Parse(const ChunkKey& key, std::span<std::byte> record) const {
+  if (tap_ == nullptr) return ParseRecord(context_, key, record);
+  uint64_t ticket = 0;
+  PREHOC_RETURN_IF_ERROR(tap_->OnRead(key, record.first(sizeof(RecordHeader)), record.subspan(sizeof(RecordHeader)), &ticket));
+  Result<std::span<const std::byte>> payload = ParseRecord(context_, key, record);
+  tap_->OnChecked(key, ticket, payload.status());
+  return payload;
+}
+
+Status MemoryChunkStore::DoPut(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) {
   {
     MutexLock lock(mutex_);
     if (index_.contains(key)) return {};
@@ -67,9 +80,15 @@ Status MemoryChunkStore::DoPut(const ChunkKey& key, std::span<const std::byte> d
   }
   Record record(new (std::nothrow) std::byte[record_bytes()]);
   if (record != nullptr) {
-    const RecordHeader header = EncodeHeader(context_, key, data);
+    const RecordHeader header = EncodeHeader(context_, key, data, origin);
     std::memcpy(record.get(), &header, sizeof header);
     std::memcpy(record.get() + sizeof header, data.data(), data.size());
+    const std::span<std::byte> bytes(record.get(), record_bytes());
+    if (tap_ != nullptr && !tap_->OnWrite(key, bytes.first(sizeof header), bytes.subspan(sizeof header))) {
+      MutexLock lock(mutex_);
+      --reserved_;
+      return {};
+    }
   }
   MutexLock lock(mutex_);
   --reserved_;

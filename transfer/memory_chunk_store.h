@@ -7,6 +7,7 @@
 #include "base/mutex.h"
 #include "transfer/chunk_store.h"
 #include "transfer/record_format.h"
+#include "transfer/record_tap.h"
 
 namespace prehoc {
 
@@ -19,6 +20,7 @@ class MemoryChunkStore final : public ChunkStore {
     StoreIdentity identity;
     size_t chunk_bytes = 0;                // required
     uint64_t budget = UINT64_MAX;          // [bytes] of records, headers included
+    RecordTap* tap = nullptr;              // faults on purpose; outlives the store. Costs a copy of each record read
     Status Validate() const;               // kInvalid; the budget must hold one record
   };
   static Result<std::unique_ptr<MemoryChunkStore>> Create(const Options& options);
@@ -42,7 +44,7 @@ class MemoryChunkStore final : public ChunkStore {
 
   MemoryChunkStore(const Options& options, RecordContext context);
   Status DoGet(const ChunkKey& key, std::span<std::byte> out) override;
-  Status DoPut(const ChunkKey& key, std::span<const std::byte> data) override;
+  Status DoPut(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) override;
   bool DoContains(const ChunkKey& key) const override;
   Status DoDelete(const ChunkKey& key) override;
   Status DoFlush() override { return {}; }
@@ -50,6 +52,7 @@ class MemoryChunkStore final : public ChunkStore {
   uint64_t DoBudget() const override { return budget_; }
   void DoVisitCounters(const CounterVisitor& visit) const override;
 
+  Result<std::span<const std::byte>> Parse(const ChunkKey& key, std::span<std::byte> record) const;
   uint64_t record_bytes() const { return sizeof(RecordHeader) + chunk_bytes(); }
   // [records] whose memory counts.
   uint64_t HeldLocked() const PREHOC_REQUIRES(mutex_) { return lru_.size() + removed_.size() + reserved_; }
@@ -59,6 +62,7 @@ class MemoryChunkStore final : public ChunkStore {
 
   const RecordContext context_;
   const uint64_t budget_;
+  RecordTap* const tap_;
   mutable Mutex mutex_;
   Lru lru_ PREHOC_GUARDED_BY(mutex_);  // most recently used first
   std::unordered_map<ChunkKey, Lru::iterator, ChunkKeyHash> index_ PREHOC_GUARDED_BY(mutex_);

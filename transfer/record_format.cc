@@ -1,6 +1,5 @@
 #include "transfer/record_format.h"
 
-#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <string>
@@ -46,11 +45,6 @@ std::array<uint64_t, 2> Checksum(const RecordHeader& header, std::span<const std
   return Hash128(payload, Hash64(BytesBeforeChecksum(header)));
 }
 
-template <size_t N>
-bool AllZero(const std::array<uint8_t, N>& bytes) {
-  return std::all_of(bytes.begin(), bytes.end(), [](uint8_t b) { return b == 0; });
-}
-
 }  // namespace
 
 uint64_t Hash64(std::span<const std::byte> bytes, uint64_t seed) {
@@ -79,7 +73,8 @@ Result<RecordContext> RecordContext::Create(const StoreIdentity& identity) {
   return context;
 }
 
-RecordHeader EncodeHeader(const RecordContext& context, const ChunkKey& key, std::span<const std::byte> payload) {
+RecordHeader EncodeHeader(const RecordContext& context, const ChunkKey& key, std::span<const std::byte> payload,
+                          const ChunkOrigin& origin) {
   RecordHeader header;
   header.dtype = context.dtype;
   header.layout = context.layout;
@@ -87,8 +82,16 @@ RecordHeader EncodeHeader(const RecordContext& context, const ChunkKey& key, std
   header.chain = key.chain;
   header.layer = key.layer;
   header.payload_bytes = payload.size();
+  header.branch = origin.branch ? 1 : 0;
+  header.chunk = origin.chunk;
+  header.parent = origin.parent;
+  header.tenant = origin.tenant;
   header.checksum = Checksum(header, payload);
   return header;
+}
+
+ChunkOrigin OriginOf(const RecordHeader& header) {
+  return {.tenant = header.tenant, .parent = header.parent, .chunk = header.chunk, .branch = header.branch != 0};
 }
 
 Result<std::span<const std::byte>> ParseRecord(const RecordContext& context, const ChunkKey& key,
@@ -108,6 +111,15 @@ Status CheckRecord(const RecordContext& context, const ChunkKey& key, std::span<
   }
   RecordHeader header;
   std::memcpy(&header, header_bytes.data(), sizeof header);
+  PREHOC_RETURN_IF_ERROR(CheckHeader(context, key, header, payload.size()));
+  if (verify == VerifyPayload::kYes) {
+    const std::array<uint64_t, 2> found = Checksum(header, payload);
+    if (found != header.checksum) return Mismatch(key, "checksum", Hex(found[0]), Hex(header.checksum[0]));
+  }
+  return {};
+}
+
+Status CheckHeader(const RecordContext& context, const ChunkKey& key, const RecordHeader& header, uint64_t payload_bytes) {
   if (header.magic != kRecordMagic) return Mismatch(key, "magic", Hex(header.magic), Hex(kRecordMagic));
   if (header.version != kRecordFormatVersion) {
     return Mismatch(key, "format version", std::to_string(header.version), std::to_string(kRecordFormatVersion));
@@ -124,16 +136,11 @@ Status CheckRecord(const RecordContext& context, const ChunkKey& key, std::span<
   if (header.chain != key.chain || header.layer != key.layer) {
     return Mismatch(key, "key", ChunkKey{header.chain, header.layer}.ToString(), key.ToString());
   }
-  if (header.payload_bytes != payload.size()) {
-    return Mismatch(key, "payload length", std::to_string(payload.size()), std::to_string(header.payload_bytes));
+  if (header.payload_bytes != payload_bytes) {
+    return Mismatch(key, "payload length", std::to_string(payload_bytes), std::to_string(header.payload_bytes));
   }
-  if (header.reserved0 != 0 || header.reserved1 != 0 || !AllZero(header.reserved2)) {
-    return Mismatch(key, "reserved field", "not zero", "zero");
-  }
-  if (verify == VerifyPayload::kYes) {
-    const std::array<uint64_t, 2> found = Checksum(header, payload);
-    if (found != header.checksum) return Mismatch(key, "checksum", Hex(found[0]), Hex(header.checksum[0]));
-  }
+  if (header.branch > 1) return Mismatch(key, "branch", std::to_string(header.branch), "0 or 1");
+  if (header.chunk < 0) return Mismatch(key, "chunk number", std::to_string(header.chunk), "0 or more");
   return {};
 }
 

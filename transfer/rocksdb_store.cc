@@ -10,6 +10,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <filesystem>
+#include <iterator>
 #include <optional>
 #include <vector>
 
@@ -36,6 +38,16 @@ constexpr uint64_t kSmallFiles = 128 * kKiB;
 constexpr size_t kMaxOpenFiles = 256;
 
 rocksdb::Slice AsSlice(const SegmentKey& key) { return {key.data(), key.size()}; }
+
+// kBusy with who holds the store, if that is what RocksDB's words mean.
+Status HeldByOther(const std::string& words, const std::string& path) {
+  if (words.find("lock hold by current process") != std::string::npos) {
+    return {StatusCode::kBusy, "store " + path + ": is open in this process already"};
+  }
+  if (words.find("While lock file") == std::string::npos) return {};
+  return {StatusCode::kBusy, "store " + path + ": " + LockHolder(path) + " holds it (" + path +
+                                 "/LOCK); stop it, use another directory, or open with read_only"};
+}
 
 uint64_t ManifestBytes(uint64_t budget) { return std::clamp<uint64_t>(budget / 64, 64 * kKiB, 2 * kMiB); }
 
@@ -121,13 +133,20 @@ struct RocksDbStore::Impl final : public rocksdb::EventListener {
   void NoteError(const rocksdb::Status& error);
 
   // --- reading ---
-  // The record at `place`, unverified beyond what ParseRecord() checks with `verify`; its payload is copied to `out`.
-  Status Read(const ChunkKey& key, const SegmentTable::Place& place, std::span<std::byte> out, VerifyPayload verify);
-  Status ReadFile(const ChunkKey& key, const SegmentTable::Place& place, std::span<std::byte> out,
-                  VerifyPayload verify);
-  Status ReadDb(const ChunkKey& key, uint64_t number, std::span<std::byte> out, VerifyPayload verify);
+  // The record at `place`, unverified beyond what ParseRecord() checks with `verify`; its payload is copied to `out`, its
+  // header to `header`.
+  Status Read(const ChunkKey& key, const SegmentTable::Place& place, std::span<std::byte> out, VerifyPayload verify,
+              RecordHeader* header);
+  Status ReadFile(const ChunkKey& key, const SegmentTable::Place& place, std::span<std::byte> out, VerifyPayload verify,
+                  RecordHeader* header);
+  Status ReadDb(const ChunkKey& key, uint64_t number, std::span<std::byte> out, VerifyPayload verify,
+                RecordHeader* header);
   Status TakePayload(const ChunkKey& key, std::span<const std::byte> record, std::span<std::byte> out,
-                     VerifyPayload verify) const;
+                     VerifyPayload verify, RecordHeader* header) const;
+  Result<std::shared_ptr<const DirectFile>> FileOf(const SegmentTable::Place& place);
+  Status ReadHeader(const ChunkKey& key, const SegmentTable::Place& place, RecordHeader* header);
+  // The tap, if there is one, then the check.
+  Status Check(const ChunkKey& key, std::span<std::byte> header, std::span<std::byte> payload, VerifyPayload verify) const;
   AlignedBuffer TakeScratch();
   void GiveScratch(AlignedBuffer buffer);
 
@@ -163,13 +182,7 @@ Status RocksDbStore::Impl::OpenDb() {
       direct_io = false;  // tmpfs and others
       continue;
     }
-    if (text.find("lock hold by current process") != std::string::npos) {
-      return {StatusCode::kBusy, where + ": is open in this process already"};
-    }
-    if (text.find("While lock file") != std::string::npos) {
-      return {StatusCode::kBusy, where + ": " + LockHolder(options.path) + " holds it (" + options.path +
-                                     "/LOCK); stop it, use another directory, or open with read_only"};
-    }
+    if (const Status held = HeldByOther(text, options.path); !held.ok()) return held;
     Status ours = FromRocksDb(status, where);
     if (ours.code() != StatusCode::kCorrupt) return ours;
     return {ours.code(), ours.message() + "; delete the directory, it is a cache"};
@@ -231,28 +244,58 @@ void RocksDbStore::Impl::GiveScratch(AlignedBuffer buffer) {
   scratch.push_back(std::move(buffer));
 }
 
+Status RocksDbStore::Impl::Check(const ChunkKey& key, std::span<std::byte> header, std::span<std::byte> payload,
+                                 VerifyPayload verify) const {
+  if (options.tap == nullptr) return CheckRecord(context, key, header, payload, verify);
+  uint64_t ticket = 0;
+  PREHOC_RETURN_IF_ERROR(options.tap->OnRead(key, header, payload, &ticket));
+  const Status check = CheckRecord(context, key, header, payload, verify);
+  options.tap->OnChecked(key, ticket, check);
+  return check;
+}
+
 Status RocksDbStore::Impl::TakePayload(const ChunkKey& key, std::span<const std::byte> record, std::span<std::byte> out,
-                                       VerifyPayload verify) const {
-  auto payload = ParseRecord(context, key, record, verify);
-  if (!payload.ok()) return payload.status().WithContext(where);
-  if (payload->size() != out.size()) {
-    return {StatusCode::kCorrupt, where + ": chunk " + key.ToString() + ": payload of " +
-                                      std::to_string(payload->size()) + " bytes, expected " +
-                                      std::to_string(out.size())};
+                                       VerifyPayload verify, RecordHeader* header) const {
+  if (record.size() != sizeof(RecordHeader) + out.size()) {
+    return {StatusCode::kCorrupt, where + ": chunk " + key.ToString() + ": record of " + std::to_string(record.size()) +
+                                      " bytes, expected " + std::to_string(sizeof(RecordHeader) + out.size())};
   }
-  std::memcpy(out.data(), payload->data(), out.size());
+  std::vector<std::byte> tapped;
+  Status check;
+  if (options.tap != nullptr) {
+    tapped.assign(record.begin(), record.end());
+    record = tapped;
+    check = Check(key, std::span(tapped).first(sizeof *header), std::span(tapped).subspan(sizeof *header), verify);
+  } else {
+    check = CheckRecord(context, key, record.first(sizeof *header), record.subspan(sizeof *header), verify);
+  }
+  PREHOC_RETURN_IF_ERROR(check.WithContext(where));
+  std::memcpy(header, record.data(), sizeof *header);
+  std::memcpy(out.data(), record.data() + sizeof *header, out.size());
   return {};
 }
 
+Result<std::shared_ptr<const DirectFile>> RocksDbStore::Impl::FileOf(const SegmentTable::Place& place) {
+  if (place.file != nullptr) return place.file;
+  char name[32];
+  std::snprintf(name, sizeof name, "/%06llu.sst", static_cast<unsigned long long>(place.segment));
+  PREHOC_ASSIGN_OR_RETURN(std::shared_ptr<const DirectFile> file, DirectFile::Open(options.path + name, direct_io));
+  table.KeepFile(place.segment, file);
+  return file;
+}
+
+Status RocksDbStore::Impl::ReadHeader(const ChunkKey& key, const SegmentTable::Place& place, RecordHeader* header) {
+  if (place.segment == 0) return {StatusCode::kNotFound, where + ": chunk " + key.ToString() + " is in no file yet"};
+  PREHOC_ASSIGN_OR_RETURN(const std::shared_ptr<const DirectFile> file, FileOf(place));
+  AlignedBuffer buffer;
+  PREHOC_ASSIGN_OR_RETURN(const auto bytes, file->Read(shape.RecordOffset(place.block_offset), sizeof *header, &buffer));
+  std::memcpy(header, bytes.data(), sizeof *header);
+  return CheckHeader(context, key, *header, options.chunk_bytes).WithContext(where);
+}
+
 Status RocksDbStore::Impl::ReadFile(const ChunkKey& key, const SegmentTable::Place& place, std::span<std::byte> out,
-                                    VerifyPayload verify) {
-  std::shared_ptr<const DirectFile> file = place.file;
-  if (file == nullptr) {
-    char name[32];
-    std::snprintf(name, sizeof name, "/%06llu.sst", static_cast<unsigned long long>(place.segment));
-    PREHOC_ASSIGN_OR_RETURN(file, DirectFile::Open(options.path + name, direct_io));
-    table.KeepFile(place.segment, file);
-  }
+                                    VerifyPayload verify, RecordHeader* header) {
+  PREHOC_ASSIGN_OR_RETURN(const std::shared_ptr<const DirectFile> file, FileOf(place));
   AlignedBuffer buffer = TakeScratch();
   const uint64_t offset = shape.RecordOffset(place.block_offset);
   const uint64_t payload = offset + sizeof(RecordHeader);
@@ -261,17 +304,18 @@ Status RocksDbStore::Impl::ReadFile(const ChunkKey& key, const SegmentTable::Pla
   Status status;
   if (in_place) {
     const auto before = file->ReadInPlace(payload, out, &buffer);
-    status = before.ok() ? CheckRecord(context, key, before->last(sizeof(RecordHeader)), out, verify) : before.status();
+    status = before.ok() ? Check(key, before->last(sizeof(RecordHeader)), out, verify) : before.status();
+    if (status.ok()) std::memcpy(header, before->last(sizeof *header).data(), sizeof *header);
   } else {
     const auto record = file->Read(offset, record_bytes(), &buffer);
-    status = record.ok() ? TakePayload(key, *record, out, verify) : record.status();
+    status = record.ok() ? TakePayload(key, *record, out, verify, header) : record.status();
   }
   GiveScratch(std::move(buffer));
   return status;
 }
 
 Status RocksDbStore::Impl::ReadDb(const ChunkKey& key, uint64_t number, std::span<std::byte> out,
-                                  VerifyPayload verify) {
+                                  VerifyPayload verify, RecordHeader* header) {
   rocksdb::ReadOptions read_options;
   // Always: RocksDB asserts what it finds in a block, and the packaged library is built with assertions, so a damaged
   // length in an unchecked block would end the process.
@@ -282,18 +326,19 @@ Status RocksDbStore::Impl::ReadDb(const ChunkKey& key, uint64_t number, std::spa
   const rocksdb::Status status = db->Get(read_options, db->DefaultColumnFamily(), AsSlice(db_key), &value);
   if (!status.ok()) return FromRocksDb(status, where + ": chunk " + key.ToString());
   if (value.size() < shape.pad) return {StatusCode::kCorrupt, where + ": chunk " + key.ToString() + ": too short"};
-  return TakePayload(key, std::as_bytes(std::span(value.data(), value.size())).subspan(shape.pad), out, verify);
+  const auto record = std::as_bytes(std::span(value.data(), value.size())).subspan(shape.pad);
+  return TakePayload(key, record, out, verify, header);
 }
 
 Status RocksDbStore::Impl::Read(const ChunkKey& key, const SegmentTable::Place& place, std::span<std::byte> out,
-                                VerifyPayload verify) {
+                                VerifyPayload verify, RecordHeader* header) {
   // The short way: one direct read of the record where its file should have it. Whatever is wrong with that, the answer
   // is RocksDB's.
-  if (place.segment != 0 && ReadFile(key, place, out, verify).ok()) {
+  if (place.segment != 0 && ReadFile(key, place, out, verify, header).ok()) {
     Add(counters.file_reads);
     return {};
   }
-  return ReadDb(key, place.number, out, verify);
+  return ReadDb(key, place.number, out, verify, header);
 }
 
 // --- writing ---
@@ -371,13 +416,14 @@ Status RocksDbStore::Impl::EvictOldestLocked() {
   for (const ListedRecord& wanted : oldest->wanted) {
     const SegmentTable::Place place{wanted.number, oldest->segment, wanted.block_offset, nullptr};
     const auto payload = std::span(record).subspan(sizeof(RecordHeader));
-    const Status read = Read(wanted.key, place, payload, VerifyPayload::kYes);
+    RecordHeader found;
+    const Status read = Read(wanted.key, place, payload, VerifyPayload::kYes, &found);
     if (!read.ok()) {
       // What is damaged dies with its file.
       if (read.code() == StatusCode::kCorrupt) Add(counters.corrupt);
       continue;
     }
-    const RecordHeader header = EncodeHeader(context, wanted.key, payload);
+    const RecordHeader header = EncodeHeader(context, wanted.key, payload, OriginOf(found));
     PREHOC_RETURN_IF_ERROR(WriteLocked(wanted.key, std::as_bytes(std::span(&header, 1)), payload));
     table.CountMoved(oldest->segment);
     Add(counters.rescued);
@@ -477,6 +523,28 @@ Result<std::unique_ptr<RocksDbStore>> RocksDbStore::Open(const Options& options)
   return store;
 }
 
+Result<std::vector<std::string>> RocksDbStore::Salvage(const Options& options) {
+  PREHOC_RETURN_IF_ERROR(options.Validate());
+  const std::string where = "store " + options.path;
+  PREHOC_ASSIGN_OR_RETURN(const StoreNote note, ReadStoreNote(options.path));
+  PREHOC_RETURN_IF_ERROR(CheckStoreNote(note, {kStoreVersion, options.identity, options.chunk_bytes}).WithContext(where));
+  PREHOC_ASSIGN_OR_RETURN(const StoreFiles before, ListStoreFiles(options.path));
+  if (!before.links.empty()) return CheckStoreFiles(options.path);
+  const ValueShape shape = ValueShape::For(sizeof(RecordHeader), options.chunk_bytes);
+  const rocksdb::Options db_options = MakeRocksDbOptions({kMiB, ManifestBytes(options.budget), false, shape.aligned});
+  const rocksdb::Status status = rocksdb::RepairDB(options.path, db_options);
+  PREHOC_RETURN_IF_ERROR(HeldByOther(status.ToString(), options.path));
+  PREHOC_RETURN_IF_ERROR(FromRocksDb(status, where));
+  // RocksDB puts what it cannot read aside.
+  std::error_code error;
+  std::filesystem::remove_all(options.path + "/lost", error);
+  RestrictFiles(options.path);
+  PREHOC_ASSIGN_OR_RETURN(const StoreFiles after, ListStoreFiles(options.path));
+  std::vector<std::string> gone;
+  std::set_difference(before.tables.begin(), before.tables.end(), after.tables.begin(), after.tables.end(), std::back_inserter(gone));
+  return gone;
+}
+
 RocksDbStore::~RocksDbStore() {
   if (impl_->db == nullptr) return;
   if (!impl_->options.read_only) DoFlush().IgnoreError();
@@ -493,7 +561,8 @@ Status RocksDbStore::DoGet(const ChunkKey& key, std::span<std::byte> out) {
   // Again only if the record moved to a new number while it was read, which one read sees once or not at all.
   for (auto place = impl.table.FindToRead(key); place && place->number != tried; place = impl.table.FindToRead(key)) {
     tried = place->number;
-    status = impl.Read(key, *place, out, verify);
+    RecordHeader header;
+    status = impl.Read(key, *place, out, verify, &header);
     if (status.ok()) {
       Impl::Add(impl.counters.hits);
       Impl::Add(impl.counters.read_bytes, out.size());
@@ -523,17 +592,24 @@ Status RocksDbStore::DoGet(const ChunkKey& key, std::span<std::byte> out) {
   return status;
 }
 
-Status RocksDbStore::DoPut(const ChunkKey& key, std::span<const std::byte> data) {
+Status RocksDbStore::DoPut(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) {
   Impl& impl = *impl_;
   if (impl.options.read_only) return {StatusCode::kUnsupported, impl.where + ": is open read-only"};
   if (impl.table.Find(key)) return {};
-  const RecordHeader header = EncodeHeader(impl.context, key, data);  // outside the lock: it reads all bytes
+  RecordHeader header = EncodeHeader(impl.context, key, data, origin);  // outside the lock: it reads all bytes
+  std::vector<std::byte> tapped;
+  bool lost = false;
+  if (impl.options.tap != nullptr) {
+    tapped.assign(data.begin(), data.end());
+    lost = !impl.options.tap->OnWrite(key, std::as_writable_bytes(std::span(&header, 1)), tapped);
+    data = tapped;
+  }
   MutexLock write_lock(impl.write_mutex);
   if (impl.table.Find(key)) return {};
   Status status = impl.CheckWritableLocked();
   if (status.ok()) status = impl.CheckDisk();
   if (status.ok()) status = impl.MakeRoomLocked(impl.record_cost());
-  if (status.ok()) status = impl.WriteLocked(key, std::as_bytes(std::span(&header, 1)), data);
+  if (status.ok() && !lost) status = impl.WriteLocked(key, std::as_bytes(std::span(&header, 1)), data);
   if (!status.ok()) {
     Impl::Add(impl.counters.put_dropped);
     return status;
@@ -576,6 +652,30 @@ Status RocksDbStore::DoFlush() {
 uint64_t RocksDbStore::DoResidentBytes() const { return impl_->table.totals().records * impl_->record_bytes(); }
 
 uint64_t RocksDbStore::DoBudget() const { return impl_->options.budget; }
+
+std::vector<RocksDbStore::RecordPlace> RocksDbStore::ListRecords() const {
+  std::vector<RecordPlace> records;
+  for (const SegmentTable::Listed& listed : impl_->table.ListRecords()) records.push_back({listed.key, listed.segment});
+  return records;
+}
+
+std::vector<RocksDbStore::SegmentPlace> RocksDbStore::ListSegments() const {
+  std::vector<SegmentPlace> segments;
+  for (SegmentTable::File& file : impl_->table.ListFiles()) {
+    segments.push_back({file.segment, file.name.substr(file.name.find_first_not_of('/')), file.bytes});
+  }
+  return segments;
+}
+
+Result<RecordHeader> RocksDbStore::Inspect(const ChunkKey& key, VerifyPayload verify) const {
+  const auto place = impl_->table.Find(key);
+  if (!place) return Status(StatusCode::kNotFound, impl_->where + ": no chunk " + key.ToString());
+  RecordHeader header;
+  if (verify == VerifyPayload::kNo && impl_->ReadHeader(key, *place, &header).ok()) return header;
+  std::vector<std::byte> payload(chunk_bytes());
+  PREHOC_RETURN_IF_ERROR(impl_->Read(key, *place, payload, verify, &header));
+  return header;
+}
 
 uint64_t RocksDbStore::segment_count() const { return impl_->table.totals().segments; }
 

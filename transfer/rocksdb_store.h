@@ -2,8 +2,11 @@
 #pragma once
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "transfer/chunk_store.h"
+#include "transfer/record_format.h"
+#include "transfer/record_tap.h"
 
 namespace prehoc {
 
@@ -32,6 +35,7 @@ class RocksDbStore final : public ChunkStore {
     bool direct_io = true;       // falls back to buffered I/O where the file system has none; see store.direct_io
     bool second_chance = true;   // off: strictly oldest first
     bool verify = true;          // off: only the header is compared (for measuring what verification costs)
+    RecordTap* tap = nullptr;    // faults on purpose; outlives the store. Costs a copy of each record written
     Status Validate() const;     // kInvalid, naming the field and its value
   };
 
@@ -40,8 +44,28 @@ class RocksDbStore final : public ChunkStore {
   // kCorrupt (files that RocksDB refuses: delete the directory, it is a cache).
   static Result<std::unique_ptr<RocksDbStore>> Open(const Options& options);
 
+  // For a store that Open() calls corrupt: makes RocksDB's list of files anew from those that can be read. Records are not
+  // looked at; files that cannot be read are deleted, their names returned. Codes as Open(), which is to be called next.
+  static Result<std::vector<std::string>> Salvage(const Options& options);
+
   // Flushes; errors are lost, so call Flush() first where they matter.
   ~RocksDbStore() override;
+
+  // For whoever looks through a store. Records that are still in memtables are not listed: Flush() first.
+  struct RecordPlace {
+    ChunkKey key;
+    uint64_t segment = 0;  // number of its file
+  };
+  struct SegmentPlace {
+    uint64_t number = 0;
+    std::string name;  // within the directory
+    uint64_t bytes = 0;
+  };
+  std::vector<RecordPlace> ListRecords() const;    // in the order of writing
+  std::vector<SegmentPlace> ListSegments() const;  // oldest first
+  // The header of a listed record; its payload is read and verified as well if `verify`. Drops and counts nothing: what is
+  // damaged stays. kNotFound, kCorrupt, kIoError.
+  Result<RecordHeader> Inspect(const ChunkKey& key, VerifyPayload verify) const;
 
   uint64_t segment_count() const;
   uint64_t disk_bytes() const;  // what the budget is held against: files, and memtables as what they will be
@@ -51,7 +75,7 @@ class RocksDbStore final : public ChunkStore {
   struct Impl;
   RocksDbStore(size_t chunk_bytes, std::unique_ptr<Impl> impl);
   Status DoGet(const ChunkKey& key, std::span<std::byte> out) override;
-  Status DoPut(const ChunkKey& key, std::span<const std::byte> data) override;
+  Status DoPut(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) override;
   bool DoContains(const ChunkKey& key) const override;
   Status DoDelete(const ChunkKey& key) override;
   Status DoFlush() override;

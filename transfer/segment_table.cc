@@ -158,6 +158,26 @@ void SegmentTable::KeepFile(uint64_t segment, std::shared_ptr<const DirectFile> 
   }
 }
 
+std::vector<SegmentTable::Listed> SegmentTable::ListRecords() const {
+  std::vector<Listed> records;
+  {
+    MutexLock lock(mutex_);
+    records.reserve(index_.size());
+    for (const auto& [key, entry] : index_) {
+      if (entry.segment != 0) records.push_back({key, entry.number, entry.segment});
+    }
+  }
+  std::sort(records.begin(), records.end(), [](const Listed& a, const Listed& b) { return a.number < b.number; });
+  return records;
+}
+
+std::vector<SegmentTable::File> SegmentTable::ListFiles() const {
+  MutexLock lock(mutex_);
+  std::vector<File> files;
+  for (const auto& [number, segment] : segments_) files.push_back({number, segment.name, segment.bytes});
+  return files;
+}
+
 SegmentTable::Totals SegmentTable::totals() const {
   MutexLock lock(mutex_);
   Totals totals = totals_;

@@ -84,6 +84,20 @@ class SegmentTable {
   // Keeps `file` open for FindToRead(); closes the one kept longest if there are too many.
   void KeepFile(uint64_t segment, std::shared_ptr<const DirectFile> file);
 
+  // Every record that is in a file, in the order of writing.
+  struct Listed {
+    ChunkKey key;
+    uint64_t number = 0;
+    uint64_t segment = 0;
+  };
+  std::vector<Listed> ListRecords() const;
+  struct File {
+    uint64_t segment = 0;
+    std::string name;
+    uint64_t bytes = 0;
+  };
+  std::vector<File> ListFiles() const;  // oldest first
+
   Totals totals() const;
   // kCorrupt with the first rule that does not hold. O(records).
   Status CheckInvariants() const;

@@ -4,6 +4,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <charconv>
 #include <cstring>
@@ -102,7 +103,18 @@ std::string FormatStoreNote(const StoreNote& note) {
   return out.str();
 }
 
-Result<StoreNote> ParseStoreNote(std::string_view text) {
+namespace {
+
+// The store version of a note that this program cannot read, if it is a later one.
+int LaterVersion(std::string_view text) {
+  const std::string begin = std::string(kFirstLine) + "\nstore ";
+  if (!text.starts_with(begin)) return 0;
+  text.remove_prefix(begin.size());
+  int version = 0;
+  return ParseInt(text.substr(0, text.find('\n')), &version) && version > kStoreVersion ? version : 0;
+}
+
+Result<StoreNote> ParseKnownNote(std::string_view text) {
   const std::string_view whole = text;
   const auto take = [&](std::string_view label) -> Result<std::string> {
     const size_t end = text.find('\n');
@@ -127,6 +139,116 @@ Result<StoreNote> ParseStoreNote(std::string_view text) {
       !ParseHex(model, &note.identity.model) || !ParseInt(chunk, &note.chunk_bytes) || FormatStoreNote(note) != whole) {
     return {StatusCode::kCorrupt, "the note '" + std::string(kStoreNoteName) + "' has a malformed value"};
   }
+  return note;
+}
+
+bool IsTable(std::string_view name) {
+  return name.size() > 4 && name.ends_with(".sst") && name.find_first_not_of("0123456789") == name.size() - 4;
+}
+
+// What a store's directory may hold besides tables.
+bool IsOther(std::string_view name) {
+  for (const std::string_view exact : {"CURRENT", "IDENTITY", "LOCK", "LOG"}) {
+    if (name == exact) return true;
+  }
+  if (name == kStoreNoteName || name == std::string(kStoreNoteName) + ".tmp") return true;
+  for (const std::string_view prefix : {"MANIFEST-", "OPTIONS-"}) {
+    if (name.starts_with(prefix)) return name.substr(prefix.size()).find_first_not_of("0123456789.dbtmp") == std::string_view::npos;
+  }
+  for (const std::string_view suffix : {".dbtmp", ".log"}) {  // an empty log is made even though nothing is logged
+    if (name.size() > suffix.size() && name.ends_with(suffix)) {
+      return name.find_first_not_of("0123456789") == name.size() - suffix.size();
+    }
+  }
+  return false;
+}
+
+std::string FirstLineOf(const std::string& path) {
+  std::string line;
+  std::getline(std::ifstream(path, std::ios::binary), line);
+  return line;
+}
+
+}  // namespace
+
+Result<StoreNote> ParseStoreNote(std::string_view text) {
+  Result<StoreNote> note = ParseKnownNote(text);
+  const int later = LaterVersion(text);
+  if (note.ok() || later == 0) return note;
+  return {StatusCode::kUnsupported, "was written by a newer program: store version " + std::to_string(later) +
+                                        ", this one knows " + std::to_string(kStoreVersion) + "; use that program, or another directory"};
+}
+
+Result<StoreFiles> ListStoreFiles(const std::string& path) {
+  StoreFiles files;
+  std::error_code error;
+  for (const fs::directory_entry& entry : fs::directory_iterator(path, error)) {
+    const std::string name = entry.path().filename().string();
+    const bool table = IsTable(name), other = IsOther(name);
+    struct stat info {};
+    if (::lstat(entry.path().c_str(), &info) != 0) continue;  // a file that is gone is nobody's
+    if (!table && !other) {
+      files.foreign.push_back(name);
+    } else if (S_ISLNK(info.st_mode)) {
+      files.links.push_back(name);
+    } else if (!S_ISREG(info.st_mode)) {
+      files.foreign.push_back(name);
+    } else {
+      (table ? files.tables : files.others).push_back(name);
+      files.bytes += static_cast<uint64_t>(info.st_size);
+    }
+  }
+  if (error) return Io(path, "cannot list it", error.value());
+  for (auto* names : {&files.tables, &files.others, &files.links, &files.foreign}) std::sort(names->begin(), names->end());
+  return files;
+}
+
+Status CheckStoreFiles(const std::string& path) {
+  PREHOC_ASSIGN_OR_RETURN(const StoreFiles files, ListStoreFiles(path));
+  if (!files.links.empty()) {
+    return {StatusCode::kInvalid, "store " + path + ": '" + files.links.front() +
+                                      "' is a symbolic link, which no store makes; replace it by the file, or remove it"};
+  }
+  const auto half = [&](const std::string& what) {
+    return Status(StatusCode::kCorrupt, "store " + path + ": holds half of a store: " + what +
+                                            "; copy it whole while nobody writes to it, or delete the directory, it is a cache");
+  };
+  const auto has = [&](const std::string& name) { return std::binary_search(files.others.begin(), files.others.end(), name); };
+  // RocksDB would begin anew over files that it then does not know.
+  if (!has("CURRENT") && !files.tables.empty()) {
+    return half("there are " + std::to_string(files.tables.size()) + " files of records and no 'CURRENT'");
+  }
+  const std::string manifest = has("CURRENT") ? FirstLineOf(path + "/CURRENT") : std::string();
+  if (has("CURRENT") && !has(manifest)) return half("'CURRENT' names '" + manifest.substr(0, 40) + "', which is not there");
+  return {};
+}
+
+Result<StoreNote> ReadStoreNote(const std::string& path) {
+  const std::string name = path + "/" + kStoreNoteName;
+  const int fd = ::open(name.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+  if (fd < 0) {
+    if (errno == ELOOP) {
+      return {StatusCode::kInvalid, "store " + path + ": '" + kStoreNoteName + "' is a symbolic link, which no store makes; remove it"};
+    }
+    if (errno == ENOENT || errno == ENOTDIR) {
+      return {StatusCode::kNotFound, "store " + path + ": is no store: there is no '" + kStoreNoteName + "' in it"};
+    }
+    return Io(path, "cannot read its note", errno);
+  }
+  char buffer[4096];  // longer than any note
+  size_t size = 0;
+  int error = 0;
+  while (size < sizeof buffer) {
+    const ssize_t n = ::read(fd, buffer + size, sizeof buffer - size);
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) error = errno;
+    if (n <= 0) break;
+    size += static_cast<size_t>(n);
+  }
+  ::close(fd);
+  if (error != 0) return Io(path, "cannot read its note", error);
+  Result<StoreNote> note = ParseStoreNote({buffer, size});
+  if (!note.ok()) return note.status().WithContext("store " + path);
   return note;
 }
 
@@ -171,13 +293,11 @@ Status PrepareStoreDirectory(const std::string& path, const StoreNote& wanted, b
   } else if (!S_ISDIR(info.st_mode)) {
     return {StatusCode::kInvalid, "store " + path + ": is not a directory"};
   }
-  std::ifstream file(path + "/" + kStoreNoteName, std::ios::binary);
-  if (file) {
-    std::stringstream text;
-    text << file.rdbuf();
-    auto found = ParseStoreNote(text.str());
-    if (!found.ok()) return found.status().WithContext("store " + path);
+  const Result<StoreNote> found = ReadStoreNote(path);
+  if (!found.ok() && found.status().code() != StatusCode::kNotFound) return found.status();
+  if (found.ok()) {
     PREHOC_RETURN_IF_ERROR(CheckStoreNote(*found, wanted).WithContext("store " + path));
+    PREHOC_RETURN_IF_ERROR(CheckStoreFiles(path));
     if (!read_only && ::access(path.c_str(), W_OK) != 0) {
       return {StatusCode::kIoError,
               "store " + path + ": is not writable (" + std::strerror(errno) + "); open it with read_only"};
@@ -213,9 +333,13 @@ std::string LockHolder(const std::string& path) {
 }
 
 void RestrictFiles(const std::string& path) {
-  std::error_code error;
-  for (const fs::directory_entry& entry : fs::directory_iterator(path, error)) {
-    if (entry.is_regular_file(error)) ::chmod(entry.path().c_str(), 0600);
+  const auto files = ListStoreFiles(path);
+  if (!files.ok()) return;
+  for (const auto* names : {&files->tables, &files->others}) {
+    for (const std::string& name : *names) {
+      // Not by opening them: closing LOCK would give RocksDB's lock of it back.
+      ::fchmodat(AT_FDCWD, (path + "/" + name).c_str(), 0600, AT_SYMLINK_NOFOLLOW);
+    }
   }
 }
 

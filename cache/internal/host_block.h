@@ -1,5 +1,6 @@
 // What the host tier knows of one block, and the lists that say which goes next. Internal to host_tier.cc.
 #pragma once
+#include <array>
 #include <cstdint>
 #include <memory>
 
@@ -26,6 +27,11 @@ struct BlockLoad {
 // Guarded by the tier's mutex, all of it: HostTier::Impl::In() is the way here.
 struct BlockData {
   ChunkKey key;              // set by Seal() or Find(), then constant
+  ChunkOrigin origin;        // for the store; set by Seal()
+  std::array<uint64_t, 2> seal{};  // checksum of key and bytes, taken when they were sealed or came verified from the store
+  bool sealed = false;       // there is one
+  bool store_sealed = false; // and the store has just these bytes: this tier wrote or read them
+  bool damaged = false;      // its memory is not what was sealed; goes when the last pin dies
   bool known = false;        // in the map, under `key`; else a tail, or a tail that turned out to be a duplicate
   BlockId memory;            // invalid: not in host memory
   int32_t pins = 0;

@@ -16,6 +16,8 @@ Examples
       every flag, with more examples
   prehoc fidelity --html report.html
       what each selector saves and loses on the default model and text, against dense attention
+  prehoc inspect --store DIR --verify
+      what a disk store holds, and whether every record is what was written
   prehoc doctor
       what this machine offers, and what of it will be used)";
 
@@ -49,6 +51,15 @@ Examples
       facts hidden in the text and asked for; the prompt is computed once and kept on disk
 
 Exit codes as for answer. docs/fidelity.md explains every number and plot.)";
+
+inline constexpr char kInspectFooter[] = R"(
+Examples
+  prehoc inspect --store /var/tmp/kv
+      model, formats, tenants, prompts, bytes and ages; works beside a process that uses the store
+  prehoc inspect --store /var/tmp/kv --verify --json report.json
+      reads every record and compares it with its checksum; exit code 1 if one is damaged
+  prehoc inspect --store /var/tmp/kv --repair
+      verifies, and drops what is damaged and what no prompt can reach; each is listed)";
 
 inline constexpr char kDoctorFooter[] = R"(
 Examples

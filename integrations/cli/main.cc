@@ -10,6 +10,7 @@
 #include "integrations/cli/environment.h"
 #include "integrations/cli/exit_code.h"
 #include "integrations/cli/fidelity.h"
+#include "integrations/cli/inspect.h"
 #include "integrations/cli/options.h"
 
 int main(int argc, char** argv) {
@@ -27,6 +28,7 @@ int main(int argc, char** argv) {
     case CommandKind::kPrintText: std::cout << command->text << std::flush; return std::cout ? kExitOk : kExitRuntime;
     case CommandKind::kAnswer: return RunAnswer(command->answer, environment, std::cout, std::cerr, SteadyClock::Get());
     case CommandKind::kFidelity: return RunFidelity(command->fidelity, environment, std::cout, std::cerr, SteadyClock::Get());
+    case CommandKind::kInspect: return RunInspect(command->inspect, environment, std::cout, std::cerr, SteadyClock::Get());
     case CommandKind::kDoctor: return RunDoctor(command->doctor, environment, std::cout, std::cerr, SteadyClock::Get());
   }
   return kExitRuntime;

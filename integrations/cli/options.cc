@@ -11,6 +11,7 @@
 #include "integrations/cli/flag_values.h"
 #include "integrations/cli/help_text.h"
 #include "integrations/cli/nearest.h"
+#include "integrations/cli/store_flags.h"
 #include "integrations/cli/version.h"
 
 namespace prehoc::cli {
@@ -195,7 +196,7 @@ std::vector<std::string> FlagNames(const CLI::App& app) {
 Status UnknownArgument(const CLI::App& app, const std::string& argument) {
   const std::string help = "; see " + (app.get_parent() ? "prehoc " + app.get_name() : std::string("prehoc")) + " --help";
   if (!argument.starts_with("-")) {
-    const std::vector<std::string> commands = {"answer", "fidelity", "doctor"};
+    const std::vector<std::string> commands = {"answer", "fidelity", "inspect", "doctor"};
     if (app.get_parent()) return UsageError("unexpected argument \"" + argument + "\": values follow their flag" + help);
     return UsageError("unknown command \"" + argument + "\": did you mean " + std::string(Nearest(argument, commands)) + "?" + help);
   }
@@ -292,6 +293,11 @@ Result<Command> ParseCommandLine(std::span<const std::string> args) {
   fidelity->footer(kFidelityFooter);
   fidelity->allow_extras();
   AddFidelityFlags(*fidelity, raw_fidelity);
+  RawInspect raw_inspect;
+  CLI::App* inspect = app.add_subcommand("inspect", "Show what a disk store holds, verify it, and drop what is damaged");
+  inspect->footer(kInspectFooter);
+  inspect->allow_extras();
+  AddInspectFlags(*inspect, raw_inspect);
   CLI::App* doctor = app.add_subcommand("doctor", "Show what this machine offers, and what will be used and why");
   doctor->footer(kDoctorFooter);
   doctor->allow_extras();
@@ -304,12 +310,15 @@ Result<Command> ParseCommandLine(std::span<const std::string> args) {
     command.text = std::string(version.what()) + "\n";
     return command;
   } catch (const CLI::CallForHelp&) {
-    command.text = answer->parsed() ? answer->help() : fidelity->parsed() ? fidelity->help() : doctor->parsed() ? doctor->help() : app.help();
+    command.text = app.help();
+    for (const CLI::App* part : {answer, fidelity, inspect, doctor}) {
+      if (part->parsed()) command.text = part->help();
+    }
     return command;
   } catch (const CLI::ParseError& error) {
     return UsageError(OneLine(error.what()) + "; see prehoc --help");
   }
-  for (const CLI::App* part : std::initializer_list<const CLI::App*>{&app, answer, fidelity, doctor}) {
+  for (const CLI::App* part : std::initializer_list<const CLI::App*>{&app, answer, fidelity, inspect, doctor}) {
     const std::vector<std::string> extras = part->remaining();
     if (!extras.empty()) return UnknownArgument(*part, extras.front());
   }
@@ -325,12 +334,17 @@ Result<Command> ParseCommandLine(std::span<const std::string> args) {
     command.kind = CommandKind::kFidelity;
     return command;
   }
+  if (inspect->parsed()) {
+    PREHOC_ASSIGN_OR_RETURN(command.inspect, ReadInspect({inspect}, raw_inspect));
+    command.kind = CommandKind::kInspect;
+    return command;
+  }
   if (doctor->parsed()) {
     PREHOC_ASSIGN_OR_RETURN(command.doctor, ReadDoctor({doctor}, raw_doctor));
     command.kind = CommandKind::kDoctor;
     return command;
   }
-  return UsageError("no command: give answer, fidelity or doctor; see prehoc --help");
+  return UsageError("no command: give answer, fidelity, inspect or doctor; see prehoc --help");
 }
 
 }  // namespace prehoc::cli

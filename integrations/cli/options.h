@@ -50,13 +50,20 @@ struct DoctorOptions {
   uint64_t test_bytes = uint64_t{256} << 20;
 };
 
-enum class CommandKind { kPrintText, kAnswer, kFidelity, kDoctor };
+struct InspectOptions {
+  std::string store;  // directory; required
+  bool verify = false, repair = false;
+  std::string json;   // file; empty = none
+};
+
+enum class CommandKind { kPrintText, kAnswer, kFidelity, kInspect, kDoctor };
 
 struct Command {
   CommandKind kind = CommandKind::kPrintText;
   std::string text;  // kPrintText: help, version or the knobs; for stdout
   AnswerOptions answer;
   FidelityOptions fidelity;
+  InspectOptions inspect;
   DoctorOptions doctor;
 };
 

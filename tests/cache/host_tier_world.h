@@ -32,9 +32,9 @@ class ScriptedStore final : public ChunkStoreWrapper {
   std::function<Status()> on_flush = [] { return OkStatus(); };
 
  private:
-  Status DoPut(const ChunkKey& key, std::span<const std::byte> data) override {
+  Status DoPut(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) override {
     PREHOC_RETURN_IF_ERROR(on_put(key));
-    return base()->Put(key, data);
+    return base()->Put(key, data, origin);
   }
   Status DoGet(const ChunkKey& key, std::span<std::byte> out) override {
     PREHOC_RETURN_IF_ERROR(on_get(key));

@@ -77,7 +77,7 @@ Status FaultyChunkStore::DoGet(const ChunkKey& key, std::span<std::byte> out) {
   return {};
 }
 
-Status FaultyChunkStore::DoPut(const ChunkKey& key, std::span<const std::byte> data) {
+Status FaultyChunkStore::DoPut(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) {
   {
     MutexLock lock(mutex_);
     ++puts_;
@@ -85,7 +85,7 @@ Status FaultyChunkStore::DoPut(const ChunkKey& key, std::span<const std::byte> d
     if (puts_ == lose_put_) return {};
   }
   const bool present = base()->Contains(key);
-  PREHOC_RETURN_IF_ERROR(base()->Put(key, data));
+  PREHOC_RETURN_IF_ERROR(base()->Put(key, data, origin));
   MutexLock lock(mutex_);
   if (!present) unsynced_.insert(key);
   return {};

@@ -29,7 +29,7 @@ class FaultyChunkStore final : public ChunkStoreWrapper {
 
  private:
   Status DoGet(const ChunkKey& key, std::span<std::byte> out) override;
-  Status DoPut(const ChunkKey& key, std::span<const std::byte> data) override;
+  Status DoPut(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) override;
   Status DoDelete(const ChunkKey& key) override;
   Status DoFlush() override;
 

@@ -20,7 +20,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     fuzz::Touch(*parsed);
     if (verify == VerifyPayload::kNo) continue;
     // What passes is what would have been written.
-    const RecordHeader header = EncodeHeader(context, key, *parsed);
+    RecordHeader found;
+    std::memcpy(&found, data, sizeof found);
+    const RecordHeader header = EncodeHeader(context, key, *parsed, OriginOf(found));
     PREHOC_CHECK(std::memcmp(&header, data, sizeof header) == 0);
   }
   static const std::vector<std::byte> payload = TestChunk(1, 64);

@@ -14,11 +14,12 @@ namespace prehoc {
 namespace {
 
 constexpr size_t kPayload = 300;
+constexpr ChunkOrigin kOrigin{.tenant = 0x1122334455667788u, .parent = 0x99aabbccddeeff00u, .chunk = 7, .branch = true};
 
 class RecordFormatTest : public ::testing::Test {
  protected:
   std::vector<std::byte> Record(const ChunkKey& key, const std::vector<std::byte>& payload) const {
-    return Record(EncodeHeader(context_, key, payload), payload);
+    return Record(EncodeHeader(context_, key, payload, kOrigin), payload);
   }
   static std::vector<std::byte> Record(const RecordHeader& header, const std::vector<std::byte>& payload) {
     std::vector<std::byte> record(sizeof header + payload.size());
@@ -97,15 +98,14 @@ TEST_F(RecordFormatTest, NamesWhatIsWrongWithBothValues) {
   };
   EXPECT_OK(with([](RecordHeader&) {}));
   EXPECT_STATUS(StatusCode::kCorrupt, "magic is 0x1, expected 0x43524850", with([](auto& h) { h.magic = 1; }));
-  EXPECT_STATUS(StatusCode::kCorrupt, "format version is 2, expected 1", with([](auto& h) { h.version = 2; }));
+  EXPECT_STATUS(StatusCode::kCorrupt, "format version is 3, expected 2", with([](auto& h) { h.version = 3; }));
   EXPECT_STATUS(StatusCode::kCorrupt, "dtype is 9, expected 1", with([](auto& h) { h.dtype = 9; }));
   EXPECT_STATUS(StatusCode::kCorrupt, "expected", with([](auto& h) { h.layout ^= 1; }));
   EXPECT_STATUS(StatusCode::kCorrupt, TestIdentity().layout, with([](auto& h) { h.layout ^= 1; }));
   EXPECT_STATUS(StatusCode::kCorrupt, "model is", with([](auto& h) { h.model[31] ^= 1; }));
   EXPECT_STATUS(StatusCode::kCorrupt, "payload length", with([](auto& h) { h.payload_bytes = 1; }));
-  EXPECT_STATUS(StatusCode::kCorrupt, "reserved", with([](auto& h) { h.reserved0 = 1; }));
-  EXPECT_STATUS(StatusCode::kCorrupt, "reserved", with([](auto& h) { h.reserved1 = 1; }));
-  EXPECT_STATUS(StatusCode::kCorrupt, "reserved", with([](auto& h) { h.reserved2[15] = 1; }));
+  EXPECT_STATUS(StatusCode::kCorrupt, "branch is 2, expected 0 or 1", with([](auto& h) { h.branch = 2; }));
+  EXPECT_STATUS(StatusCode::kCorrupt, "chunk number is -1", with([](auto& h) { h.chunk = -1; }));
 }
 
 TEST_F(RecordFormatTest, ARecordOfAnotherKeyIsRefusedWithBothKeys) {
@@ -124,6 +124,15 @@ TEST_F(RecordFormatTest, ARecordOfAnotherStoreIsRefused) {
     change(other);
     const RecordContext context = RecordContext::Create(other).value();
     EXPECT_EQ(Parse(Record(EncodeHeader(context, key_, payload_), payload_)).code(), StatusCode::kCorrupt);
+  }
+}
+
+TEST_F(RecordFormatTest, SaysWhereItsChunkStands) {
+  EXPECT_EQ(OriginOf(EncodeHeader(context_, key_, payload_, kOrigin)), kOrigin);
+  EXPECT_EQ(OriginOf(EncodeHeader(context_, key_, payload_)), ChunkOrigin{});
+  const auto plain = EncodeHeader(context_, key_, payload_).checksum;
+  for (const ChunkOrigin& other : {ChunkOrigin{.tenant = 1}, ChunkOrigin{.parent = 1}, ChunkOrigin{.chunk = 1}, ChunkOrigin{.branch = true}}) {
+    EXPECT_NE(EncodeHeader(context_, key_, payload_, other).checksum, plain) << "the checksum covers all of it";
   }
 }
 
@@ -150,9 +159,9 @@ TEST_F(RecordFormatTest, HeadersApartNeedTheirLength) {
 
 TEST_F(RecordFormatTest, AnUnknownIdentityIsRefusedWithBothValues) {
   StoreIdentity identity = TestIdentity();
-  identity.format_version = 2;
-  EXPECT_STATUS(StatusCode::kInvalid, "version 2", RecordContext::Create(identity));
-  EXPECT_STATUS(StatusCode::kInvalid, "knows 1", RecordContext::Create(identity));
+  identity.format_version = 3;
+  EXPECT_STATUS(StatusCode::kInvalid, "version 3", RecordContext::Create(identity));
+  EXPECT_STATUS(StatusCode::kInvalid, "knows 2", RecordContext::Create(identity));
   identity = TestIdentity();
   identity.dtype = "bf16";
   EXPECT_STATUS(StatusCode::kInvalid, "'bf16'", RecordContext::Create(identity));
@@ -168,27 +177,37 @@ TEST_F(RecordFormatTest, TheHeaderLiesAsDocumented) {
     return value;
   };
   EXPECT_EQ(std::memcmp(record.data(), "PHRC", 4), 0);
-  EXPECT_EQ(at(4, 2), 1u);
+  EXPECT_EQ(at(4, 2), 2u);
   EXPECT_EQ(at(6, 1), 1u);
-  EXPECT_EQ(at(7, 1), 0u);
+  EXPECT_EQ(at(7, 1), 1u);
   const std::string layout = TestIdentity().layout;
   EXPECT_EQ(at(8, 8), Hash64(std::as_bytes(std::span(layout))));
   EXPECT_EQ(std::memcmp(record.data() + 16, TestIdentity().model.data(), 32), 0);
   EXPECT_EQ(std::memcmp(record.data() + 48, key_.chain.data(), 32), 0);
   EXPECT_EQ(at(80, 4), 5u);
-  EXPECT_EQ(at(84, 4), 0u);
+  EXPECT_EQ(at(84, 4), 7u);
   EXPECT_EQ(at(88, 8), kPayload);
-  const auto checksum = Hash128(payload_, Hash64(std::span(record).first(96)));
-  EXPECT_EQ(at(96, 8), checksum[0]);
-  EXPECT_EQ(at(104, 8), checksum[1]);
-  EXPECT_EQ(at(112, 8), 0u);
-  EXPECT_EQ(at(120, 8), 0u);
+  EXPECT_EQ(at(96, 8), kOrigin.parent);
+  EXPECT_EQ(at(104, 8), kOrigin.tenant);
+  const auto checksum = Hash128(payload_, Hash64(std::span(record).first(112)));
+  EXPECT_EQ(at(112, 8), checksum[0]);
+  EXPECT_EQ(at(120, 8), checksum[1]);
 }
 
-// A record as version 1 wrote it. If this fails, stores of users are lost: raise the version.
-TEST_F(RecordFormatTest, ReadsAndWritesWhatVersionOneWrote) {
-  std::ifstream file(PREHOC_TESTDATA_DIR "/store/record-v1.bin", std::ios::binary);
-  const std::string bytes((std::istreambuf_iterator<char>(file)), {});
+std::string Golden(const char* name) {
+  std::ifstream file(std::string(PREHOC_TESTDATA_DIR "/store/") + name, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+TEST_F(RecordFormatTest, RefusesWhatVersionOneWroteWithBothVersions) {
+  const std::string bytes = Golden("record-v1.bin");
+  ASSERT_FALSE(bytes.empty());
+  EXPECT_STATUS(StatusCode::kCorrupt, "format version is 1, expected 2", ParseRecord(context_, key_, std::as_bytes(std::span(bytes))));
+}
+
+// A record as version 2 wrote it. If this fails, stores of users are lost: raise the version.
+TEST_F(RecordFormatTest, ReadsAndWritesWhatVersionTwoWrote) {
+  const std::string bytes = Golden("record-v2.bin");
   const auto golden = std::as_bytes(std::span(bytes));
   auto payload = ParseRecord(context_, key_, golden);
   ASSERT_OK(payload);

@@ -37,12 +37,18 @@ TEST(StoreNoteTest, ComesBackAsItWas) {
 
 TEST(StoreNoteTest, IsTheTextThatIsDocumented) {
   EXPECT_EQ(FormatStoreNote(Note()),
-            "prehoc store\nstore 1\nformat 1\ndtype f16\nlayout rows-kv/l2/h2/d16/p16/c64\nmodel "
+            "prehoc store\nstore 1\nformat 2\ndtype f16\nlayout rows-kv/l2/h2/d16/p16/c64\nmodel "
             "01080f161d242b323940474e555c636a71787f868d949ba2a9b0b7bec5ccd3da\nmodel_name test-model\nchunk_bytes 4096\n");
 }
 
-TEST(StoreNoteTest, ReadsAndWritesWhatVersionOneWrote) {
-  const std::string golden = ReadFile(PREHOC_TESTDATA_DIR "/store/note-v1.txt");
+TEST(StoreNoteTest, AStoreWithRecordsOfVersionOneIsRefusedWithBothVersions) {
+  auto note = ParseStoreNote(ReadFile(PREHOC_TESTDATA_DIR "/store/note-v1.txt"));
+  ASSERT_OK(note);
+  EXPECT_STATUS(StatusCode::kInvalid, "format version 1, not 2", CheckStoreNote(*note, Note()));
+}
+
+TEST(StoreNoteTest, ReadsAndWritesWhatVersionTwoWrote) {
+  const std::string golden = ReadFile(PREHOC_TESTDATA_DIR "/store/note-v2.txt");
   auto note = ParseStoreNote(golden);
   ASSERT_OK(note);
   EXPECT_OK(CheckStoreNote(*note, Note()));
@@ -93,7 +99,7 @@ TEST(StoreNoteTest, MalformedValuesAreRefused) {
   EXPECT_STATUS(StatusCode::kCorrupt, "malformed", with("chunk_bytes 4096", "chunk_bytes -1"));
   EXPECT_STATUS(StatusCode::kCorrupt, "malformed", with("chunk_bytes 4096", "chunk_bytes 99999999999999999999999"));
   EXPECT_STATUS(StatusCode::kCorrupt, "malformed", with("chunk_bytes 4096", "chunk_bytes 4096 "));
-  EXPECT_STATUS(StatusCode::kCorrupt, "malformed", with("format 1", "format one"));
+  EXPECT_STATUS(StatusCode::kCorrupt, "malformed", with("format 2", "format two"));
   EXPECT_STATUS(StatusCode::kCorrupt, "malformed", with("model 01", "model 0"));
   EXPECT_STATUS(StatusCode::kCorrupt, "malformed", with("model 01", "model 0g"));
   EXPECT_STATUS(StatusCode::kCorrupt, "lacks", with("dtype", "type"));
@@ -108,7 +114,7 @@ TEST(StoreNoteTest, RefusalsNameBothValues) {
     EXPECT_STATUS(StatusCode::kInvalid, is, CheckStoreNote(found, Note()));
   };
   differs([](auto& n) { n.store_version = 7; }, "store version 7", "not 1");
-  differs([](auto& n) { n.identity.format_version = 3; }, "format version 3", "not 1");
+  differs([](auto& n) { n.identity.format_version = 3; }, "format version 3", "not 2");
   differs([](auto& n) { n.identity.dtype = "bf16"; }, "dtype bf16", "not f16");
   differs([](auto& n) { n.identity.layout = "other"; }, "layout other", "rows-kv/l2");
   differs([](auto& n) { n.identity.model[0] = 0xff, n.identity.model_name = "gpt"; }, "'gpt' (ff", "'test-model' (01");
@@ -171,12 +177,77 @@ TEST_F(StoreDirectoryTest, ADamagedNoteIsRefusedWithThePath) {
   EXPECT_STATUS(StatusCode::kCorrupt, path_, Prepare());
 }
 
-TEST_F(StoreDirectoryTest, RestrictsFiles) {
+unsigned ModeOf(const std::string& path) { return static_cast<unsigned>(fs::status(path).permissions()); }
+void WriteText(const std::string& path, const std::string& text) { std::ofstream(path) << text; }
+
+TEST_F(StoreDirectoryTest, RestrictsItsOwnFilesAndNoOthers) {
   ASSERT_OK(Prepare());
-  std::ofstream(path_ + "/data") << "x";
-  ::chmod((path_ + "/data").c_str(), 0644);
+  const std::string outside = dir_.path() + "/outside";
+  for (const std::string& path : {path_ + "/000007.sst", path_ + "/notes.txt", outside}) {
+    WriteText(path, "x");
+    ::chmod(path.c_str(), 0644);
+  }
+  fs::create_symlink(outside, path_ + "/000008.sst");
   RestrictFiles(path_);
-  EXPECT_EQ(static_cast<unsigned>(fs::status(path_ + "/data").permissions()), 0600u);
+  EXPECT_EQ(ModeOf(path_ + "/000007.sst"), 0600u);
+  EXPECT_EQ(ModeOf(path_ + "/notes.txt"), 0644u) << "of somebody else";
+  EXPECT_EQ(ModeOf(outside), 0644u) << "behind a link";
+}
+
+TEST_F(StoreDirectoryTest, ListsWhatIsWhose) {
+  ASSERT_OK(Prepare());
+  for (const char* name : {"000012.sst", "CURRENT", "MANIFEST-000004", "OPTIONS-000007", "LOCK", "12.sst.bak", "x.sst", "MANIFEST-x", "core"}) {
+    WriteText(path_ + "/" + name, "12345");
+  }
+  fs::create_directory(path_ + "/000013.sst");
+  fs::create_symlink("/etc/passwd", path_ + "/IDENTITY");
+  const Result<StoreFiles> files = ListStoreFiles(path_);
+  ASSERT_OK(files);
+  using Names = std::vector<std::string>;
+  EXPECT_EQ(files->tables, Names{"000012.sst"});
+  EXPECT_EQ(files->others, (Names{"CURRENT", "LOCK", "MANIFEST-000004", "OPTIONS-000007", kStoreNoteName}));
+  EXPECT_EQ(files->links, Names{"IDENTITY"});
+  EXPECT_EQ(files->foreign, (Names{"000013.sst", "12.sst.bak", "MANIFEST-x", "core", "x.sst"}));
+  EXPECT_EQ(files->bytes, 5 * 5 + fs::file_size(path_ + "/" + kStoreNoteName));
+}
+
+TEST_F(StoreDirectoryTest, LinksAreRefusedByName) {
+  ASSERT_OK(Prepare());
+  fs::create_symlink("/etc/passwd", path_ + "/CURRENT");
+  EXPECT_STATUS(StatusCode::kInvalid, "'CURRENT' is a symbolic link", Prepare());
+  fs::remove(path_ + "/CURRENT");
+  fs::rename(path_ + "/" + kStoreNoteName, dir_.path() + "/note");
+  fs::create_symlink(dir_.path() + "/note", path_ + "/" + kStoreNoteName);
+  EXPECT_STATUS(StatusCode::kInvalid, "is a symbolic link", Prepare());
+  EXPECT_STATUS(StatusCode::kInvalid, "is a symbolic link", ReadStoreNote(path_));
+}
+
+TEST_F(StoreDirectoryTest, HalfAStoreIsRefusedWithWhatIsMissing) {
+  ASSERT_OK(Prepare());
+  WriteText(path_ + "/MANIFEST-000001", "x");
+  EXPECT_OK(Prepare()) << "a crash while RocksDB made its first files";
+  WriteText(path_ + "/000009.sst", "x");
+  EXPECT_STATUS(StatusCode::kCorrupt, "no 'CURRENT'", Prepare());
+  WriteText(path_ + "/CURRENT", "MANIFEST-000002\n");
+  EXPECT_STATUS(StatusCode::kCorrupt, "names 'MANIFEST-000002', which is not there", Prepare());
+  WriteText(path_ + "/MANIFEST-000002", "x");
+  EXPECT_OK(Prepare());
+}
+
+TEST_F(StoreDirectoryTest, ANoteOfANewerProgramIsRefusedWithBothVersions) {
+  ASSERT_OK(Prepare());
+  WriteText(path_ + "/" + kStoreNoteName, "prehoc store\nstore 9\nsomething that is not known yet\n");
+  EXPECT_STATUS(StatusCode::kUnsupported, "store version 9, this one knows 1", Prepare());
+  WriteText(path_ + "/" + kStoreNoteName, std::string(1 << 20, 'x'));
+  EXPECT_EQ(Prepare().code(), StatusCode::kCorrupt);
+}
+
+TEST_F(StoreDirectoryTest, ReadsTheNoteOfAnyStore) {
+  EXPECT_STATUS(StatusCode::kNotFound, "is no store", ReadStoreNote(path_));
+  ASSERT_OK(Prepare());
+  const Result<StoreNote> note = ReadStoreNote(path_);
+  ASSERT_OK(note);
+  EXPECT_EQ(note->identity, TestIdentity());
 }
 
 }  // namespace

@@ -1,0 +1,134 @@
+// Bytes in host memory against the checksum of their Seal(): what was damaged there is neither written, nor handed on.
+#include <gtest/gtest.h>
+
+#include "tests/cache/host_tier_world.h"
+
+namespace prehoc {
+namespace {
+
+// One sealed block, damaged in memory.
+class HostTierIntegrityTest : public ::testing::Test {
+ protected:
+  void MakeDamaged(bool stored) {
+    block_ = world_.Make(1);
+    if (stored) world_.background.Drain();
+    ASSERT_TRUE(world_.tier->FlipIdleBitForTest(0, 4099));
+  }
+  HostTierWorld world_;
+  BlockRef block_;
+};
+
+TEST_F(HostTierIntegrityTest, DamageIsNotWrittenBehind) {
+  MakeDamaged(/*stored=*/false);
+  world_.background.Drain();
+  EXPECT_EQ(world_.faulty->puts(), 0) << "the store would have given it a checksum that holds";
+  EXPECT_EQ(world_.tier->state(block_), BlockState::kLost);
+  EXPECT_STATUS(StatusCode::kCorrupt, "no longer holds what was sealed", world_.tier->Pin(block_));
+  EXPECT_EQ(world_.Counter("host.corrupt"), 1);
+  EXPECT_EQ(world_.Counter("host.lost"), 1);
+  EXPECT_OK(world_.tier->CheckInvariants());
+  // A repair brings it back, for whoever holds it.
+  EXPECT_EQ(world_.Make(1), block_);
+  EXPECT_TRUE(HoldsBytesOf(world_.tier->Pin(block_, BlockUse::kKeep, PinCheck::kVerify).value(), 1));
+  EXPECT_EQ(world_.Counter("host.healed"), 1);
+}
+
+TEST_F(HostTierIntegrityTest, DamageIsNotWrittenByFlushOrEviction) {
+  MakeDamaged(/*stored=*/false);
+  EXPECT_EQ(world_.tier->Flush().code(), StatusCode::kCorrupt);
+  EXPECT_EQ(world_.faulty->puts(), 0);
+  EXPECT_EQ(world_.tier->state(block_), BlockState::kLost);
+
+  HostTierWorld small({.blocks = 1});
+  const BlockRef one = small.Make(1);
+  ASSERT_TRUE(small.tier->FlipIdleBitForTest(1, 77));
+  EXPECT_OK(small.tier->NewTail()) << "its memory is free for others";
+  EXPECT_EQ(small.faulty->puts(), 0);
+  EXPECT_EQ(small.tier->state(one), BlockState::kLost);
+  EXPECT_OK(small.tier->CheckInvariants());
+}
+
+TEST_F(HostTierIntegrityTest, AVerifiedPinTakesTheStoresBytesInstead) {
+  MakeDamaged(/*stored=*/true);
+  const Result<BlockPin> pin = world_.tier->Pin(block_, BlockUse::kKeep, PinCheck::kVerify);
+  ASSERT_OK(pin);
+  EXPECT_TRUE(pin->loaded());
+  EXPECT_TRUE(HoldsBytesOf(*pin, 1));
+  EXPECT_EQ(world_.Counter("host.corrupt"), 1);
+  EXPECT_EQ(world_.Counter("host.lost"), 0);
+  EXPECT_OK(world_.tier->CheckInvariants());
+}
+
+TEST_F(HostTierIntegrityTest, EveryBitIsFound) {
+  for (uint64_t bit = 0; bit < 8 * kTestBlockBytes; bit += 509) {
+    HostTierWorld world;
+    const BlockRef block = world.Make(1);
+    world.background.Drain();
+    ASSERT_TRUE(world.tier->FlipIdleBitForTest(1, bit));
+    const Result<BlockPin> pin = world.tier->Pin(block, BlockUse::kKeep, PinCheck::kVerify);
+    ASSERT_OK(pin);
+    EXPECT_TRUE(HoldsBytesOf(*pin, 1)) << bit;
+    EXPECT_EQ(world.Counter("host.corrupt"), 1) << bit;
+  }
+}
+
+TEST_F(HostTierIntegrityTest, WhoPinsAnIdleBlockFirstChecksItForTheOthers) {
+  block_ = world_.Make(1);
+  world_.background.Drain();
+  {
+    const BlockPin pin = world_.tier->Pin(block_).value();
+    // Nobody may write here: this is what failing memory does.
+    pin.bytes()[5] ^= std::byte{1};
+    EXPECT_OK(world_.tier->Pin(block_, BlockUse::kKeep, PinCheck::kVerify)) << "whoever pinned it first has checked it";
+  }
+  EXPECT_EQ(world_.Counter("host.verified_bytes"), 0);
+  EXPECT_TRUE(HoldsBytesOf(world_.tier->Pin(block_, BlockUse::kKeep, PinCheck::kVerify).value(), 1));
+  EXPECT_EQ(world_.Counter("host.verified_bytes"), kTestBlockBytes);
+}
+
+// Between the store's check and this memory nobody else looks.
+TEST_F(HostTierIntegrityTest, BytesThatTheStoreGaveOutWrongAreFound) {
+  HostTierWorld world({.blocks = 1});
+  const BlockRef one = world.Make(1);
+  world.Make(2);  // evicts it
+  ASSERT_EQ(world.tier->state(one), BlockState::kStoreOnly);
+  world.faulty->FlipBitInGet(1, 12345);
+  EXPECT_STATUS(StatusCode::kCorrupt, "other bytes than were sealed", world.tier->Pin(one));
+  EXPECT_EQ(world.tier->state(one), BlockState::kLost);
+  EXPECT_FALSE(world.memory->Contains(TestKey(1))) << "it would keep the right record from being written";
+  EXPECT_EQ(world.Counter("host.corrupt"), 1);
+  EXPECT_OK(world.tier->CheckInvariants());
+}
+
+// Computed twice, bytes may differ in their last bits: that is no damage.
+TEST_F(HostTierIntegrityTest, ABlockComputedTwiceStaysWhatTheStoreHas) {
+  HostTierWorld world({.blocks = 1});
+  const BlockRef one = world.Make(1);
+  world.Make(2);
+  ASSERT_EQ(world.tier->state(one), BlockState::kStoreOnly);
+  EXPECT_EQ(world.tier->Seal(world.Tail(3).value(), TestKey(1)), one);  // other bytes under the same key
+  const Result<BlockPin> pin = world.tier->Pin(one);
+  ASSERT_OK(pin);
+  EXPECT_TRUE(HoldsBytesOf(*pin, 1));
+  EXPECT_EQ(world.Counter("host.corrupt"), 0);
+}
+
+TEST_F(HostTierIntegrityTest, WithVerifyPinsEveryUseIsChecked) {
+  HostTier::Options options;
+  options.block_bytes = kTestBlockBytes;
+  options.budget = 4 * kTestBlockBytes;
+  options.huge_pages = false;
+  options.verify_pins = true;
+  auto tier = HostTier::Create(options, &world_.executor, nullptr, world_.store.get()).value();
+  const BlockRef block = tier->Seal(tier->NewTail().value(), TestKey(7));
+  ASSERT_OK(tier->Flush());
+  EXPECT_OK(tier->Pin(block));
+  ASSERT_TRUE(tier->FlipIdleBitForTest(0, 3));
+  const Result<BlockPin> pin = tier->Pin(block);
+  ASSERT_OK(pin);
+  EXPECT_EQ(pin->bytes()[0], std::byte{0});
+  EXPECT_TRUE(pin->loaded());
+}
+
+}  // namespace
+}  // namespace prehoc
