@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstring>
 #include <string>
 
 #include "base/units.h"
@@ -58,6 +59,11 @@ size_t DeviceMemory::used() const {
 size_t DeviceMemory::peak() const {
   MutexLock lock(mutex_);
   return peak_;
+}
+
+Status DeviceMemory::Read(const void* from, size_t size, void* to) const {
+  std::memcpy(to, from, size);
+  return {};
 }
 
 void DeviceMemory::Free(std::byte* data, size_t size) {

@@ -62,7 +62,7 @@ Status Sequence::Impl::Fetch(FastStep& s) {
     if (s.missing.empty()) continue;
     std::sort(s.missing.begin(), s.missing.end());
     s.missing.erase(std::unique(s.missing.begin(), s.missing.end()), s.missing.end());
-    MakeRoom(s.layer, h, static_cast<int32_t>(s.missing.size()), s.missing);
+    PREHOC_RETURN_IF_ERROR(MakeRoom(s.layer, h, static_cast<int32_t>(s.missing.size()), s.missing));
     PREHOC_ASSIGN_OR_RETURN(const int64_t landed, BringIn(s.layer, h, *s.blocks, s.missing));
     for (size_t m = static_cast<size_t>(landed); m < s.missing.size(); ++m) {
       PREHOC_ASSIGN_OR_RETURN(const Half* row, s.blocks->Row(s.missing[m], h));

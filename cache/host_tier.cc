@@ -782,6 +782,7 @@ Result<std::unique_ptr<HostTier>> HostTier::Create(const Options& options, Execu
   arena.block_bytes = options.block_bytes;
   arena.budget = options.budget;
   arena.huge_pages = options.huge_pages;
+  arena.registrar = options.registrar;
   PREHOC_ASSIGN_OR_RETURN(impl->arena, HostArena::Create(arena, executor));
   return std::unique_ptr<HostTier>(new HostTier(std::move(impl)));
 }

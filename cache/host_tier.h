@@ -68,6 +68,7 @@ class HostTier {
     uint64_t budget = 0;            // [bytes] of host memory, hard
     bool huge_pages = true;
     bool verify_pins = false;       // every pin of an idle block is PinCheck::kVerify
+    HostRegistrar* registrar = nullptr;  // pins the memory for a device; or null. Outlives the tier and both executors' jobs
     int32_t max_queued_writes = 64;  // write-behind jobs under way; beyond it a block waits for its eviction or for Flush()
     const Clock* clock = nullptr;    // of load_nanos; null = SteadyClock
     Status Validate() const;         // kInvalid, naming the field and its value

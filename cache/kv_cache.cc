@@ -53,6 +53,9 @@ Result<std::unique_ptr<KvCache>> KvCache::Create(const CacheOptions& options, co
     impl->own_transfer = std::make_unique<MemoryTransferEngine>(own.background);
     own.transfer = impl->own_transfer.get();
   }
+  if (!own.device->host_accessible() && own.registrar == nullptr) {
+    return {StatusCode::kInvalid, "device memory that host code cannot reach needs kernels of that device and a registrar"};
+  }
   if (own.kernels->code_block_bytes(options.codes, options.geometry.head_dim) == 0) {
     return {StatusCode::kInvalid, "codes of " + std::to_string(options.codes.bits) + " bits over " +
                                       std::to_string(options.codes.group_tokens) +
@@ -66,11 +69,13 @@ Result<std::unique_ptr<KvCache>> KvCache::Create(const CacheOptions& options, co
   if (impl->selector->NeedsCodes() && options.selector.BoundInForce() == BoundKind::kStatistical && !options.codes.dither) {
     return {StatusCode::kInvalid, "bound=statistical: needs dithered codes (codes.dither, --codes 4/64+dither)"};
   }
+  PREHOC_RETURN_IF_ERROR(CheckOffered(*impl));
   HostTier::Options host;
   host.block_bytes = options.geometry.block_bytes();
   host.budget = options.host_budget;
   host.huge_pages = options.huge_pages;
   host.verify_pins = options.verify_pins;
+  host.registrar = own.registrar;
   PREHOC_ASSIGN_OR_RETURN(impl->host, HostTier::Create(host, own.executor, own.background, own.store));
   return std::unique_ptr<KvCache>(new KvCache(std::move(impl)));
 }

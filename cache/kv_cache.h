@@ -20,6 +20,7 @@
 #include "base/device_memory.h"
 #include "base/executor.h"
 #include "base/geometry.h"
+#include "base/host_registrar.h"
 #include "base/ids.h"
 #include "base/result.h"
 #include "cache/report.h"
@@ -54,7 +55,10 @@ struct CacheResources {
   DeviceMemory* device = nullptr;      // its budget is the device budget; required
   ChunkStore* store = nullptr;         // disk tier, or null
   const KernelTable* kernels = nullptr;  // null = BestCpuKernels()
-  TransferEngine* transfer = nullptr;  // copies that run behind the steps; null = on `background`
+  void* stream = nullptr;              // Launch::stream of these kernels
+  HostRegistrar* registrar = nullptr;  // pins the host tier for the device; required where host code cannot reach `device`
+  TransferEngine* transfer = nullptr;  // copies that run behind the steps; null = on `background`; required with tc.lag > 0 where
+                                       // host code cannot reach `device`
   const Clock* clock = nullptr;        // null = SteadyClock
 };
 
@@ -170,7 +174,8 @@ class Sequence {
 // Safe from any thread. Outlives its sequences.
 class KvCache {
  public:
-  // kInvalid names the option; kOutOfSpace if the host budget cannot be had.
+  // kInvalid names the option; kOutOfSpace if the host budget cannot be had; kUnsupported names what is not offered where host code
+  // cannot reach the device's memory.
   static Result<std::unique_ptr<KvCache>> Create(const CacheOptions& options, const CacheResources& resources);
   ~KvCache();
 

@@ -122,13 +122,15 @@ Status Sequence::Impl::FillRing(int32_t layer_index, LayerBlocks& rows, int64_t 
   LayerState& layer = layers[static_cast<size_t>(layer_index)];
   const int64_t size = geometry().chunk_tokens;
   const auto row = static_cast<int64_t>(row_halfs());
+  std::vector<RowCopy>& copies = scratch->copies;
+  copies.clear();
   const auto copy = [&](int64_t from, int64_t to, auto&& target) -> Status {
     for (int64_t at = from; at < to;) {
       // As far as both the block and the ring run on.
       const int64_t run = std::min({(at / size + 1) * size - at, layout.ring - at % layout.ring, to - at});
       for (int32_t h = 0; h < geometry().kv_heads; ++h) {
         PREHOC_ASSIGN_OR_RETURN(const Half* source, rows.Row(at, h));
-        std::copy(source, source + run * row, target(layer.heads[static_cast<size_t>(h)], at));
+        AddRun(source, target(layer.heads[static_cast<size_t>(h)], at), run, &copies);
       }
       at += run;
     }
@@ -137,7 +139,9 @@ Status Sequence::Impl::FillRing(int32_t layer_index, LayerBlocks& rows, int64_t 
   PREHOC_RETURN_IF_ERROR(copy(std::max(begin, ring_begin), end, [&](HeadState& head, int64_t at) {
     return head.ring + at % layout.ring * row;
   }));
-  return copy(begin, std::min<int64_t>(end, sinks), [&](HeadState& head, int64_t at) { return head.sinks + at * row; });
+  PREHOC_RETURN_IF_ERROR(
+      copy(begin, std::min<int64_t>(end, sinks), [&](HeadState& head, int64_t at) { return head.sinks + at * row; }));
+  return kernels().gather({.rows = copies, .head_dim = geometry().head_dim}, cache->launch());
 }
 
 Status Sequence::Impl::AddKeysToSummaries(int32_t layer_index, LayerBlocks& rows, int64_t begin, int64_t end) {

@@ -20,17 +20,18 @@ Status Sequence::Impl::EncodeBlock(int32_t layer_index, int64_t chunk, std::span
       groups.push_back({h, chunk * num + g, rows + g * group * static_cast<int64_t>(row_halfs())});
     }
   }
-  return IndexGroups(layer_index, groups, Launch{});
+  return IndexGroups(layer_index, groups, {.stream = cache->resources.stream});
 }
 
 // Where everything is resident a whole block has its place in the ring, whatever becomes of the others.
-void Sequence::Impl::CopyToRing(int32_t layer_index, int64_t chunk, std::span<const std::byte> bytes) {
-  const int64_t first_row = chunk * geometry().chunk_tokens * static_cast<int64_t>(row_halfs());
+Status Sequence::Impl::CopyToRing(int32_t layer_index, int64_t chunk, std::span<const std::byte> bytes) {
+  std::vector<RowCopy> copies;
   for (int32_t h = 0; h < geometry().kv_heads; ++h) {
+    const auto* rows = reinterpret_cast<const Half*>(bytes.data() + static_cast<size_t>(h) * geometry().head_block_bytes());
     Half* ring = layers[static_cast<size_t>(layer_index)].heads[static_cast<size_t>(h)].ring;
-    std::memcpy(ring + first_row, bytes.data() + static_cast<size_t>(h) * geometry().head_block_bytes(),
-                geometry().head_block_bytes());
+    AddRun(rows, ring + chunk * geometry().chunk_tokens * static_cast<int64_t>(row_halfs()), geometry().chunk_tokens, &copies);
   }
+  return kernels().gather({.rows = copies, .head_dim = geometry().head_dim}, {.stream = cache->resources.stream});
 }
 
 // Every block of the longest known prefix is read and verified once, and indexed while it is in the CPU's cache.
@@ -61,7 +62,7 @@ Result<int64_t> Sequence::Impl::LoadPrefix(std::span<const int32_t> wanted) {
     if (pin.ok()) {
       loaded += pin->loaded();
       status = EncodeBlock(static_cast<int32_t>(i % num_layers), chunk, pin->bytes());
-      if (complete()) CopyToRing(static_cast<int32_t>(i % num_layers), chunk, pin->bytes());
+      if (status.ok() && complete()) status = CopyToRing(static_cast<int32_t>(i % num_layers), chunk, pin->bytes());
     }
     if (status.ok()) return;
     corrupt += status.code() == StatusCode::kCorrupt;

@@ -135,6 +135,9 @@ void Sequence::Impl::Carve(const DeviceRequest& request) {
   const auto num_layers = static_cast<size_t>(geometry().layers);
   const auto num_heads = static_cast<size_t>(geometry().kv_heads);
   std::byte* base = memory.data();
+  // Bitmaps are read and written by host code; kernels get those that they need with their tasks.
+  const auto words = static_cast<size_t>((max_tokens + 63) / 64);
+  if (!cache->resources.device->host_accessible()) bitmaps.assign(num_layers * num_heads * 2 * words, 0);
   layers.resize(num_layers);
   for (size_t l = 0; l < num_layers; ++l) {
     LayerState& layer = layers[l];
@@ -155,8 +158,13 @@ void Sequence::Impl::Carve(const DeviceRequest& request) {
         head.page_hi = reinterpret_cast<Half*>(at + layout.hi_at);
       }
       if (request.label_bytes > 0) head.labels = at + layout.labels_at;
-      head.residency = HeadResidency(reinterpret_cast<uint64_t*>(at + layout.slotted_at),
-                                 reinterpret_cast<uint64_t*>(at + layout.resident_at), max_tokens, layout.slots);
+      auto* slotted = reinterpret_cast<uint64_t*>(at + layout.slotted_at);
+      auto* resident = reinterpret_cast<uint64_t*>(at + layout.resident_at);
+      if (!bitmaps.empty()) {
+        slotted = bitmaps.data() + (l * num_heads + h) * 2 * words;
+        resident = slotted + words;
+      }
+      head.residency = HeadResidency(slotted, resident, max_tokens, layout.slots);
       layer.heads.push_back(std::move(head));
     }
   }

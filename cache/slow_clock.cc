@@ -108,7 +108,7 @@ Status Sequence::Impl::BringMissing(int32_t layer_index, int32_t kv_head, std::v
     missing.push_back(position);
   }
   if (missing.empty()) return {};
-  MakeRoom(layer_index, kv_head, static_cast<int32_t>(missing.size()), wanted);
+  PREHOC_RETURN_IF_ERROR(MakeRoom(layer_index, kv_head, static_cast<int32_t>(missing.size()), wanted));
   // Without room for all, the lowest positions would win; that is as good as any choice among wanted ones.
   if (static_cast<int64_t>(missing.size()) > head.residency.free_slots()) {
     missing.resize(static_cast<size_t>(head.residency.free_slots()));
@@ -129,11 +129,11 @@ Status Sequence::Impl::BringMissing(int32_t layer_index, int32_t kv_head, std::v
   return {};
 }
 
-void Sequence::Impl::MakeRoom(int32_t layer_index, int32_t kv_head, int32_t wanted, std::span<const int32_t> spare) {
+Status Sequence::Impl::MakeRoom(int32_t layer_index, int32_t kv_head, int32_t wanted, std::span<const int32_t> spare) {
   LayerState& layer = layers[static_cast<size_t>(layer_index)];
   HeadState& head = layer.heads[static_cast<size_t>(kv_head)];
   const int32_t short_of = wanted - head.residency.free_slots();
-  if (short_of <= 0) return;
+  if (short_of <= 0) return {};
   const float* pooled = nullptr;
   std::vector<int32_t> kept(spare.begin(), spare.end());
   for (const Unit& unit : layer.units) {
@@ -148,6 +148,12 @@ void Sequence::Impl::MakeRoom(int32_t layer_index, int32_t kv_head, int32_t want
     if (!std::binary_search(kept.begin(), kept.end(), position)) out.push_back(position);
   }
   if (static_cast<int32_t>(out.size()) > short_of) {
+    const DeviceMemory& device = *cache->resources.device;
+    std::vector<float> read(pooled != nullptr && !device.host_accessible() ? static_cast<size_t>(visible()) : 0);
+    if (!read.empty()) {
+      PREHOC_RETURN_IF_ERROR(device.Read(pooled, read.size() * sizeof(float), read.data()));
+      pooled = read.data();
+    }
     // Without scores the oldest positions go first.
     const auto worse = [&](int32_t a, int32_t b) { return pooled && pooled[a] != pooled[b] ? pooled[a] < pooled[b] : a < b; };
     std::nth_element(out.begin(), out.begin() + short_of, out.end(), worse);
@@ -155,6 +161,7 @@ void Sequence::Impl::MakeRoom(int32_t layer_index, int32_t kv_head, int32_t want
     std::sort(out.begin(), out.end());
   }
   head.residency.Evict(out, ring_begin);
+  return {};
 }
 
 Result<int64_t> Sequence::Impl::BringIn(int32_t layer_index, int32_t kv_head, LayerBlocks& rows,

@@ -1,5 +1,5 @@
-# PREHOC_ENABLE_CUDA: ON where a CUDA toolkit is found, unless said otherwise. It adds targets named *_cuda; no other target
-# changes. The fat binary holds machine code for sm_80 and sm_90, and PTX for what follows.
+# PREHOC_ENABLE_CUDA: ON where a CUDA toolkit is found, unless said otherwise. It adds targets named *_cuda, and `prehoc` gains
+# --device cuda; nothing else changes. The fat binary holds machine code for sm_80 and sm_90, and PTX for what follows.
 include(CheckLanguage)
 if(NOT DEFINED CACHE{PREHOC_ENABLE_CUDA})
   check_language(CUDA)

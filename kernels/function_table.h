@@ -21,7 +21,7 @@ namespace prehoc {
 // enqueues on `stream` and returns at once.
 struct Launch {
   Executor* executor = nullptr;  // null = the calling thread alone
-  void* stream = nullptr;        // cudaStream_t of the CUDA backend
+  void* stream = nullptr;        // cuda::DeviceKernels::launch_stream() of the CUDA backend
 };
 
 // Consecutive rows in one piece of memory.

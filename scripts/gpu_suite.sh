@@ -9,7 +9,7 @@ set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 say() { printf 'gpu_suite: %s\n' "$*" >&2; }
 die() { say "error: $*"; exit 1; }
-tests=(cuda_base_test cuda_kernels_test)
+tests=(cuda_base_test cuda_kernels_test cuda_engine_test cuda_pipeline_test)
 
 # Files that must travel: what a plain Debian or Ubuntu has is left out.
 pack() {
@@ -18,7 +18,7 @@ pack() {
   cmake --preset gpu --log-level=WARNING >/dev/null
   cmake --build --preset gpu
   mkdir -p "$to/lib"
-  for binary in "${tests[@]}" gpu_bench; do
+  for binary in "${tests[@]}" gpu_bench decode_bench prehoc; do
     strip -o "$to/$binary" "build/gpu/bin/$binary"
     ldd "build/gpu/bin/$binary" | awk '$3 ~ /^\// { print $3 }' |
       { grep -v -E '/(libc|libm|libdl|librt|libpthread|libstdc\+\+|libgcc_s|ld-linux-x86-64|libcuda)\.so' || true; } | xargs -r -I{} cp -uL {} "$to/lib/"

@@ -67,8 +67,11 @@ struct HostArena::Impl {
   uint64_t peak_bytes PREHOC_GUARDED_BY(mutex) = 0;
   uint64_t huge_bytes PREHOC_GUARDED_BY(mutex) = 0;
   uint64_t lock_failures PREHOC_GUARDED_BY(mutex) = 0;
+  uint64_t pinned_bytes PREHOC_GUARDED_BY(mutex) = 0;
+  std::vector<std::byte*> registered;  // extents; touched only by the thread that set `growing`
 
   ~Impl() {
+    for (std::byte* const extent : registered) options.registrar->Unregister(extent);
     if (reservation != nullptr) ::munmap(reservation, reservation_bytes);
   }
 
@@ -121,6 +124,11 @@ struct HostArena::Impl {
         touch(0);
       }
       locked = !options.lock_memory || ::mlock(data, bytes) == 0;
+      if (options.registrar != nullptr) {
+        status = options.registrar->Register(data, bytes);
+        if (status.ok()) registered.push_back(data);
+        if (!status.ok()) ::madvise(data, bytes, MADV_DONTNEED);  // not held: it is in no figure
+      }
     }
     MutexLock lock(mutex);
     growing = false;
@@ -131,6 +139,7 @@ struct HostArena::Impl {
       for (int64_t block = ready - 1; block >= first; --block) free.push_back(block);
       if (huge) huge_bytes += bytes;
       if (!locked) ++lock_failures;
+      if (options.registrar != nullptr) pinned_bytes += bytes;
     } else {
       mapped = first;
     }
@@ -251,7 +260,7 @@ uint64_t HostArena::peak_bytes() const {
 }
 
 void HostArena::VisitCounters(const CounterVisitor& visit) const {
-  uint64_t used = 0, mapped = 0, peak = 0, huge = 0, lock_failures = 0;
+  uint64_t used = 0, mapped = 0, peak = 0, huge = 0, lock_failures = 0, pinned = 0;
   {
     MutexLock lock(impl_->mutex);
     used = static_cast<uint64_t>(impl_->used) * impl_->stride;
@@ -259,6 +268,7 @@ void HostArena::VisitCounters(const CounterVisitor& visit) const {
     peak = impl_->peak_bytes;
     huge = impl_->huge_bytes;
     lock_failures = impl_->lock_failures;
+    pinned = impl_->pinned_bytes;
   }
   const auto show = [&](const char* name, uint64_t value) { visit(name, static_cast<double>(value)); };
   show("host.capacity_bytes", static_cast<uint64_t>(impl_->capacity) * impl_->stride);
@@ -267,6 +277,7 @@ void HostArena::VisitCounters(const CounterVisitor& visit) const {
   show("host.peak_bytes", peak);
   show("host.huge_page_bytes", huge);
   show("host.lock_failures", lock_failures);
+  if (impl_->options.registrar != nullptr) show("host.pinned_bytes", pinned);
 }
 
 Status HostArena::CheckInvariants() const {

@@ -7,6 +7,7 @@
 
 #include "base/counters.h"
 #include "base/executor.h"
+#include "base/host_registrar.h"
 #include "base/ids.h"
 #include "base/result.h"
 
@@ -23,6 +24,7 @@ class HostArena {
     uint64_t extent_bytes = 64u << 20; // how much is mapped and touched at a time
     bool huge_pages = true;            // asks for transparent huge pages; falls back without
     bool lock_memory = false;          // mlock; falls back without, and counts it
+    HostRegistrar* registrar = nullptr;  // pins each extent for a device, once it is touched; or null. Outlives the executor's jobs
     Status Validate() const;
   };
   // `executor` runs the touching; it outlives the arena. The first extent is touched here, in parallel.
@@ -40,7 +42,7 @@ class HostArena {
   uint64_t used_bytes() const;      // blocks in use
   uint64_t mapped_bytes() const;    // memory really held; never above the budget
   uint64_t peak_bytes() const;      // the most mapped_bytes() ever was
-  // host.{capacity_bytes,used_bytes,mapped_bytes,peak_bytes,huge_page_bytes,lock_failures}
+  // host.{capacity_bytes,used_bytes,mapped_bytes,peak_bytes,huge_page_bytes,lock_failures}, and host.pinned_bytes with a registrar
   void VisitCounters(const CounterVisitor& visit) const;
   Status CheckInvariants() const;
 

@@ -1,5 +1,7 @@
 #include "base/cuda/device_memory.h"
 
+#include <algorithm>
+
 #include "base/cuda/error.h"
 
 namespace prehoc {
@@ -10,11 +12,33 @@ Result<std::byte*> CudaDeviceMemory::DoAllocate(size_t size) {
   Status status = CudaStatus(cudaMemset(data, 0, size), PREHOC_CUDA_HERE(cudaMemset));
   // The zeroing runs on the default stream; other streams of ours do not wait for that one.
   if (status.ok()) status = CudaStatus(cudaStreamSynchronize(cudaStreamLegacy), PREHOC_CUDA_HERE(cudaStreamSynchronize));
-  if (status.ok()) return static_cast<std::byte*>(data);
+  if (status.ok()) {
+    MutexLock lock(ranges_mutex_);
+    ranges_.push_back({static_cast<const std::byte*>(data), size});
+    return static_cast<std::byte*>(data);
+  }
   CountCudaError(cudaFree(data));
   return status;
 }
 
-void CudaDeviceMemory::DoFree(std::byte* data, size_t) { CountCudaError(cudaFree(data)); }
+void CudaDeviceMemory::DoFree(std::byte* data, size_t) {
+  {
+    MutexLock lock(ranges_mutex_);
+    std::erase_if(ranges_, [&](const Range& range) { return range.begin == data; });
+  }
+  CountCudaError(cudaFree(data));
+}
+
+Status CudaDeviceMemory::Read(const void* from, size_t size, void* to) const {
+  PREHOC_CUDA_TRY(cudaMemcpy(to, from, size, cudaMemcpyDeviceToHost));
+  return {};
+}
+
+bool CudaDeviceMemory::Owns(const void* at) const {
+  const auto* const byte = static_cast<const std::byte*>(at);
+  MutexLock lock(ranges_mutex_);
+  return std::any_of(ranges_.begin(), ranges_.end(),
+                     [&](const Range& range) { return byte >= range.begin && byte < range.begin + range.size; });
+}
 
 }  // namespace prehoc

@@ -1,5 +1,7 @@
 // The memory of a GPU behind the seam of device_memory.h.
 #pragma once
+#include <vector>
+
 #include "base/device_memory.h"
 
 namespace prehoc {
@@ -8,10 +10,20 @@ namespace prehoc {
 class CudaDeviceMemory final : public DeviceMemory {
  public:
   using DeviceMemory::DeviceMemory;
+  bool host_accessible() const override { return false; }
+  Status Read(const void* from, size_t size, void* to) const override;
+  // Whether `at` lies in a buffer of this.
+  bool Owns(const void* at) const;
 
  private:
+  struct Range {
+    const std::byte* begin = nullptr;
+    size_t size = 0;
+  };
   Result<std::byte*> DoAllocate(size_t size) override;
   void DoFree(std::byte* data, size_t size) override;
+  mutable Mutex ranges_mutex_;
+  std::vector<Range> ranges_ PREHOC_GUARDED_BY(ranges_mutex_);  // few: a sequence is one
 };
 
 }  // namespace prehoc

@@ -21,10 +21,14 @@ struct CacheShared {
   // What is indexed at once: a group of codes or, where only bounds are wanted, a page; and the format that gives it.
   int32_t index_group() const { return selector->NeedsCodes() ? options.codes.group_tokens : selector->PageTokens(); }
   CodeFormat index_format() const { return selector->NeedsCodes() ? options.codes : CodeFormat{.group_tokens = 16}; }
-  Launch launch() const { return {.executor = resources.executor}; }
+  Launch launch() const { return {.executor = resources.executor, .stream = resources.stream}; }
   // How keys of `prompt_tokens` long prompts begin.
   ChunkKeyRoot KeyRoot(const std::string& method) const;
 };
+
+// What needs host code in the device's memory, or kernels that only CPUs have: kUnsupported, naming the knob. OK where host code
+// reaches `resources.device`.
+Status CheckOffered(const CacheShared& cache);
 
 struct KvCache::Impl : CacheShared {};
 

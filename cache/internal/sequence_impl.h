@@ -122,6 +122,11 @@ struct Sequence::Impl {
     const Half* rows = nullptr;
   };
   Status IndexGroups(int32_t layer, std::span<const IndexedGroup> groups, const Launch& launch);
+  // `num` rows that lie together on both sides.
+  void AddRun(const Half* from, Half* to, int64_t num, std::vector<RowCopy>* copies) const {
+    const auto row = static_cast<int64_t>(row_halfs());
+    for (int64_t i = 0; i < num; ++i) copies->push_back({from + i * row, to + i * row});
+  }
   Status FillRing(int32_t layer, LayerBlocks& rows, int64_t first, int64_t end);
   Status AttendPrefill(int32_t layer, LayerBlocks& rows, const LayerInput& in, int64_t first, int64_t count);
   // What a gate must know of all keys: their variances, or a ball around them; nothing where no gate asks.
@@ -194,7 +199,7 @@ struct Sequence::Impl {
   Status PostBehind(int32_t layer, int32_t kv_head, LayerBlocks& rows, std::span<const int32_t> positions, int64_t lag);
   Status LandPending(int32_t layer);
   // Frees slots until `wanted` are free, least pooled score first, sparing what a unit has chosen and `spare` (sorted).
-  void MakeRoom(int32_t layer, int32_t kv_head, int32_t wanted, std::span<const int32_t> spare);
+  Status MakeRoom(int32_t layer, int32_t kv_head, int32_t wanted, std::span<const int32_t> spare);
   // Copies rows of `positions` (sorted, not on the device) to free slots now, as many as there are. Returns how many.
   Result<int64_t> BringIn(int32_t layer, int32_t kv_head, LayerBlocks& rows, std::span<const int32_t> positions);
 
@@ -207,7 +212,7 @@ struct Sequence::Impl {
   Status RestorePrefix(std::span<const int32_t> prompt);
   Result<int64_t> LoadPrefix(std::span<const int32_t> prompt);  // chunks
   Status EncodeBlock(int32_t layer, int64_t chunk, std::span<const std::byte> bytes);
-  void CopyToRing(int32_t layer, int64_t chunk, std::span<const std::byte> bytes);
+  Status CopyToRing(int32_t layer, int64_t chunk, std::span<const std::byte> bytes);
   std::vector<ChunkIndex> LostChunks() const;
   Status BeginRepair(ChunkIndex chunk);
   Status EndRepair();
@@ -239,6 +244,7 @@ struct Sequence::Impl {
   AuditObserver* const observer;
   const int32_t sinks;  // rows kept apart; Budget::sinks
   DeviceBuffer memory;
+  std::vector<uint64_t> bitmaps;  // of all heads, where host code cannot reach `memory`
   float *z_ = nullptr, *err_ = nullptr;
   std::vector<LayerState> layers;
   BorrowMap layer_source;    // HShare; empty: nobody borrows, neither layers nor heads

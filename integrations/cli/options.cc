@@ -23,7 +23,7 @@ struct RawAnswer {
   std::string selector, budget, max_dropped_mass, codes, audit_every, calibration;
   std::vector<std::string> set;
   std::string device_budget, host_budget, store, store_budget, tenant;
-  std::string threads, kernels, compare, json;
+  std::string threads, kernels, device, compare, json;
   bool show_knobs = false;
 };
 struct RawDoctor {
@@ -65,6 +65,7 @@ void AddAnswerFlags(CLI::App& app, RawAnswer& raw) {
 
   const char* run = "How it runs";
   AddText(app, "--threads", raw.threads, "N", "default: one per CPU", run);
+  AddText(app, "--device", raw.device, "NAME", "cpu or cuda: where the model, the kernels and the device tier are; default: cpu", run);
   AddText(app, "--kernels", raw.kernels, "NAME", "reference, avx2 or avx512; default: the fastest that runs here", run);
   AddText(app, "--compare", raw.compare, "dense", "run dense attention too, and compare", run);
   AddText(app, "--json", raw.json, "FILE", "write all figures there", run);
@@ -150,6 +151,11 @@ Result<AnswerOptions> ReadAnswer(const Flags& flags, const RawAnswer& raw) {
   PREHOC_RETURN_IF_ERROR(ReadBytes(flags, "--store-budget", raw.store_budget, 16 * kMiB, &options.store_budget));
   PREHOC_RETURN_IF_ERROR(flags.Given("--calibration") ? ReadPinned(flags, raw, &options)
                                                       : ReadSelector(flags, raw, &options.selector));
+  if (flags.Given("--device")) {
+    if (raw.device != "cpu" && raw.device != "cuda") return Bad("--device", raw.device, "cpu or cuda");
+    options.cuda = raw.device == "cuda";
+    if (options.cuda && flags.Given("--kernels")) return Bad("--kernels", raw.kernels, "--device cpu: with --device cuda the kernels are CUDA's");
+  }
   if (flags.Given("--kernels")) {
     PREHOC_RETURN_IF_ERROR(CheckKernelsName(raw.kernels));
     options.kernels = raw.kernels;

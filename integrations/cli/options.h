@@ -41,6 +41,7 @@ struct AnswerOptions {
   std::string tenant;
   int threads = 0;             // 0 = one per CPU
   std::string kernels;         // empty = the fastest that this CPU runs
+  bool cuda = false;           // --device cuda: model, kernels and device tier on the GPU
   bool compare_dense = false;
   std::string json;            // file; empty = none
 };

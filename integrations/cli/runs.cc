@@ -45,6 +45,7 @@ class Runs {
     session.max_tokens = figures_.prompt_tokens + task_.options.max_new_tokens;
     session.prompt_tokens = figures_.prompt_tokens;
     session.kernels = task_.kernels;
+    session.cuda = task_.options.cuda;
     session.threads = task_.options.threads;
     return session;
   }

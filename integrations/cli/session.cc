@@ -59,6 +59,7 @@ Status StoreError(const Status& status, const std::string& directory) {
 // The facade names its options.
 Status CreateError(const Status& status, const SessionOptions& options) {
   const std::string host = WithSize("--host-budget", options.host_budget);
+  if (status.code() == StatusCode::kUnsupported) return UsageError("--device cuda: " + status.message());
   if (status.code() != StatusCode::kInvalid) return status.WithContext(host);
   if (status.message().find("host_budget") != std::string::npos) return UsageError(host + ": " + status.message());
   if (status.message().find("codes") != std::string::npos) return UsageError("--codes: " + status.message());
@@ -100,7 +101,14 @@ Result<std::unique_ptr<Session>> Session::Create(std::shared_ptr<const reference
   auto io = ThreadPool::Create({.loop_threads = kIoThreadsPerCpu * session->executor_->concurrency(), .spin_iterations = 0});
   if (!io.ok()) return RuntimeError(io.status(), "--threads");
   session->io_ = std::move(io).value();
-  session->device_ = std::make_unique<HostDeviceMemory>(options.device_budget);
+  if (options.cuda) {
+    auto side = CudaSide(options.device_budget);
+    if (!side.ok()) return RuntimeError(side.status(), "--device cuda");
+    session->device_ = std::move(side).value();
+    session->registrar_ = std::move(session->device_.registrar);
+  } else {
+    session->device_ = CpuSide(options.device_budget, options.kernels);
+  }
   PREHOC_RETURN_IF_ERROR(session->OpenStore());
   PREHOC_RETURN_IF_ERROR(session->CreateEngine());
   PREHOC_RETURN_IF_ERROR(session->CreateCache());
@@ -122,6 +130,7 @@ Status Session::CreateEngine() {
   engine.max_tokens = options_.max_tokens;
   engine.max_batch_tokens = kPieceTokens;
   engine.keep_q_pre_rope = selector->NeedsPreRope() || options_.observer;
+  engine.make_decoder = device_.make_decoder;
   auto created = reference::Engine::Create(model_, engine);
   if (!created.ok()) return RuntimeError(created.status(), "--model");
   engine_ = std::move(created).value();
@@ -142,9 +151,11 @@ Status Session::CreateCache() {
   CacheResources resources;
   resources.executor = executor_.get();
   resources.io = io_.get();
-  resources.device = device_.get();
+  resources.device = device_.memory.get();
+  resources.stream = device_.stream;
+  resources.registrar = registrar_.get();
   resources.store = store_.get();
-  resources.kernels = options_.kernels;
+  resources.kernels = device_.kernels;
   auto created = KvCache::Create(cache, resources);
   if (!created.ok()) return CreateError(created.status(), options_);
   cache_ = std::move(created).value();
@@ -180,6 +191,7 @@ std::map<std::string, double> Session::Counters() const {
   const CounterVisitor visit = [&](std::string_view name, double value) { counters[std::string(name)] = value; };
   cache_->VisitCounters(visit);
   engine_->VisitCounters(visit);
+  device_.visit_counters(visit);
   return counters;
 }
 

@@ -11,6 +11,7 @@
 #include "base/executor.h"
 #include "base/result.h"
 #include "cache/kv_cache.h"
+#include "integrations/cli/device_side.h"
 #include "integrations/cli/generate.h"
 #include "integrations/reference/engine/engine.h"
 #include "integrations/reference/model.h"
@@ -32,6 +33,7 @@ struct SessionOptions {
   int64_t max_tokens = 0;       // prompt and answer
   int64_t prompt_tokens = 0;
   const KernelTable* kernels = nullptr;
+  bool cuda = false;            // `kernels` is not looked at then
   int threads = 0;
   bool persist_decode = true;
   int64_t device_slots = 0;     // SequenceOptions::device_slots
@@ -70,9 +72,10 @@ class Session {
   const std::shared_ptr<const reference::Model> model_;
   const SessionOptions options_;
   const KvGeometry geometry_;
+  std::unique_ptr<HostRegistrar> registrar_;  // outlives the executors, whose jobs touch and pin memory
   std::unique_ptr<ThreadPool> executor_;
   std::unique_ptr<ThreadPool> io_;  // threads that mostly wait for the disk
-  std::unique_ptr<HostDeviceMemory> device_;
+  DeviceSide device_;
   std::unique_ptr<ChunkStore> store_;
   std::unique_ptr<reference::Engine> engine_;
   std::unique_ptr<KvCache> cache_;

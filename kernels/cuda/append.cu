@@ -4,6 +4,7 @@
 #include "kernels/code_block.h"
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/run_kernels.h"
 
 namespace prehoc::cuda {
 namespace {
@@ -135,6 +136,28 @@ __device__ void BoundPages(const AppendArgs& args, const __half* keys, Half* pag
   }
 }
 
+struct EncodeArgs {
+  const RunEncodeTask* tasks;
+  AppendArgs append;  // format, layout, head_dim
+};
+
+// A block takes one group of rows that lie together, on the device or in pinned memory.
+__global__ void __launch_bounds__(kThreads) EncodeKernel(const __grid_constant__ EncodeArgs args) {
+  extern __shared__ __align__(16) __half keys[];  // as AppendKernel
+  __shared__ bool bounded;
+  WaitForEarlierWork();
+  LetLaterWorkLaunch();
+  const RunEncodeTask task = args.tasks[blockIdx.x];
+  const int d = args.append.head_dim, tokens = args.append.format.group_tokens, words = d / 8;
+  for (int i = threadIdx.x; i < tokens * words; i += kThreads) {
+    reinterpret_cast<uint4*>(keys)[i] = reinterpret_cast<const uint4*>(task.rows)[i / words * 2 * words + i % words];
+  }
+  __syncthreads();
+  Channel* const channels = reinterpret_cast<Channel*>(keys + tokens * d);
+  EncodeGroup(args.append, keys, channels, &bounded, task.block);
+  if (task.page_lo != nullptr && task.page_hi != nullptr) BoundPages(args.append, keys, task.page_lo, task.page_hi);
+}
+
 // A block takes one group of positions of one task: those of its tokens that are new, and the encoding if it becomes complete.
 template <RowType R>
 __global__ void __launch_bounds__(kThreads) AppendKernel(const __grid_constant__ AppendArgs args) {
@@ -170,6 +193,18 @@ __global__ void __launch_bounds__(kThreads) AppendKernel(const __grid_constant__
   BoundPages(args, keys, task.page_lo + page, task.page_hi + page);
 }
 }  // namespace
+
+Status EncodeRuns(const RunEncodeTask* tasks, int32_t num_tasks, const CodeFormat& format, int32_t head_dim, cudaStream_t stream) {
+  PREHOC_RETURN_IF_ERROR(Check("encode").Tasks(tasks, num_tasks).HeadDim(head_dim)
+                             .That(!format.dither, "dither", format.dither, "use codes without dither on a device", StatusCode::kUnsupported)
+                             .That(IsCodeFormat(format, head_dim), "bits", format.bits, "is no code format").Take());
+  if (num_tasks == 0) return {};
+  const EncodeArgs args{tasks, {nullptr, format, LayoutOf(format, head_dim), 0, head_dim}};
+  const auto d = static_cast<size_t>(head_dim);
+  const Shape shape{.grid = dim3(static_cast<unsigned>(num_tasks)), .threads = kThreads,
+                    .shared_bytes = d * (static_cast<size_t>(format.group_tokens) * sizeof(__half) + sizeof(Channel))};
+  return LaunchKernel(EncodeKernel, "encode", args, shape, stream);
+}
 
 Status Append(const AppendParams& params, cudaStream_t stream) {
   const CodeFormat& format = params.format;

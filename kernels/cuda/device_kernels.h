@@ -53,13 +53,15 @@ struct GateTask {
   const float* q = nullptr;       // [group, head_dim]
   const float* anchor = nullptr;  // [group, head_dim]
   float* cosine = nullptr;        // [1]; or null
-  uint8_t* hold = nullptr;        // [1] 1 if cosine > tau; or null
+  uint8_t* hold = nullptr;        // [1] 1 if cosine > tau, and *age < max_age if there is an age; or null
+  const int32_t* age = nullptr;   // [1] steps since the choice was made; or null
 };
 struct GateParams {
   const GateTask* tasks = nullptr;
   int32_t num_tasks = 0;
   int32_t group = 0, head_dim = 0;
   float tau = 0;
+  int32_t max_age = 0x7fffffff;
 };
 Status Gate(const GateParams& params, cudaStream_t stream);
 
@@ -182,6 +184,50 @@ struct AttendParams {
 };
 Result<size_t> AttendWorkspaceBytes(const AttendParams& params);
 Status Attend(const AttendParams& params, cudaStream_t stream);
+
+// --- residency: where the rows of chosen positions are, and which are to be -----------------------------------------------------
+// A head's rows of the middle lie in `slots` slots; a position that is in none is read from the host, where row p is position p.
+struct ResidencyState {
+  int16_t* slot_of = nullptr;    // [max_n] slot of a position; -1 = none
+  int32_t* owner = nullptr;      // [slots] position in a slot; -1 = free, -2 = on its way
+  uint64_t* resident = nullptr;  // [max_n / 64 rounded up] bit of every position that is in a slot
+  int32_t slots = 0;             // at most 32767
+  int32_t max_n = 0;
+};
+// resolve: chosen positions become what attend reads. Position p is row ring_row + p % ring_rows if the ring holds it (p >= *n - ring_rows),
+// else slot_row + its slot, else ~p. A position outside [0, min(*n, max_n)) becomes a row that does not exist. Where a head has chosen anew
+// (hold is null or 0) its query becomes the anchor and its age 0; else the age grows.
+struct ResolveTask {
+  ResidencyState at;
+  const int32_t* chosen = nullptr;  // [*count]
+  const int32_t* count = nullptr;   // [1]; outside [0, room] as one position that does not exist
+  int32_t room = 0;
+  const int32_t* n = nullptr;
+  int32_t slot_row = 0, ring_row = 0, ring_rows = 0;
+  int32_t* refs = nullptr;          // [room]
+  int32_t* num_refs = nullptr;      // [1]
+  int64_t* misses = nullptr;        // [1] += rows to be read from the host; or null
+  const uint8_t* hold = nullptr;    // [1] or null
+  const float* q = nullptr;         // [group, head_dim]; or null: no anchor
+  float* anchor = nullptr;
+  int32_t* age = nullptr;           // [1]; or null
+};
+Status Resolve(const ResolveTask* tasks, int32_t num_tasks, int32_t group, int32_t head_dim, cudaStream_t stream);
+
+// refresh: of `wanted` positions (sorted, different) those in no slot get one, of the free slots first, then of those whose owner is not
+// wanted; as many as there are. Their former owners are not resident from now on. What is to be copied is listed for gather: piece
+// from_piece[i] is the position, to_piece[i] its slot. When the copies are done, Land() makes the new ones resident.
+struct RefreshTask {
+  ResidencyState at;
+  const int32_t* wanted = nullptr;
+  const int32_t* wanted_count = nullptr;  // [1]; positions outside [0, max_n) and a count outside [0, slots] are not wanted
+  int32_t* from_piece = nullptr;          // [slots]
+  int32_t* to_piece = nullptr;            // [slots]
+  int32_t* count = nullptr;               // [1]
+  float* pooled = nullptr;                // [max_n] scores that start anew: -inf; or null
+};
+Status Refresh(const RefreshTask* tasks, int32_t num_tasks, int32_t max_n, cudaStream_t stream);
+Status Land(const RefreshTask* tasks, int32_t num_tasks, cudaStream_t stream);
 
 // --- gather: pieces of pinned host memory (or device memory) to slots ---------------------------------------------------
 struct GatherTask {

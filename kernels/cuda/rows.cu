@@ -16,6 +16,7 @@ struct GateArgs {
   const GateTask* tasks;
   int32_t group, head_dim;
   float tau;
+  int32_t max_age;
 };
 
 // A warp takes a head at a time. fp64, as the reference: a cosine near tau decides.
@@ -48,7 +49,7 @@ __global__ void __launch_bounds__(kGateThreads) GateKernel(const __grid_constant
   if (threadIdx.x != 0) return;
   for (int w = 1; w < kGateThreads / kWarp; ++w) mine = fminf(mine, least[w]);
   if (task.cosine != nullptr) *task.cosine = mine;
-  if (task.hold != nullptr) *task.hold = mine > args.tau ? 1 : 0;
+  if (task.hold != nullptr) *task.hold = mine > args.tau && (task.age == nullptr || *task.age < args.max_age) ? 1 : 0;
 }
 
 struct GatherArgs {
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(kGatherThreads) GatherKernel(const __grid_cons
 Status Gate(const GateParams& params, cudaStream_t stream) {
   PREHOC_RETURN_IF_ERROR(Check("gate").Tasks(params.tasks, params.num_tasks).HeadDim(params.head_dim).Group(params.group).Take());
   if (params.num_tasks == 0) return {};
-  const GateArgs args{params.tasks, params.group, params.head_dim, params.tau};
+  const GateArgs args{params.tasks, params.group, params.head_dim, params.tau, params.max_age};
   const Shape shape{.grid = dim3(static_cast<unsigned>(params.num_tasks)), .threads = kGateThreads};
   return LaunchKernel(GateKernel, "gate", args, shape, stream);
 }

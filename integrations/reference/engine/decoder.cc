@@ -189,16 +189,17 @@ void Decoder::AddMlp(const LayerWeights& w, int64_t from) {
   products_.Run({&down, 1});
 }
 
-void Decoder::LogitsOf(int64_t index, float* logits) {
+Status Decoder::LogitsOf(int64_t index, float* logits) {
   Timed(&EngineSeconds::logits, [&] {
     products_.SetInput(ProductMode::kVector, 1, config_.hidden,
                        [&](int64_t, float* out) { Norm(hidden(index), model_.output_norm, out); });
     const Product output{.weights = &model_.output, .out = logits, .stride = config_.vocab};
     products_.Run({&output, 1});
   });
+  return {};
 }
 
-void Decoder::AllLogits(float* logits) {
+Status Decoder::AllLogits(float* logits) {
   if (count_ == 1) return LogitsOf(0, logits);
   Timed(&EngineSeconds::logits, [&] {
     products_.SetInput(ProductMode::kMatrix, count_, config_.hidden,
@@ -206,6 +207,7 @@ void Decoder::AllLogits(float* logits) {
     const Product output{.weights = &model_.output, .out = logits, .stride = config_.vocab};
     products_.Run({&output, 1});
   });
+  return {};
 }
 
 }  // namespace prehoc::reference

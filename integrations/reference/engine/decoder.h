@@ -1,4 +1,4 @@
-// Decoder: the layers of a model applied to one piece of tokens. The scratch memory of the engine lies here.
+// Decoder: the layers of a model applied to one piece of tokens, on the CPU. The scratch memory of the engine lies here.
 #pragma once
 #include <cstdint>
 #include <span>
@@ -10,19 +10,17 @@
 
 namespace prehoc::reference {
 
-class Decoder {
+class Decoder final : public TokenDecoder {
  public:
   // `model` passed CheckModel(); it and what `options` points to outlive this.
   Decoder(const Model& model, const EngineOptions& options);
 
-  // Begin(), every layer, End(). Rolls the backend back on error. Requires valid tokens, at most max_batch_tokens.
-  Status Run(AttentionBackend& backend, std::span<const int32_t> tokens, int64_t prompt_tokens);
-  // Logits [vocab] of one token of the piece that Run() has just done, or [tokens, vocab] of all.
-  void LogitsOf(int64_t index, float* logits);
-  void AllLogits(float* logits);
+  Status Run(AttentionBackend& backend, std::span<const int32_t> tokens, int64_t prompt_tokens) override;
+  Status LogitsOf(int64_t index, float* logits) override;
+  Status AllLogits(float* logits) override;
 
-  const EngineSeconds& seconds() const { return seconds_; }
-  size_t bytes() const;
+  const EngineSeconds& seconds() const override { return seconds_; }
+  size_t bytes() const override;
 
  private:
   Status RunLayers(AttentionBackend& backend);

@@ -29,8 +29,7 @@ Status EngineOptions::Validate() const {
 }
 
 struct Engine::Impl {
-  Impl(std::shared_ptr<const Model> m, const EngineOptions& o)
-      : model(std::move(m)), options(o), max_tokens(LongestSequence(model->config, o)), decoder(*model, o) {}
+  Impl(std::shared_ptr<const Model> m, const EngineOptions& o) : model(std::move(m)), options(o), max_tokens(LongestSequence(model->config, o)) {}
 
   Status CheckCall(const AttentionBackend& backend, std::span<const int32_t> tokens, int64_t prompt_tokens) const;
   // Runs the tokens piece by piece; after_piece(tokens done before the piece, tokens of the piece).
@@ -41,7 +40,7 @@ struct Engine::Impl {
   const std::shared_ptr<const Model> model;
   const EngineOptions options;
   const int64_t max_tokens;
-  Decoder decoder;
+  std::unique_ptr<TokenDecoder> decoder;
   int64_t tokens_run = 0, pieces_run = 0;
 };
 
@@ -56,7 +55,13 @@ Result<std::unique_ptr<Engine>> Engine::Create(std::shared_ptr<const Model> mode
     return {StatusCode::kUnsupported, "engine: this CPU has no " + std::string(SimdLevelName(options.simd)) +
                                           "; use " + std::string(SimdLevelName(BestSimdLevel()))};
   }
-  return std::unique_ptr<Engine>(new Engine(std::make_unique<Impl>(std::move(model), options)));
+  auto impl = std::make_unique<Impl>(std::move(model), options);
+  if (options.make_decoder) {
+    PREHOC_ASSIGN_OR_RETURN(impl->decoder, options.make_decoder(*impl->model, impl->options));
+  } else {
+    impl->decoder = std::make_unique<Decoder>(*impl->model, impl->options);
+  }
+  return std::unique_ptr<Engine>(new Engine(std::move(impl)));
 }
 
 Status Engine::Impl::CheckCall(const AttentionBackend& backend, std::span<const int32_t> tokens,
@@ -82,8 +87,8 @@ Status Engine::Impl::RunPieces(AttentionBackend& backend, std::span<const int32_
                                const Fn& after_piece) {
   for (size_t done = 0; done < tokens.size();) {
     const auto piece = tokens.subspan(done, std::min(tokens.size() - done, static_cast<size_t>(options.max_batch_tokens)));
-    PREHOC_RETURN_IF_ERROR(decoder.Run(backend, piece, prompt_tokens));
-    after_piece(done, piece.size());
+    PREHOC_RETURN_IF_ERROR(decoder->Run(backend, piece, prompt_tokens));
+    PREHOC_RETURN_IF_ERROR(after_piece(done, piece.size()));
     done += piece.size();
     tokens_run += static_cast<int64_t>(piece.size());
     ++pieces_run;
@@ -101,9 +106,8 @@ Status Engine::Forward(AttentionBackend& backend, std::span<const int32_t> token
                    std::to_string(vocab) + " or none");
   }
   return impl.RunPieces(backend, tokens, prompt_tokens, [&](size_t done, size_t count) {
-    if (!logits.empty() && done + count == tokens.size()) {
-      impl.decoder.LogitsOf(static_cast<int64_t>(count) - 1, logits.data());
-    }
+    const bool last = !logits.empty() && done + count == tokens.size();
+    return last ? impl.decoder->LogitsOf(static_cast<int64_t>(count) - 1, logits.data()) : Status();
   });
 }
 
@@ -117,14 +121,14 @@ Status Engine::ForwardAll(AttentionBackend& backend, std::span<const int32_t> to
                    std::to_string(tokens.size()) + " x " + std::to_string(vocab));
   }
   return impl.RunPieces(backend, tokens, prompt_tokens,
-                        [&](size_t done, size_t) { impl.decoder.AllLogits(logits.data() + done * vocab); });
+                        [&](size_t done, size_t) { return impl.decoder->AllLogits(logits.data() + done * vocab); });
 }
 
 const ModelConfig& Engine::config() const { return impl_->model->config; }
 int64_t Engine::max_tokens() const { return impl_->max_tokens; }
 int64_t Engine::RopeVariant(int64_t prompt_tokens) const { return RopeVariantOf(config(), prompt_tokens); }
-size_t Engine::scratch_bytes() const { return impl_->decoder.bytes(); }
-const EngineSeconds& Engine::seconds() const { return impl_->decoder.seconds(); }
+size_t Engine::scratch_bytes() const { return impl_->decoder->bytes(); }
+const EngineSeconds& Engine::seconds() const { return impl_->decoder->seconds(); }
 
 void Engine::VisitCounters(const CounterVisitor& visit) const {
   visit("engine.tokens", static_cast<double>(impl_->tokens_run));

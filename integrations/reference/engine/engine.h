@@ -18,6 +18,7 @@
 #include "base/status.h"
 #include "integrations/reference/attention_backend.h"
 #include "integrations/reference/engine/simd_level.h"
+#include "integrations/reference/engine/token_decoder.h"
 #include "integrations/reference/model.h"
 
 namespace prehoc::reference {
@@ -30,22 +31,14 @@ struct EngineOptions {
   bool keep_q_pre_rope = false;     // fills AttendCall::q_pre_rope (after QK norm, before RoPE)
   SimdLevel simd = BestSimdLevel(); // lower ones are for tests; Create() refuses what this CPU lacks
   const Clock* clock = &SteadyClock::Get();  // for EngineSeconds
+  MakeDecoder make_decoder;         // where the layers run; empty = on the CPU
   Status Validate() const;          // kInvalid, naming the field and its value
-};
-
-// Where the time of all Forward() calls went.
-struct EngineSeconds {
-  double projections = 0;  // q, k, v, o, gate, up, down, with their norms, RoPE and activation
-  double attention = 0;    // inside the backend: Begin, Attend, End
-  double logits = 0;       // final norm and output matrix
-  double embedding = 0;    // embedding rows, RoPE tables
-  double total() const { return projections + attention + logits + embedding; }
 };
 
 // Not safe for two threads at once; may serve any number of sequences in turn.
 class Engine {
  public:
-  // Returns kInvalid (options, or a model whose shapes disagree) or kUnsupported (simd level, head size).
+  // Returns kInvalid (options, or a model whose shapes disagree), kUnsupported (simd level, head size) or what make_decoder says.
   static Result<std::unique_ptr<Engine>> Create(std::shared_ptr<const Model> model, const EngineOptions& options);
   ~Engine();
 

@@ -30,6 +30,9 @@ class RopeTables {
   void Prepare(int64_t first, int64_t count, int64_t length);
   // Rotates one head [head_dim] of the piece's token `index` in place.
   void Rotate(int64_t index, float* head) const;
+  // [count, head_dim / 2] of the piece.
+  const float* cos() const { return cos_.data(); }
+  const float* sin() const { return sin_.data(); }
   size_t bytes() const { return cos_.bytes() + sin_.bytes(); }
 
  private:

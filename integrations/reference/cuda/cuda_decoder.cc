@@ -1,0 +1,194 @@
+#include "integrations/reference/cuda/cuda_decoder.h"
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <utility>
+
+#include "base/cuda/buffer.h"
+#include "base/cuda/device.h"
+#include "base/cuda/error.h"
+#include "base/cuda/stream.h"
+#include "integrations/reference/cuda/device_model.h"
+#include "integrations/reference/cuda/device_ops.h"
+#include "integrations/reference/engine/rope.h"
+
+namespace prehoc::reference {
+namespace {
+
+// [count] T on the device or pinned.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  Status Create(CudaPlace place, int64_t count, size_t* total) {
+    PREHOC_ASSIGN_OR_RETURN(CudaBytes bytes, CudaBytes::Create(place, static_cast<size_t>(count) * sizeof(T)));
+    *total += bytes.size();
+    bytes_ = std::make_unique<CudaBytes>(std::move(bytes));
+    return {};
+  }
+  T* data() const { return bytes_ ? reinterpret_cast<T*>(bytes_->data()) : nullptr; }
+
+ private:
+  std::unique_ptr<CudaBytes> bytes_;
+};
+
+class CudaDecoder final : public TokenDecoder {
+ public:
+  CudaDecoder(const Model& model, const EngineOptions& options, CudaStream stream, std::unique_ptr<DeviceModel> weights)
+      : config_(model.config), options_(options), stream_(std::move(stream)), weights_(std::move(weights)),
+        rope_(config_, options.max_batch_tokens), q_width_(int64_t{config_.heads} * config_.head_dim),
+        kv_width_(int64_t{config_.kv_heads} * config_.head_dim) {}
+  ~CudaDecoder() override { stream_.Synchronize().IgnoreError(); }
+
+  Status Allocate() {
+    const int64_t n = options_.max_batch_tokens, half = config_.head_dim / 2;
+    const auto make = [&](Buffer<float>& buffer, CudaPlace place, int64_t width) { return buffer.Create(place, n * width, &bytes_); };
+    for (const auto& [buffer, width] : {std::pair{&hidden_, int64_t{config_.hidden}}, std::pair{&normed_, int64_t{config_.hidden}},
+                                        std::pair{&qkv_, q_width_ + 2 * kv_width_}, std::pair{&attended_, q_width_},
+                                        std::pair{&gate_up_, int64_t{2} * config_.intermediate}, std::pair{&gated_, int64_t{config_.intermediate}},
+                                        std::pair{&cos_, half}, std::pair{&sin_, half}}) {
+      PREHOC_RETURN_IF_ERROR(make(*buffer, CudaPlace::kDevice, width));
+    }
+    for (const auto& [buffer, width] : {std::pair{&q_, q_width_}, std::pair{&k_, kv_width_}, std::pair{&v_, kv_width_}, std::pair{&out_, q_width_},
+                                        std::pair{&angles_, 2 * half}}) {
+      PREHOC_RETURN_IF_ERROR(make(*buffer, CudaPlace::kPinned, width));
+    }
+    if (options_.keep_q_pre_rope) PREHOC_RETURN_IF_ERROR(make(q_before_, CudaPlace::kPinned, q_width_));
+    PREHOC_RETURN_IF_ERROR(tokens_.Create(CudaPlace::kPinned, n, &bytes_));
+    return logits_.Create(CudaPlace::kPinned, config_.vocab, &bytes_);
+  }
+
+  Status Run(AttentionBackend& backend, std::span<const int32_t> tokens, int64_t prompt_tokens) override {
+    first_ = backend.length();
+    count_ = static_cast<int32_t>(tokens.size());
+    // A prompt's last token may be alone in its piece; it takes the same way as its neighbours, to the same bits.
+    vector_ = count_ == 1 && prompt_tokens == 0;
+    const Clock& clock = *options_.clock;
+    int64_t start = clock.NowNanos();
+    PREHOC_RETURN_IF_ERROR(backend.Begin(tokens, prompt_tokens));
+    seconds_.attention += clock.SecondsSince(start);
+    start = clock.NowNanos();
+    Status status = Embed(tokens, prompt_tokens);
+    seconds_.embedding += clock.SecondsSince(start);
+    for (int32_t layer = 0; layer < config_.layers && status.ok(); ++layer) status = RunLayer(backend, layer);
+    start = clock.NowNanos();
+    if (status.ok()) status = stream_.Synchronize();
+    if (status.ok()) status = backend.End();
+    seconds_.attention += clock.SecondsSince(start);
+    if (!status.ok()) backend.Rollback();
+    return status;
+  }
+
+  Status LogitsOf(int64_t index, float* logits) override {
+    const int64_t start = options_.clock->NowNanos();
+    PREHOC_RETURN_IF_ERROR(MultiplyVector({.weights = weights_->output(), .x = hidden_.data() + index * config_.hidden,
+                                           .norm = weights_->output_norm(), .eps = config_.rms_eps, .y = logits_.data(), .rows = config_.vocab,
+                                           .cols = config_.hidden, .type = weights_->type()}, stream_.get()));
+    PREHOC_RETURN_IF_ERROR(stream_.Synchronize());
+    std::copy_n(logits_.data(), config_.vocab, logits);
+    seconds_.logits += options_.clock->SecondsSince(start);
+    return {};
+  }
+  Status AllLogits(float* logits) override {
+    for (int64_t t = 0; t < count_; ++t) PREHOC_RETURN_IF_ERROR(LogitsOf(t, logits + t * config_.vocab));
+    return {};
+  }
+
+  const EngineSeconds& seconds() const override { return seconds_; }
+  size_t bytes() const override { return bytes_ + rope_.bytes(); }
+
+ private:
+  Status Embed(std::span<const int32_t> tokens, int64_t prompt_tokens) {
+    rope_.Prepare(first_, count_, std::max<int64_t>(prompt_tokens, first_ + count_));
+    const int64_t angles = int64_t{count_} * (config_.head_dim / 2);
+    std::copy_n(rope_.cos(), angles, angles_.data());
+    std::copy_n(rope_.sin(), angles, angles_.data() + angles);
+    std::copy(tokens.begin(), tokens.end(), tokens_.data());
+    const auto bytes = static_cast<size_t>(angles) * sizeof(float);
+    PREHOC_CUDA_TRY(cudaMemcpyAsync(cos_.data(), angles_.data(), bytes, cudaMemcpyHostToDevice, stream_.get()));
+    PREHOC_CUDA_TRY(cudaMemcpyAsync(sin_.data(), angles_.data() + angles, bytes, cudaMemcpyHostToDevice, stream_.get()));
+    return EmbedTokens(weights_->embedding(), weights_->type(), tokens_.data(), hidden_.data(), count_, config_.hidden, stream_.get());
+  }
+
+  // y (+)= W x, x normalised first if `norm` is given.
+  Status Multiply(const void* weights, int64_t rows, int64_t cols, const float* x, const float* norm, const float* bias, float* y, bool add) {
+    if (vector_) {
+      return MultiplyVector({.weights = weights, .x = x, .norm = norm, .eps = config_.rms_eps, .bias = bias, .y = y, .add = add,
+                             .rows = static_cast<int32_t>(rows), .cols = static_cast<int32_t>(cols), .type = weights_->type()}, stream_.get());
+    }
+    if (norm != nullptr) {
+      PREHOC_RETURN_IF_ERROR(NormRows(x, norm, config_.rms_eps, normed_.data(), count_, static_cast<int32_t>(cols), stream_.get()));
+      x = normed_.data();
+    }
+    return MultiplyMatrix({.weights = weights, .x = x, .bias = bias, .y = y, .add = add, .tokens = count_, .rows = static_cast<int32_t>(rows),
+                           .cols = static_cast<int32_t>(cols), .type = weights_->type()}, stream_.get());
+  }
+
+  Status RunLayer(AttentionBackend& backend, int32_t index) {
+    if (backend.Freeze(index).frozen > 0) {
+      return {StatusCode::kUnsupported, "a prompt with frozen tokens (etf, cpe) is not offered by the CUDA engine; use another selector"};
+    }
+    const DeviceLayer& w = weights_->layer(index);
+    const Clock& clock = *options_.clock;
+    int64_t start = clock.NowNanos();
+    PREHOC_RETURN_IF_ERROR(Multiply(w.qkv, q_width_ + 2 * kv_width_, config_.hidden, hidden_.data(), w.attention_norm, w.qkv_bias, qkv_.data(), false));
+    PREHOC_RETURN_IF_ERROR(RotateHeads({.qkv = qkv_.data(), .q_norm = w.q_norm, .k_norm = w.k_norm, .eps = config_.rms_eps, .cos = cos_.data(),
+                                        .sin = sin_.data(), .interleaved = config_.rope_layout == RopeLayout::kInterleaved, .q = q_.data(),
+                                        .q_before = q_before_.data(), .k = k_.data(), .v = v_.data(), .tokens = count_, .heads = config_.heads,
+                                        .kv_heads = config_.kv_heads, .head_dim = config_.head_dim}, stream_.get()));
+    PREHOC_RETURN_IF_ERROR(stream_.Synchronize());
+    seconds_.projections += clock.SecondsSince(start);
+    start = clock.NowNanos();
+    PREHOC_RETURN_IF_ERROR(backend.Attend({.layer = index, .first = first_, .count = count_, .q = q_.data(), .q_pre_rope = q_before_.data(),
+                                           .k = k_.data(), .v = v_.data(), .out = out_.data()}));
+    seconds_.attention += clock.SecondsSince(start);
+    start = clock.NowNanos();
+    PREHOC_CUDA_TRY(cudaMemcpyAsync(attended_.data(), out_.data(), static_cast<size_t>(count_ * q_width_) * sizeof(float), cudaMemcpyHostToDevice,
+                                    stream_.get()));
+    PREHOC_RETURN_IF_ERROR(Multiply(w.o, config_.hidden, q_width_, attended_.data(), nullptr, w.o_bias, hidden_.data(), true));
+    if (vector_) {
+      PREHOC_RETURN_IF_ERROR(MultiplyVector({.weights = w.gate_up, .x = hidden_.data(), .norm = w.ffn_norm, .eps = config_.rms_eps,
+                                             .y = gated_.data(), .gated = true, .rows = config_.intermediate, .cols = config_.hidden,
+                                             .type = weights_->type()}, stream_.get()));
+    } else {
+      PREHOC_RETURN_IF_ERROR(Multiply(w.gate_up, int64_t{2} * config_.intermediate, config_.hidden, hidden_.data(), w.ffn_norm, nullptr,
+                                      gate_up_.data(), false));
+      PREHOC_RETURN_IF_ERROR(GateRows(gate_up_.data(), gated_.data(), count_, config_.intermediate, stream_.get()));
+    }
+    PREHOC_RETURN_IF_ERROR(Multiply(w.down, config_.hidden, config_.intermediate, gated_.data(), nullptr, nullptr, hidden_.data(), true));
+    seconds_.projections += clock.SecondsSince(start);
+    return {};
+  }
+
+  const ModelConfig& config_;
+  const EngineOptions& options_;
+  const CudaStream stream_;
+  const std::unique_ptr<DeviceModel> weights_;
+  RopeTables rope_;
+  const int64_t q_width_, kv_width_;  // [floats] of a token's q, and of its k or v
+  size_t bytes_ = 0;
+  // Of the piece, [max_batch_tokens, width]; the second line is pinned, for the backend.
+  Buffer<float> hidden_, normed_, qkv_, attended_, gate_up_, gated_, cos_, sin_;
+  Buffer<float> q_, q_before_, k_, v_, out_, angles_, logits_;
+  Buffer<int32_t> tokens_;
+  int64_t first_ = 0;
+  int32_t count_ = 0;
+  bool vector_ = true;
+  EngineSeconds seconds_;
+};
+}  // namespace
+
+Result<std::unique_ptr<TokenDecoder>> MakeCudaDecoder(const Model& model, const EngineOptions& options) {
+  PREHOC_RETURN_IF_ERROR(CurrentCudaDevice().status());
+  for (const int32_t width : {model.config.hidden, model.config.intermediate, model.config.heads * model.config.head_dim}) {
+    if (width % 8 != 0) return {StatusCode::kUnsupported, "the CUDA engine takes widths that are multiples of 8, not " + std::to_string(width)};
+  }
+  PREHOC_ASSIGN_OR_RETURN(CudaStream stream, CudaStream::Create());
+  PREHOC_ASSIGN_OR_RETURN(auto weights, DeviceModel::Create(model, *options.executor));
+  auto decoder = std::make_unique<CudaDecoder>(model, options, std::move(stream), std::move(weights));
+  PREHOC_RETURN_IF_ERROR(decoder->Allocate());
+  return std::unique_ptr<TokenDecoder>(std::move(decoder));
+}
+
+}  // namespace prehoc::reference

@@ -1,0 +1,13 @@
+// The engine's layers on the current CUDA device, attention with the backend: q, k and v of a layer come to pinned memory, the backend
+// attends, its output goes back. One wait of the CPU a layer beside the backend's own.
+#pragma once
+#include "integrations/reference/engine/engine.h"
+#include "integrations/reference/engine/token_decoder.h"
+
+namespace prehoc::reference {
+
+// For EngineOptions::make_decoder. Expands the weights to fp16 or bf16 in device memory (device_model.h). Returns kNotFound without a
+// device, kOutOfSpace, kCuda, kUnsupported. Run() returns kUnsupported where a rule freezes tokens (etf, cpe).
+Result<std::unique_ptr<TokenDecoder>> MakeCudaDecoder(const Model& model, const EngineOptions& options);
+
+}  // namespace prehoc::reference

@@ -1,0 +1,366 @@
+#include "integrations/reference/cuda/device_ops.h"
+
+#include <algorithm>
+
+#include "base/units.h"
+#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/launch.h"
+
+namespace prehoc::reference {
+namespace {
+using cuda::Check;
+using cuda::kAllLanes;
+using cuda::kWarp;
+using cuda::LaunchKernel;
+using cuda::LetLaterWorkLaunch;
+using cuda::RowType;
+using cuda::WaitForEarlierWork;
+template <RowType R>
+using Number = cuda::Number<R>;
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+
+__device__ inline float WarpSum(float x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(kAllLanes, x, offset);
+  return x;
+}
+// Of all threads of a block of kThreads; `shared` has kWarps floats.
+__device__ inline float BlockSum(float x, float* shared) {
+  x = WarpSum(x);
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  float sum = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) sum += shared[w];
+  __syncthreads();
+  return sum;
+}
+__device__ inline float Silu(float x) { return x / (1.0f + __expf(-x)); }
+
+// --- vector -----------------------------------------------------------------------------------------------------------------------------
+struct VectorArgs {
+  const uint4* weights;
+  const float* x;
+  const float* norm;
+  const float* bias;
+  float* y;
+  float eps;
+  int32_t rows, cols;
+  int32_t gate_rows;  // rows to the ups; 0 = not gated
+  bool add;
+};
+
+template <RowType R>
+__device__ inline float Dot8(const uint4& w, const float4& x0, const float4& x1, float sum) {
+  const float2 a = Number<R>::Unpack(w.x), b = Number<R>::Unpack(w.y), c = Number<R>::Unpack(w.z), d = Number<R>::Unpack(w.w);
+  sum = fmaf(a.x, x0.x, fmaf(a.y, x0.y, sum));
+  sum = fmaf(b.x, x0.z, fmaf(b.y, x0.w, sum));
+  sum = fmaf(c.x, x1.x, fmaf(c.y, x1.y, sum));
+  return fmaf(d.x, x1.z, fmaf(d.y, x1.w, sum));
+}
+
+// Loads of a lane that are on their way at once.
+constexpr int kDepth = 8;
+
+// The vector in shared memory, normalised: two planes of 4 of each 8 channels, so that neighbouring lanes read neighbouring words.
+__device__ inline void LoadVector(const VectorArgs& args, float4* x) {
+  __shared__ float parts[kWarps];
+  const int words = args.cols / 8;
+  float square = 0;
+  for (int i = threadIdx.x; i < words; i += kThreads) {
+    const float4 a = reinterpret_cast<const float4*>(args.x)[2 * i], b = reinterpret_cast<const float4*>(args.x)[2 * i + 1];
+    square += a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w + b.x * b.x + b.y * b.y + b.z * b.z + b.w * b.w;
+    x[i] = a;
+    x[words + i] = b;
+  }
+  if (args.norm == nullptr) {
+    __syncthreads();
+    return;
+  }
+  const float scale = 1.0f / sqrtf(BlockSum(square, parts) / static_cast<float>(args.cols) + args.eps);
+  for (int i = threadIdx.x; i < words; i += kThreads) {
+    const float4 a = __ldg(reinterpret_cast<const float4*>(args.norm) + 2 * i), b = __ldg(reinterpret_cast<const float4*>(args.norm) + 2 * i + 1);
+    const float4 p = x[i], q = x[words + i];
+    x[i] = {a.x * (p.x * scale), a.y * (p.y * scale), a.z * (p.z * scale), a.w * (p.w * scale)};
+    x[words + i] = {b.x * (q.x * scale), b.y * (q.y * scale), b.z * (q.z * scale), b.w * (q.w * scale)};
+  }
+  __syncthreads();
+}
+
+// A warp takes a row at a time, all warps together all rows. The weights of the first row are asked for before the work before this
+// kernel is done: nothing writes them.
+template <RowType R, bool kGated>
+__global__ void __launch_bounds__(kThreads, 2) VectorKernel(const __grid_constant__ VectorArgs args) {
+  extern __shared__ __align__(16) float4 x[];  // [2, cols / 8]
+  constexpr int kParts = kGated ? 2 : 1;
+  constexpr int kLoads = kDepth / kParts;
+  const int lane = threadIdx.x % kWarp, warp = blockIdx.x * kWarps + threadIdx.x / kWarp, warps = gridDim.x * kWarps;
+  const int words = args.cols / 8;
+  uint4 w[kParts][kLoads];
+  const auto load = [&](int row, int from) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      const uint4* const weights = args.weights + (int64_t{row} + int64_t{part} * args.gate_rows) * words;
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const int at = from + i * kWarp;
+        w[part][i] = at < words ? __ldcs(weights + at) : uint4{0, 0, 0, 0};
+      }
+    }
+  };
+  LetLaterWorkLaunch();
+  if (warp < args.rows) load(warp, lane);
+  WaitForEarlierWork();
+  LoadVector(args, x);
+  for (int row = warp; row < args.rows; row += warps) {
+    float sum[kParts] = {};
+    for (int from = lane; from < words; from += kLoads * kWarp) {
+      uint4 now[kParts][kLoads];
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) now[part][i] = w[part][i];
+      }
+      // What comes next, of this row or of the next, is on its way while this is multiplied.
+      const bool more = from + kLoads * kWarp < words;
+      if (more || row + warps < args.rows) load(more ? row : row + warps, more ? from + kLoads * kWarp : lane);
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const int at = from + i * kWarp;
+        if (at >= words) break;
+        const float4 x0 = x[at], x1 = x[words + at];
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) sum[part] = Dot8<R>(now[part][i], x0, x1, sum[part]);
+      }
+    }
+    // A lane without words has loaded nothing of the next row in its loop.
+    if (lane >= words && row + warps < args.rows) load(row + warps, lane);
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) sum[part] = WarpSum(sum[part]);
+    if (lane != 0) continue;
+    float y = kGated ? Silu(sum[0]) * sum[kParts - 1] : sum[0];
+    if (args.bias != nullptr) y += args.bias[row];
+    args.y[row] = args.add ? args.y[row] + y : y;
+  }
+}
+
+// --- matrix -----------------------------------------------------------------------------------------------------------------------------
+struct MatrixArgs {
+  const uint16_t* weights;
+  const float* x;
+  const float* bias;
+  float* y;
+  int32_t tokens, rows, cols;
+  bool add;
+};
+constexpr int kTile = 64, kDeep = 32, kStride = kDeep + 8;  // halves: 16-byte rows, and fragments that meet no bank twice
+constexpr int kMatrixThreads = 128;                         // 4 warps of 32 x 32 outputs
+
+struct MatrixTiles {
+  uint16_t most[kTile][kStride];
+  uint16_t rest[kTile][kStride];
+  uint16_t weights[kTile][kStride];
+};
+
+template <RowType R>
+__global__ void __launch_bounds__(kMatrixThreads) MatrixKernel(const __grid_constant__ MatrixArgs args) {
+  __shared__ __align__(16) MatrixTiles tiles;
+  WaitForEarlierWork();
+  LetLaterWorkLaunch();
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, j = lane % 4;
+  const int token0 = blockIdx.y * kTile, row0 = blockIdx.x * kTile, t0 = warp / 2 * 32, n0 = warp % 2 * 32;
+  float sum[2][4][4] = {};
+  for (int k = 0; k < args.cols; k += kDeep) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < kTile * kDeep / 4; i += kMatrixThreads) {
+      const int t = i / (kDeep / 4), c = i % (kDeep / 4) * 4;
+      float4 v{};
+      if (token0 + t < args.tokens && k + c < args.cols) v = *reinterpret_cast<const float4*>(args.x + int64_t{token0 + t} * args.cols + k + c);
+      uint2 most, rest;
+      cuda::SplitPair<R>(v.x, v.y, &most.x, &rest.x);
+      cuda::SplitPair<R>(v.z, v.w, &most.y, &rest.y);
+      *reinterpret_cast<uint2*>(&tiles.most[t][c]) = most;
+      *reinterpret_cast<uint2*>(&tiles.rest[t][c]) = rest;
+    }
+    for (int i = threadIdx.x; i < kTile * kDeep / 8; i += kMatrixThreads) {
+      const int n = i / (kDeep / 8), c = i % (kDeep / 8) * 8;
+      uint4 v{};
+      if (row0 + n < args.rows && k + c < args.cols) v = *reinterpret_cast<const uint4*>(args.weights + int64_t{row0 + n} * args.cols + k + c);
+      *reinterpret_cast<uint4*>(&tiles.weights[n][c]) = v;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int c = 0; c < kDeep; c += 16) {
+      const auto word = [&](const uint16_t(*tile)[kStride], int r, int at) { return *reinterpret_cast<const uint32_t*>(&tile[r][at]); };
+      uint32_t b[4][2];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        b[n][0] = word(tiles.weights, n0 + 8 * n + g, c + 2 * j);
+        b[n][1] = word(tiles.weights, n0 + 8 * n + g, c + 2 * j + 8);
+      }
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        const int r = t0 + 16 * m + g;
+        const auto multiply = [&](const uint16_t(*tile)[kStride]) {
+          const uint32_t a0 = word(tile, r, c + 2 * j), a1 = word(tile, r + 8, c + 2 * j), a2 = word(tile, r, c + 2 * j + 8),
+                         a3 = word(tile, r + 8, c + 2 * j + 8);
+#pragma unroll
+          for (int n = 0; n < 4; ++n) Number<R>::Mma(sum[m][n], a0, a1, a2, a3, b[n][0], b[n][1]);
+        };
+        multiply(tiles.rest);
+        multiply(tiles.most);
+      }
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = token0 + t0 + 16 * m + g + 8 * (i / 2), row = row0 + n0 + 8 * n + 2 * j + i % 2;
+        if (token >= args.tokens || row >= args.rows) continue;
+        float* const y = args.y + int64_t{token} * args.rows + row;
+        const float value = sum[m][n][i] + (args.bias != nullptr ? args.bias[row] : 0.0f);
+        *y = args.add ? *y + value : value;
+      }
+    }
+  }
+}
+
+// --- small ones -------------------------------------------------------------------------------------------------------------------------
+struct NormArgs {
+  const float* x;
+  const float* weight;
+  float* y;
+  float eps;
+  int32_t cols;
+};
+__global__ void __launch_bounds__(kThreads) NormKernel(const __grid_constant__ NormArgs args) {
+  __shared__ float parts[kWarps];
+  WaitForEarlierWork();
+  LetLaterWorkLaunch();
+  const float* const x = args.x + int64_t{blockIdx.x} * args.cols;
+  float* const y = args.y + int64_t{blockIdx.x} * args.cols;
+  float square = 0;
+  for (int i = threadIdx.x; i < args.cols; i += kThreads) square += x[i] * x[i];
+  const float scale = 1.0f / sqrtf(BlockSum(square, parts) / static_cast<float>(args.cols) + args.eps);
+  for (int i = threadIdx.x; i < args.cols; i += kThreads) y[i] = args.weight[i] * (x[i] * scale);
+}
+
+constexpr int kMostHeadDim = 256;
+// A block takes one head of one token: q heads first, then k, then v.
+__global__ void __launch_bounds__(kThreads) RotateKernel(const __grid_constant__ RotateParams args) {
+  __shared__ float head[kMostHeadDim];
+  __shared__ float parts[kWarps];
+  WaitForEarlierWork();
+  LetLaterWorkLaunch();
+  const int d = args.head_dim, h = blockIdx.x, c = threadIdx.x;
+  const int64_t token = blockIdx.y;
+  const bool is_q = h < args.heads, is_k = !is_q && h < args.heads + args.kv_heads;
+  float x = c < d ? args.qkv[(token * (args.heads + 2 * args.kv_heads) + h) * d + c] : 0.0f;
+  if (!is_q && !is_k) {
+    if (c < d) args.v[(token * args.kv_heads + h - args.heads - args.kv_heads) * d + c] = x;
+    return;
+  }
+  const float* const norm = is_q ? args.q_norm : args.k_norm;
+  if (norm != nullptr) {
+    const float scale = 1.0f / sqrtf(BlockSum(x * x, parts) / static_cast<float>(d) + args.eps);
+    if (c < d) x = norm[c] * (x * scale);
+  }
+  if (c < d) head[c] = x;
+  __syncthreads();
+  if (c >= d) return;
+  float* const to = is_q ? args.q + (token * args.heads + h) * d : args.k + (token * args.kv_heads + h - args.heads) * d;
+  if (is_q && args.q_before != nullptr) args.q_before[(token * args.heads + h) * d + c] = x;
+  const int half = d / 2, pair = args.interleaved ? c / 2 : c % half;
+  const bool second = args.interleaved ? c % 2 == 1 : c >= half;
+  const float other = head[args.interleaved ? c ^ 1 : (second ? c - half : c + half)];
+  const float cos = args.cos[token * half + pair], sin = args.sin[token * half + pair];
+  to[c] = second ? x * cos + other * sin : x * cos - other * sin;
+}
+
+struct GateArgs {
+  const float* gate_up;
+  float* y;
+  int32_t width;
+};
+__global__ void __launch_bounds__(kThreads) GateKernel(const __grid_constant__ GateArgs args) {
+  WaitForEarlierWork();
+  LetLaterWorkLaunch();
+  const float* const from = args.gate_up + int64_t{blockIdx.y} * 2 * args.width;
+  const int i = blockIdx.x * kThreads + threadIdx.x;
+  if (i < args.width) args.y[int64_t{blockIdx.y} * args.width + i] = Silu(from[i]) * from[args.width + i];
+}
+
+struct EmbedArgs {
+  const uint16_t* embedding;
+  const int32_t* tokens;
+  float* y;
+  int32_t cols;
+};
+template <RowType R>
+__global__ void __launch_bounds__(kThreads) EmbedKernel(const __grid_constant__ EmbedArgs args) {
+  WaitForEarlierWork();
+  LetLaterWorkLaunch();
+  const uint16_t* const row = args.embedding + int64_t{args.tokens[blockIdx.x]} * args.cols;
+  for (int i = threadIdx.x; i < args.cols; i += kThreads) args.y[int64_t{blockIdx.x} * args.cols + i] = Number<R>::Value(row[i]);
+}
+
+dim3 Grid(int64_t x, int64_t y = 1) { return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y)); }
+}  // namespace
+
+Status MultiplyVector(const VectorProduct& p, cudaStream_t stream) {
+  PREHOC_RETURN_IF_ERROR(Check("vector product").That(p.rows >= 0, "rows", p.rows, "use 0 or more")
+                             .That(p.cols >= 8 && p.cols % 8 == 0 && p.cols <= 24576, "cols", p.cols, "use a multiple of 8 up to 24576").Take());
+  if (p.rows == 0) return {};
+  PREHOC_ASSIGN_OR_RETURN(const cuda::DeviceLimits limits, cuda::CurrentLimits());
+  const VectorArgs args{static_cast<const uint4*>(p.weights), p.x, p.norm, p.bias, p.y, p.eps, p.rows, p.cols, p.gated ? p.rows : 0, p.add};
+  const auto blocks = std::min<int64_t>(CeilDiv(p.rows, kWarps), int64_t{2} * limits.multiprocessors);
+  const cuda::Shape shape{.grid = Grid(blocks), .threads = kThreads, .shared_bytes = static_cast<size_t>(p.cols) * sizeof(float)};
+  const bool f16 = p.type == DeviceNumber::kF16;
+  if (p.gated) {
+    return LaunchKernel(f16 ? VectorKernel<RowType::kF16, true> : VectorKernel<RowType::kBF16, true>, "vector product", args, shape, stream);
+  }
+  return LaunchKernel(f16 ? VectorKernel<RowType::kF16, false> : VectorKernel<RowType::kBF16, false>, "vector product", args, shape, stream);
+}
+
+Status MultiplyMatrix(const MatrixProduct& p, cudaStream_t stream) {
+  PREHOC_RETURN_IF_ERROR(Check("matrix product").That(p.tokens >= 0 && p.rows >= 0, "tokens", p.tokens, "use 0 or more")
+                             .That(p.cols >= 8 && p.cols % 8 == 0, "cols", p.cols, "use a multiple of 8").Take());
+  if (p.tokens == 0 || p.rows == 0) return {};
+  const MatrixArgs args{static_cast<const uint16_t*>(p.weights), p.x, p.bias, p.y, p.tokens, p.rows, p.cols, p.add};
+  const cuda::Shape shape{.grid = Grid(CeilDiv(p.rows, kTile), CeilDiv(p.tokens, kTile)), .threads = kMatrixThreads};
+  return LaunchKernel(p.type == DeviceNumber::kF16 ? MatrixKernel<RowType::kF16> : MatrixKernel<RowType::kBF16>, "matrix product", args, shape,
+                      stream);
+}
+
+Status NormRows(const float* x, const float* weight, float eps, float* y, int32_t tokens, int32_t cols, cudaStream_t stream) {
+  if (tokens == 0) return {};
+  return LaunchKernel(NormKernel, "norm", NormArgs{x, weight, y, eps, cols}, {.grid = Grid(tokens), .threads = kThreads}, stream);
+}
+
+Status RotateHeads(const RotateParams& params, cudaStream_t stream) {
+  PREHOC_RETURN_IF_ERROR(Check("rope").That(params.head_dim > 0 && params.head_dim <= kMostHeadDim && params.head_dim % 2 == 0, "head_dim",
+                                            params.head_dim, "use an even number up to 256").Take());
+  if (params.tokens == 0) return {};
+  return LaunchKernel(RotateKernel, "rope", params,
+                      {.grid = Grid(params.heads + 2 * params.kv_heads, params.tokens), .threads = kThreads}, stream);
+}
+
+Status GateRows(const float* gate_up, float* y, int32_t tokens, int32_t width, cudaStream_t stream) {
+  if (tokens == 0) return {};
+  return LaunchKernel(GateKernel, "silu", GateArgs{gate_up, y, width}, {.grid = Grid(CeilDiv(width, kThreads), tokens), .threads = kThreads},
+                      stream);
+}
+
+Status EmbedTokens(const void* embedding, DeviceNumber type, const int32_t* tokens, float* y, int32_t count, int32_t cols, cudaStream_t stream) {
+  if (count == 0) return {};
+  const EmbedArgs args{static_cast<const uint16_t*>(embedding), tokens, y, cols};
+  return LaunchKernel(type == DeviceNumber::kF16 ? EmbedKernel<RowType::kF16> : EmbedKernel<RowType::kBF16>, "embedding", args,
+                      {.grid = Grid(count), .threads = kThreads}, stream);
+}
+
+}  // namespace prehoc::reference

@@ -1,0 +1,148 @@
+// resolve, refresh, land: which rows are in slots. One block a head.
+#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/launch.h"
+
+namespace prehoc::cuda {
+namespace {
+
+constexpr int kThreads = 512;
+constexpr int32_t kMostSlots = 32767;
+
+struct ResolveArgs {
+  const ResolveTask* tasks;
+  int32_t group, head_dim;
+};
+__global__ void __launch_bounds__(kThreads) ResolveKernel(const __grid_constant__ ResolveArgs args) {
+  __shared__ int missed;
+  const ResolveTask task = args.tasks[blockIdx.x];
+  if (threadIdx.x == 0) missed = 0;
+  WaitForEarlierWork();
+  LetLaterWorkLaunch();
+  __syncthreads();
+  const int32_t n = *task.n, count = *task.count, ring_begin = n - task.ring_rows;
+  const bool known = count >= 0 && count <= task.room;
+  if (threadIdx.x == 0) *task.num_refs = known ? count : -1;
+  int mine = 0;
+  for (int i = threadIdx.x; known && i < count; i += kThreads) {
+    const int32_t p = task.chosen[i];
+    int32_t ref = 0x7fffffff;
+    if (p >= 0 && p < n && p < task.at.max_n) {
+      if (p >= ring_begin) {
+        ref = task.ring_row + p % task.ring_rows;
+      } else {
+        const int slot = task.at.slot_of[p];
+        ref = slot >= 0 ? task.slot_row + slot : ~p;
+        mine += slot < 0;
+      }
+    }
+    task.refs[i] = ref;
+  }
+  if (mine > 0) atomicAdd(&missed, mine);
+  const bool anew = task.hold == nullptr || *task.hold == 0;
+  for (int i = threadIdx.x; anew && task.q != nullptr && i < args.group * args.head_dim; i += kThreads) task.anchor[i] = task.q[i];
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  if (task.age != nullptr) *task.age = anew ? 0 : *task.age + 1;
+  if (task.misses != nullptr && missed > 0) *task.misses += missed;
+}
+
+struct RefreshArgs {
+  const RefreshTask* tasks;
+  int32_t words;  // 32-bit words of the bitmap of what is wanted
+};
+__global__ void __launch_bounds__(kThreads) RefreshKernel(const __grid_constant__ RefreshArgs args) {
+  extern __shared__ uint32_t wanted[];  // [words], then spare slots, free ones first: int16 [slots]
+  __shared__ int num_free, num_spare, num_missing;
+  const RefreshTask task = args.tasks[blockIdx.x];
+  const ResidencyState at = task.at;
+  int16_t* const spare = reinterpret_cast<int16_t*>(wanted + args.words);
+  WaitForEarlierWork();
+  LetLaterWorkLaunch();
+  for (int i = threadIdx.x; i < args.words; i += kThreads) wanted[i] = 0;
+  if (threadIdx.x == 0) num_free = num_spare = num_missing = 0;
+  __syncthreads();
+  const int32_t given = *task.wanted_count, count = given >= 0 && given <= at.slots ? given : 0;
+  const auto in_range = [&](int32_t p) { return p >= 0 && p < at.max_n; };
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    const int32_t p = task.wanted[i];
+    if (in_range(p)) atomicOr(&wanted[p / 32], 1u << (p % 32));
+  }
+  __syncthreads();
+  for (int slot = threadIdx.x; slot < at.slots; slot += kThreads) {
+    if (at.owner[slot] == -1) spare[atomicAdd(&num_free, 1)] = static_cast<int16_t>(slot);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) num_spare = num_free;
+  __syncthreads();
+  for (int slot = threadIdx.x; slot < at.slots; slot += kThreads) {
+    const int32_t p = at.owner[slot];
+    if (p >= 0 && (wanted[p / 32] >> (p % 32) & 1) == 0) spare[atomicAdd(&num_spare, 1)] = static_cast<int16_t>(slot);
+  }
+  __syncthreads();
+  // Neighbours stay neighbours: addresses that rise read faster. So places are given out warp by warp, in order.
+  for (int base = 0; base < count; base += kThreads) {
+    const int i = base + threadIdx.x;
+    const int32_t p = i < count ? task.wanted[i] : -1;
+    const bool missing = in_range(p) && at.slot_of[p] < 0 && (i == 0 || task.wanted[i - 1] != p);
+    const unsigned votes = __ballot_sync(kAllLanes, missing);
+    int first = 0;
+    if (threadIdx.x % kWarp == 0 && votes != 0) first = atomicAdd(&num_missing, __popc(votes));
+    first = __shfl_sync(kAllLanes, first, 0);
+    const int place = first + __popc(votes & ((1u << (threadIdx.x % kWarp)) - 1));
+    if (missing && place < num_spare) {
+      const int slot = spare[place];
+      const int32_t old = at.owner[slot];
+      if (old >= 0) {
+        at.slot_of[old] = -1;
+        atomicAnd(reinterpret_cast<uint32_t*>(at.resident) + old / 32, ~(1u << (old % 32)));
+      }
+      at.owner[slot] = -2;
+      task.from_piece[place] = p;
+      task.to_piece[place] = slot;
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) *task.count = min(num_missing, num_spare);
+}
+
+__global__ void __launch_bounds__(kThreads) LandKernel(const __grid_constant__ RefreshArgs args) {
+  WaitForEarlierWork();
+  LetLaterWorkLaunch();
+  const RefreshTask task = args.tasks[blockIdx.x];
+  const int32_t count = *task.count;
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    const int32_t p = task.from_piece[i], slot = task.to_piece[i];
+    task.at.owner[slot] = p;
+    task.at.slot_of[p] = static_cast<int16_t>(slot);
+    atomicOr(reinterpret_cast<uint32_t*>(task.at.resident) + p / 32, 1u << (p % 32));
+  }
+  for (int i = threadIdx.x; task.pooled != nullptr && i < task.at.max_n; i += kThreads) task.pooled[i] = -Infinity();
+}
+}  // namespace
+
+Status Resolve(const ResolveTask* tasks, int32_t num_tasks, int32_t group, int32_t head_dim, cudaStream_t stream) {
+  PREHOC_RETURN_IF_ERROR(Check("resolve").Tasks(tasks, num_tasks).Group(group).HeadDim(head_dim).Take());
+  if (num_tasks == 0) return {};
+  return LaunchKernel(ResolveKernel, "resolve", ResolveArgs{tasks, group, head_dim},
+                      {.grid = dim3(static_cast<unsigned>(num_tasks)), .threads = kThreads}, stream);
+}
+
+Status Refresh(const RefreshTask* tasks, int32_t num_tasks, int32_t max_n, cudaStream_t stream) {
+  PREHOC_ASSIGN_OR_RETURN(const DeviceLimits limits, CurrentLimits());
+  const int32_t words = (max_n + 31) / 32;
+  const size_t shared = static_cast<size_t>(words) * 4 + kMostSlots * sizeof(int16_t);
+  PREHOC_RETURN_IF_ERROR(Check("refresh").Tasks(tasks, num_tasks)
+                             .That(max_n >= 0 && shared + 1024 <= static_cast<size_t>(limits.block_shared_bytes), "max_n", max_n,
+                                   "is more than a block's bitmap holds", StatusCode::kUnsupported).Take());
+  if (num_tasks == 0) return {};
+  return LaunchKernel(RefreshKernel, "refresh", RefreshArgs{tasks, words},
+                      {.grid = dim3(static_cast<unsigned>(num_tasks)), .threads = kThreads, .shared_bytes = shared}, stream);
+}
+
+Status Land(const RefreshTask* tasks, int32_t num_tasks, cudaStream_t stream) {
+  PREHOC_RETURN_IF_ERROR(Check("land").Tasks(tasks, num_tasks).Take());
+  if (num_tasks == 0) return {};
+  return LaunchKernel(LandKernel, "land", RefreshArgs{tasks, 0}, {.grid = dim3(static_cast<unsigned>(num_tasks)), .threads = kThreads}, stream);
+}
+
+}  // namespace prehoc::cuda

@@ -1,0 +1,70 @@
+// Kernels over lists of rows: what the function table needs beside device_kernels.h. fp16 rows; tasks and what they point to as there.
+// Internal to kernels/cuda.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "base/half.h"
+#include "base/status.h"
+#include "kernels/function_table.h"
+
+namespace prehoc::cuda {
+
+// Rows that lie together, with how many rows of the task come before them.
+struct DeviceRun {
+  const Half* rows = nullptr;
+  int32_t first = 0, count = 0;
+};
+
+// Each enqueues on `stream` and returns at once: kInvalid or kUnsupported (shapes), kCuda (launch).
+
+// fp32 K and V become rows.
+struct RunAppendTask {
+  const float *k = nullptr, *v = nullptr;  // [count] vectors, `stride` floats apart
+  int64_t stride = 0;
+  Half* rows = nullptr;                    // [count, 2, head_dim]
+  int32_t count = 0;
+};
+Status AppendRuns(const RunAppendTask* tasks, int32_t num_tasks, int32_t max_count, int32_t head_dim, cudaStream_t stream);
+
+struct RunEncodeTask {
+  const Half* rows = nullptr;  // [group_tokens, 2, head_dim]
+  std::byte* block = nullptr;
+  Half *page_lo = nullptr, *page_hi = nullptr;
+};
+Status EncodeRuns(const RunEncodeTask* tasks, int32_t num_tasks, const CodeFormat& format, int32_t head_dim, cudaStream_t stream);
+
+// Exact logits.
+struct RunScoreTask {
+  const float* q = nullptr;         // [group, head_dim]
+  const DeviceRun* runs = nullptr;  // [num_runs]
+  int32_t num_runs = 0, total = 0;  // rows of all runs
+  float* z = nullptr;               // [group] rows of `total`, `z_stride` floats apart
+  int64_t z_stride = 0;
+};
+Status ScoreRuns(const RunScoreTask* tasks, int32_t num_tasks, int32_t max_total, int32_t group, int32_t head_dim, cudaStream_t stream);
+
+struct RowMove {
+  const Half* from = nullptr;
+  Half* to = nullptr;
+};
+Status MoveRows(const RowMove* moves, int32_t count, int32_t head_dim, cudaStream_t stream);
+
+// Causal attention of many queries, as PrefillTask of function_table.h, over rows that lie together.
+struct RunPrefillTask {
+  const float* q = nullptr;    // [queries] rows of [group, head_dim], `q_stride` floats apart
+  int64_t q_stride = 0;
+  float* out = nullptr;
+  int64_t out_stride = 0;
+  const Half* rows = nullptr;  // [first + queries, 2, head_dim]
+  const int32_t* start = nullptr;  // [queries] or null
+};
+struct RunPrefillParams {
+  const RunPrefillTask* tasks = nullptr;
+  int32_t num_tasks = 0, queries = 0, first = 0, sinks = 0, group = 0, head_dim = 0;
+};
+Status PrefillRuns(const RunPrefillParams& params, cudaStream_t stream);
+
+}  // namespace prehoc::cuda

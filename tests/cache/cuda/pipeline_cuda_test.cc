@@ -1,0 +1,186 @@
+// The pipeline with its device tier in GPU memory: the same cache, the same stream of K, V and queries, beside the CPU build.
+#include <cmath>
+
+#include "base/cuda/device_memory.h"
+#include "base/cuda/host_registrar.h"
+#include "base/units.h"
+#include "kernels/cuda/kernel_table.h"
+#include "tests/cache/pipeline_world.h"
+#include "tests/support/compare.h"
+#include "tests/support/cuda_test.h"
+
+namespace prehoc {
+namespace {
+
+constexpr int64_t kPrompt = 700, kSteps = 24;
+
+class CudaWorld {
+ public:
+  explicit CudaWorld(const WorldOptions& options) : device_(options.device_budget) {
+    executor_ = ThreadPool::Create({.loop_threads = 2, .job_threads = 1, .spin_iterations = 100}).value();
+    kernels_ = cuda::DeviceKernels::Create(&device_).value();
+    MemoryChunkStore::Options store;
+    store.chunk_bytes = options.cache.geometry.block_bytes();
+    store.identity.layout = options.cache.geometry.LayoutName();
+    store.budget = options.store_budget;
+    store_ = MemoryChunkStore::Create(store).value();
+    CacheResources resources;
+    resources.executor = executor_.get();
+    resources.device = &device_;
+    resources.store = options.with_store ? store_.get() : nullptr;
+    resources.kernels = &cuda::DeviceKernels::Table();
+    resources.stream = kernels_->launch_stream();
+    resources.registrar = &registrar_;
+    auto cache = KvCache::Create(options.cache, resources);
+    status_ = cache.status();
+    if (cache.ok()) cache_ = std::move(cache).value();
+  }
+  const Status& status() const { return status_; }
+  KvCache& cache() { return *cache_; }
+  const DeviceMemory& device() const { return device_; }
+
+ private:
+  CudaHostRegistrar registrar_;
+  CudaDeviceMemory device_;
+  std::unique_ptr<Executor> executor_;
+  std::unique_ptr<cuda::DeviceKernels> kernels_;
+  std::unique_ptr<MemoryChunkStore> store_;
+  std::unique_ptr<KvCache> cache_;
+  Status status_;
+};
+
+WorldOptions OptionsFor(SelectorKind kind) {
+  WorldOptions options = WorldOptions::Default();
+  options.cache.geometry.head_dim = 64;
+  options.cache.selector.kind = kind;
+  options.cache.audit_every = 8;
+  return options;
+}
+
+// What one decode did, in every head of every layer, beside the truth over the very positions that it attended to.
+struct Decoded {
+  std::vector<std::vector<int32_t>> attended;
+  SequenceReport report;
+};
+
+class CudaPipelineTest : public CudaTest {
+ protected:
+  template <class AnyWorld>
+  static Decoded Run(AnyWorld& world, const WorldOptions& options, const Stream& stream) {
+    Decoded result;
+    auto opened = world.cache().Open({.max_tokens = kPrompt + kSteps});
+    EXPECT_OK(opened);
+    if (!opened.ok()) return result;
+    Sequence& sequence = **opened;
+    const KvGeometry& geometry = options.cache.geometry;
+    EXPECT_OK(PrefillAll(sequence, stream, kPrompt, 128));
+    for (int64_t step = 0; step < kSteps; ++step) {
+      const int64_t t = sequence.length();
+      Outputs out;
+      const Status decoded = DecodeOne(sequence, stream, &out);
+      EXPECT_OK(decoded);
+      if (!decoded.ok()) return result;
+      EXPECT_OK(sequence.CheckInvariants());
+      for (int32_t l = 0; l < geometry.layers; ++l) {
+        for (int32_t h = 0; h < geometry.kv_heads; ++h) {
+          auto view = sequence.LastStep(LayerId(l), KvHeadId(h));
+          EXPECT_OK(view);
+          result.attended.push_back(view->attended);
+          for (int32_t g = 0; g < geometry.group(); ++g) {
+            const int32_t head = h * geometry.group() + g;
+            const std::vector<double> want = NaiveAttention(stream, l, t, head, view->attended);
+            const std::span got(out[static_cast<size_t>(l)].data() + head * geometry.head_dim, static_cast<size_t>(geometry.head_dim));
+            EXPECT_TRUE(AllClose(got, want, {1e-4, 1e-3})) << "step " << step << " layer " << l << " head " << head;
+          }
+        }
+      }
+    }
+    result.report = sequence.Report();
+    return result;
+  }
+  // Runs both builds.
+  static void Compare(const WorldOptions& options, Decoded* cpu, Decoded* cuda) {
+    const Stream stream(options.cache.geometry, kPrompt + kSteps, 11);
+    World here(options);
+    *cpu = Run(here, options, stream);
+    CudaWorld there(options);
+    ASSERT_OK(there.status());
+    *cuda = Run(there, options, stream);
+    EXPECT_LE(there.device().peak(), there.device().budget());
+  }
+};
+
+TEST_F(CudaPipelineTest, MethodsWithExactScoresAttendToTheSamePositions) {
+  for (const SelectorKind kind : {SelectorKind::kDense, SelectorKind::kWindow, SelectorKind::kCis, SelectorKind::kPsaw, SelectorKind::kOracle}) {
+    SCOPED_TRACE(SelectorKindName(kind));
+    Decoded cpu, cuda;
+    ASSERT_NO_FATAL_FAILURE(Compare(OptionsFor(kind), &cpu, &cuda));
+    EXPECT_EQ(cuda.attended, cpu.attended);
+    EXPECT_EQ(cuda.report.retrievals, cpu.report.retrievals);
+    EXPECT_EQ(cuda.report.attended, cpu.report.attended);
+  }
+}
+
+TEST_F(CudaPipelineTest, TwoClocksUseAllTiers) {
+  WorldOptions options = OptionsFor(SelectorKind::kTwoClock);
+  options.cache.selector.tc.theta = 0;
+  options.cache.selector.tc.factor = 1;
+  const KvGeometry& geometry = options.cache.geometry;
+  options.device_budget = SmallestDevice(options, kPrompt + kSteps) + 64 * 1024;
+  options.cache.host_budget = static_cast<uint64_t>(geometry.layers + CeilDiv(kPrompt + kSteps, geometry.chunk_tokens) + 2) * geometry.block_bytes();
+  Decoded cpu, cuda;
+  ASSERT_NO_FATAL_FAILURE(Compare(options, &cpu, &cuda));
+  EXPECT_GT(cuda.report.rows_device, 0);
+  EXPECT_GT(cuda.report.rows_host, 0);
+  EXPECT_GT(cuda.report.rows_disk, 0);
+  EXPECT_GT(cuda.report.refreshes, 0);
+  EXPECT_EQ(cuda.report.retrievals, cpu.report.retrievals) << "the gate's decisions do not depend on the device";
+  // Codes are scanned with other rounding there: a choice may differ where two scores tie to 2^-7 of a step.
+  ASSERT_EQ(cuda.attended.size(), cpu.attended.size());
+  size_t equal = 0;
+  for (size_t i = 0; i < cpu.attended.size(); ++i) equal += cpu.attended[i] == cuda.attended[i];
+  EXPECT_GT(equal, cpu.attended.size() / 2);
+}
+
+TEST_F(CudaPipelineTest, APrefixComesBackFromTheStore) {
+  WorldOptions options = OptionsFor(SelectorKind::kTwoClock);
+  const Stream stream(options.cache.geometry, kPrompt + kSteps, 12);
+  CudaWorld world(options);
+  ASSERT_OK(world.status());
+  std::vector<float> first, second;
+  for (std::vector<float>* all : {&first, &second}) {
+    auto opened = world.cache().OpenWithPrefix({.max_tokens = kPrompt + kSteps}, stream.ids(0, kPrompt));
+    ASSERT_OK(opened);
+    EXPECT_EQ((*opened)->restored() > 0, all == &second);
+    ASSERT_OK(PrefillAll(**opened, stream, kPrompt, 64));
+    for (int step = 0; step < 4; ++step) {
+      Outputs out;
+      ASSERT_OK(DecodeOne(**opened, stream, &out));
+      for (const auto& layer : out) all->insert(all->end(), layer.begin(), layer.end());
+    }
+  }
+  EXPECT_EQ(first, second) << "restored rows and codes are the same bytes";
+}
+
+TEST_F(CudaPipelineTest, RefusesByName) {
+  const auto refusal = [](const auto& change) {
+    WorldOptions options = OptionsFor(SelectorKind::kTwoClock);
+    change(options);
+    return CudaWorld(options).status();
+  };
+  EXPECT_OK(refusal([](WorldOptions&) {}));
+  const auto expect = [&](const char* what, const auto& change) {
+    const Status status = refusal(change);
+    EXPECT_EQ(status.code(), StatusCode::kUnsupported) << status;
+    EXPECT_NE(status.message().find(what), std::string::npos) << status;
+  };
+  expect("quest", [](WorldOptions& o) { o.cache.selector.kind = SelectorKind::kQuest, o.cache.selector.budget.tokens = 64; });
+  expect("hshare", [](WorldOptions& o) { o.cache.selector.kind = SelectorKind::kHShare; });
+  expect("bound", [](WorldOptions& o) { o.cache.selector.bound = BoundKind::kProven; });
+  expect("mass", [](WorldOptions& o) { o.cache.selector.budget.mass = 0.9; });
+  expect("tc.lag", [](WorldOptions& o) { o.cache.selector.tc.lag = 2; });
+  expect("head_dim", [](WorldOptions& o) { o.cache.geometry.head_dim = 80; });
+}
+
+}  // namespace
+}  // namespace prehoc

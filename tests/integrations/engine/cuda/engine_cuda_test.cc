@@ -1,0 +1,147 @@
+// The engine's layers on the device beside those of the CPU, over the same attention.
+#include <cmath>
+
+#include "integrations/reference/cuda/cuda_decoder.h"
+#include "integrations/reference/cuda/device_ops.h"
+#include "tests/integrations/engine/engine_fixture.h"
+#include "tests/integrations/engine/random_model.h"
+#include "tests/support/compare.h"
+#include "tests/support/cuda_test.h"
+#include "tests/support/seeded_rng.h"
+
+namespace prehoc::reference {
+namespace {
+
+class CudaEngineTest : public CudaTest {
+ protected:
+  void SetUp() override {
+    CudaTest::SetUp();
+    if (!IsSkipped()) executor_ = ThreadPool::Create({.loop_threads = 2, .job_threads = 1}).value();
+  }
+  std::unique_ptr<Engine> Make(std::shared_ptr<const Model> model, bool cuda) {
+    EngineOptions options{.executor = executor_.get(), .max_batch_tokens = 96};
+    if (cuda) options.make_decoder = MakeCudaDecoder;
+    auto made = Engine::Create(std::move(model), options);
+    EXPECT_OK(made);
+    return std::move(made).value();
+  }
+  std::unique_ptr<ThreadPool> executor_;
+};
+
+TEST_F(CudaEngineTest, LogitsAgreeWithTheCpu) {
+  Rng rng = SeededRng();
+  for (const WeightType type : {WeightType::kF16, WeightType::kBF16, WeightType::kQ4_1, WeightType::kQ8_0}) {
+    for (const RopeLayout layout : {RopeLayout::kHalf, RopeLayout::kInterleaved}) {
+      SCOPED_TRACE(std::string(WeightTypeName(type)));
+      ModelShape shape{.type = type, .layout = layout};
+      shape.biases = shape.qk_norm = layout == RopeLayout::kHalf;
+      const auto model = RandomModel(rng, shape);
+      const std::vector<int32_t> tokens = RandomTokens(rng, model->config, 130);
+      const auto cpu = Make(model, false), cuda = Make(model, true);
+      DenseBackend here = DenseFor(model->config), there = DenseFor(model->config);
+      // 96 tokens at once, then one alone on the prompt's way, then the rest one at a time.
+      for (const auto& [first, count, prompt] : {std::tuple{0, 96, 97}, {96, 1, 97}, {97, 33, 0}}) {
+        const auto piece = std::span(tokens).subspan(static_cast<size_t>(first), static_cast<size_t>(count));
+        std::vector<float> want, got;
+        for (size_t i = 0; i < piece.size(); i += prompt > 0 ? piece.size() : 1) {
+          const auto part = prompt > 0 ? piece : piece.subspan(i, 1);
+          const std::vector<float> a = AllLogits(*cpu, here, part, prompt), b = AllLogits(*cuda, there, part, prompt);
+          want.insert(want.end(), a.begin(), a.end());
+          got.insert(got.end(), b.begin(), b.end());
+        }
+        double largest = 0;
+        for (const float x : want) largest = std::max(largest, static_cast<double>(std::abs(x)));
+        // Weights of Q4_1 and Q8_0 are rounded to 2^-11 there; bf16 activations are split into 2^-16.
+        const double share = type == WeightType::kF16 ? 1e-3 : 5e-3;
+        EXPECT_TRUE(AllClose(got, want, {share * largest, 0}, {count, model->config.vocab})) << "first " << first;
+      }
+    }
+  }
+}
+
+TEST_F(CudaEngineTest, APromptLeavesTheSameBitsHoweverItIsCut) {
+  Rng rng = SeededRng();
+  const auto model = RandomModel(rng, {});
+  const std::vector<int32_t> tokens = RandomTokens(rng, model->config, 90);
+  const auto engine = Make(model, true);
+  std::vector<std::vector<float>> logits;
+  for (const std::vector<size_t>& cuts : {std::vector<size_t>{90}, {1, 63, 26}, {64, 26}}) {
+    DenseBackend backend = DenseFor(model->config);
+    std::vector<float> last(static_cast<size_t>(model->config.vocab));
+    size_t at = 0;
+    for (const size_t count : cuts) {
+      ASSERT_OK(engine->Forward(backend, std::span(tokens).subspan(at, count), 90, last));
+      at += count;
+    }
+    logits.push_back(last);
+  }
+  EXPECT_EQ(logits[1], logits[0]);
+  EXPECT_EQ(logits[2], logits[0]);
+}
+
+// Sizes around the tiles and the loads of a lane; outputs poisoned, the truth in fp64.
+TEST_F(CudaEngineTest, ProductsOfEverySize) {
+  Rng rng = SeededRng();
+  for (const int32_t cols : {8, 24, 64, 264, 2048, 2056, 4608}) {
+    for (const int32_t rows : {1, 7, 63, 64, 65, 300}) {
+      for (const bool gated : {false, true}) {
+        const int32_t all = gated ? 2 * rows : rows;
+        std::vector<Half> weights(static_cast<size_t>(all) * static_cast<size_t>(cols));
+        for (Half& h : weights) h = FloatToHalf(static_cast<float>(rng.Normal() / std::sqrt(cols)));
+        const std::vector<float> x = rng.Normals(static_cast<size_t>(cols), 3), norm = rng.Normals(static_cast<size_t>(cols)), bias = rng.Normals(static_cast<size_t>(rows));
+        const std::vector<float> before = rng.Normals(static_cast<size_t>(rows));
+        const CudaArray<Half> w(weights);
+        const CudaArray<float> dx(x), dnorm(norm), dbias(bias);
+        CudaArray<float> y(before);
+        ASSERT_OK(MultiplyVector({.weights = w.data(), .x = dx.data(), .norm = dnorm.data(), .eps = 1e-5f, .bias = dbias.data(), .y = y.data(),
+                                  .add = true, .gated = gated, .rows = rows, .cols = cols}, nullptr));
+        ASSERT_OK(CudaStatus(cudaDeviceSynchronize(), "wait"));
+        double square = 0;
+        for (const float v : x) square += static_cast<double>(v) * v;
+        const double scale = 1 / std::sqrt(square / cols + 1e-5);
+        const auto dot = [&](int32_t row) {
+          double sum = 0;
+          for (int32_t c = 0; c < cols; ++c) {
+            const auto at = static_cast<size_t>(c);
+            sum += static_cast<double>(HalfToFloat(weights[static_cast<size_t>(row) * static_cast<size_t>(cols) + at])) * norm[at] * x[at] * scale;
+          }
+          return sum;
+        };
+        std::vector<double> want;
+        for (int32_t r = 0; r < rows; ++r) {
+          const double a = dot(r), value = gated ? a / (1 + std::exp(-a)) * dot(rows + r) : a;
+          want.push_back(value + bias[static_cast<size_t>(r)] + before[static_cast<size_t>(r)]);
+        }
+        EXPECT_TRUE(AllClose(y.Read(), want, {3e-4, 1e-4})) << "rows " << rows << " cols " << cols << " gated " << gated;
+        EXPECT_TRUE(y.GuardsIntact());
+      }
+      for (const int32_t tokens : {1, 5, 64, 70}) {
+        if (cols > 2100 && tokens > 5) continue;  // the truth takes its time
+        std::vector<Half> weights(static_cast<size_t>(rows) * static_cast<size_t>(cols));
+        for (Half& h : weights) h = FloatToHalf(static_cast<float>(rng.Normal() / std::sqrt(cols)));
+        const std::vector<float> x = rng.Normals(static_cast<size_t>(tokens) * static_cast<size_t>(cols), 3);
+        const CudaArray<Half> w(weights);
+        const CudaArray<float> dx(x);
+        CudaArray<float> y(static_cast<size_t>(tokens * rows));
+        ASSERT_OK(MultiplyMatrix({.weights = w.data(), .x = dx.data(), .y = y.data(), .tokens = tokens, .rows = rows, .cols = cols}, nullptr));
+        ASSERT_OK(CudaStatus(cudaDeviceSynchronize(), "wait"));
+        std::vector<double> want;
+        for (int32_t t = 0; t < tokens; ++t) {
+          for (int32_t r = 0; r < rows; ++r) {
+            double sum = 0;
+            for (int32_t c = 0; c < cols; ++c) {
+              sum += static_cast<double>(HalfToFloat(weights[static_cast<size_t>(r) * static_cast<size_t>(cols) + static_cast<size_t>(c)])) *
+                     x[static_cast<size_t>(t) * static_cast<size_t>(cols) + static_cast<size_t>(c)];
+            }
+            want.push_back(sum);
+          }
+        }
+        EXPECT_TRUE(AllClose(y.Read(), want, {1e-4, 1e-4}, {tokens, rows})) << "rows " << rows << " cols " << cols;
+        EXPECT_TRUE(y.GuardsIntact());
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace prehoc::reference

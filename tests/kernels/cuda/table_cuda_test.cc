@@ -1,0 +1,323 @@
+// The function table filled with CUDA against the reference table: the same tasks, rows in every kind of memory, poisoned outputs.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "base/cuda/device_memory.h"
+#include "kernels/cuda/kernel_table.h"
+#include "tests/kernels/cuda/cuda_kernel_test.h"
+
+namespace prehoc {
+namespace {
+
+constexpr float kPoison = -12345.0f;
+
+class CudaTableTest : public CudaTest {
+ protected:
+  void SetUp() override {
+    CudaTest::SetUp();
+    if (IsSkipped()) return;
+    auto made = cuda::DeviceKernels::Create(&memory_);
+    ASSERT_OK(made);
+    kernels_ = std::move(*made);
+  }
+  Launch launch() const { return {.stream = kernels_->launch_stream()}; }
+  static const KernelTable& table() { return cuda::DeviceKernels::Table(); }
+
+  // A copy in the device's memory.
+  template <class T>
+  T* OnDevice(const std::vector<T>& values) {
+    auto buffer = memory_.Allocate(std::max<size_t>(values.size(), 1) * sizeof(T), "test");
+    EXPECT_OK(buffer);
+    buffers_.push_back(std::move(*buffer));
+    EXPECT_OK(CudaStatus(cudaMemcpy(buffers_.back().data(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice), "copy"));
+    return buffers_.back().template as<T>();
+  }
+  template <class T>
+  T* Pinned(const std::vector<T>& values) {
+    pinned_.push_back(std::make_unique<CudaArray<T>>(values, CudaPlace::kPinned));
+    return static_cast<CudaArray<T>*>(pinned_.back().get())->data();
+  }
+  template <class T>
+  std::vector<T> Read(const T* from, size_t count) {
+    std::vector<T> values(count);
+    EXPECT_OK(CudaStatus(cudaDeviceSynchronize(), "wait"));
+    EXPECT_OK(memory_.Read(from, count * sizeof(T), values.data()));
+    return values;
+  }
+  // Two copies of rows on the device and in pinned memory, and runs that take turns between them; `same` has the same rows on the host.
+  struct Scattered {
+    std::vector<RowRun> runs, same;
+  };
+  Scattered Scatter(Rng& rng, const std::vector<Half>& rows, int32_t d) {
+    const Half *device = OnDevice(rows), *pinned = Pinned(rows);
+    Scattered out;
+    for (const RowRun& run : SplitIntoRuns(rng, rows, d)) {
+      out.same.push_back(run);
+      out.runs.push_back({(rng.Chance(0.5) ? device : pinned) + (run.rows - rows.data()), run.count});
+    }
+    return out;
+  }
+
+  CudaDeviceMemory memory_{size_t{1} << 30};
+  std::unique_ptr<cuda::DeviceKernels> kernels_;
+  std::vector<DeviceBuffer> buffers_;
+  std::vector<std::shared_ptr<void>> pinned_;
+};
+
+TEST_F(CudaTableTest, AppendWritesTheSameRowsHereAndThere) {
+  Rng rng = SeededRng();
+  for (const int32_t d : CudaHeadDims()) {
+    for (const int32_t count : {0, 1, 3, 67}) {
+      const int64_t stride = 3 * d;
+      const std::vector<float> k = rng.Normals(static_cast<size_t>((count + 1) * stride)), v = rng.Normals(k.size(), 40);
+      const auto row = static_cast<size_t>(2 * d);
+      std::vector<Half> want(static_cast<size_t>(count) * row + row, Half{0x5a5a}), host = want;
+      Half* const device = OnDevice(want);
+      const auto task = [&](Half* rows) { return AppendTask{.k = k.data(), .v = v.data(), .stride = stride, .rows = rows, .count = count}; };
+      const std::vector<AppendTask> one{task(want.data())}, both{task(host.data()), task(device)};
+      ASSERT_OK(ReferenceKernels().append({.tasks = one, .head_dim = d}, {}));
+      ASSERT_OK(table().append({.tasks = both, .head_dim = d}, launch()));
+      EXPECT_EQ(host, want);
+      EXPECT_EQ(Read(device, want.size()), want) << "d " << d << " count " << count;
+    }
+  }
+}
+
+TEST_F(CudaTableTest, EncodeWritesTheBytesOfTheReference) {
+  Rng rng = SeededRng();
+  for (const int32_t d : CudaHeadDims()) {
+    for (const int bits : {2, 4, 8}) {
+      for (const KeyKind kind : kAllKinds) {
+        const CodeFormat format{.bits = bits, .group_tokens = 16, .error_norms = true};
+        const std::vector<Half> rows = MakeRows(rng, 32, d, kind);
+        const size_t bytes = table().code_block_bytes(format, d), row = static_cast<size_t>(2 * d);
+        std::vector<std::byte> want(2 * bytes, std::byte{0xa5});
+        std::byte* const device = OnDevice(want);
+        const Half *here = OnDevice(rows), *pinned = Pinned(rows);
+        const std::vector<EncodeTask> reference{{.rows = rows.data(), .block = want.data()},
+                                                {.rows = rows.data() + 16 * row, .block = want.data() + bytes}};
+        const std::vector<EncodeTask> tasks{{.rows = here, .block = device}, {.rows = pinned + 16 * row, .block = device + bytes}};
+        ASSERT_OK(ReferenceKernels().encode({.tasks = reference, .format = format, .head_dim = d}, {}));
+        ASSERT_OK(table().encode({.tasks = tasks, .format = format, .head_dim = d}, launch()));
+        EXPECT_EQ(Read(device, want.size()), want) << "d " << d << " bits " << bits;
+      }
+    }
+  }
+}
+
+TEST_F(CudaTableTest, ScoreAgreesFromEveryMemory) {
+  Rng rng = SeededRng();
+  for (const int32_t d : CudaHeadDims()) {
+    for (const int32_t group : {1, 3, 8, 9}) {
+      for (const int32_t count : {1, 63, 64, 65, 211}) {
+        const std::vector<Half> rows = MakeRows(rng, count, d, KeyKind::kHeavyTailed);
+        const Scattered s = Scatter(rng, rows, d);
+        const std::vector<float> q = rng.Normals(static_cast<size_t>(group * d));
+        const int64_t stride = count + 5;
+        std::vector<float> want(static_cast<size_t>(group * stride), kPoison), host = want;
+        float* const device = OnDevice(want);
+        const auto task = [&](std::span<const RowRun> runs, float* z) { return ScoreTask{.q = q.data(), .runs = runs, .z = z, .z_stride = stride}; };
+        const std::vector<ScoreTask> reference{task(s.same, want.data())}, tasks{task(s.runs, host.data()), task(s.runs, device)};
+        ASSERT_OK(ReferenceKernels().score({.tasks = reference, .group = group, .head_dim = d}, {}));
+        ASSERT_OK(table().score({.tasks = tasks, .group = group, .head_dim = d}, launch()));
+        // A row of heavy tails has magnitudes of a few hundred.
+        const Tolerance tolerance{2e-4, 1e-5};
+        EXPECT_TRUE(AllClose(host, want, tolerance, {group, stride})) << "d " << d << " count " << count;
+        EXPECT_TRUE(AllClose(Read(device, want.size()), want, tolerance, {group, stride}));
+      }
+    }
+  }
+}
+
+TEST_F(CudaTableTest, ScanAndChooseAgree) {
+  Rng rng = SeededRng();
+  for (const int32_t d : {64, 128}) {
+    for (const int32_t n : {64, 640, 4096, 4160}) {
+      const int32_t group = 3, num = 2;
+      const CodeFormat format{.bits = 4, .group_tokens = 64};
+      const size_t bytes = table().code_block_bytes(format, d);
+      std::vector<float> q = rng.Normals(static_cast<size_t>(num * group * d), 2);
+      const int64_t stride = n + 16;
+      std::vector<float> z(static_cast<size_t>(num * group * stride), kPoison);
+      float* const device_z = OnDevice(z);
+      std::vector<std::vector<std::byte>> blocks;
+      std::vector<ScanTask> reference, tasks;
+      for (int32_t t = 0; t < num; ++t) {
+        blocks.emplace_back(static_cast<size_t>(n / 64) * bytes);
+        const std::vector<Half> rows = MakeRows(rng, n, d);
+        std::vector<EncodeTask> encode;
+        for (int32_t g = 0; g < n / 64; ++g) encode.push_back({.rows = rows.data() + int64_t{g} * 64 * 2 * d, .block = blocks.back().data() + static_cast<size_t>(g) * bytes});
+        ASSERT_OK(ReferenceKernels().encode({.tasks = encode, .format = format, .head_dim = d}, {}));
+        const int64_t at = int64_t{t} * group * stride;
+        reference.push_back({.q = q.data() + t * group * d, .blocks = blocks.back().data(), .groups = n / 64, .z = z.data() + at, .z_stride = stride});
+        tasks.push_back({.q = q.data() + t * group * d, .blocks = OnDevice(blocks.back()), .groups = n / 64, .z = device_z + at, .z_stride = stride});
+      }
+      ASSERT_OK(ReferenceKernels().scan({.tasks = reference, .format = format, .group = group, .head_dim = d}, {}));
+      ASSERT_OK(table().scan({.tasks = tasks, .format = format, .group = group, .head_dim = d}, launch()));
+      const std::vector<float> scanned = Read(device_z, z.size());
+      EXPECT_TRUE(AllClose(scanned, z, {0.02, 1e-3}, {num, group, stride}));
+
+      // Both choose from the same logits: those of the device.
+      std::vector<uint64_t> resident(static_cast<size_t>((n + 63) / 64));
+      for (uint64_t& word : resident) word = rng.Next();
+      std::vector<float> pooled(static_cast<size_t>(n), kPoison);
+      float* const device_pooled = OnDevice(pooled);
+      const int32_t k = std::min(n / 4, 300);
+      struct Result {
+        std::vector<int32_t> chosen;
+        int32_t count = -7;
+        std::vector<float> all, out;
+        uint8_t met = 9;
+      };
+      const auto task = [&](const float* logits, Result* to, float* pool, int32_t m) {
+        ChooseTask made{.z = logits, .z_stride = stride, .n = n, .sinks = 4, .lo = 4, .hi = n - 8, .k = k, .dilate_m = m, .dilate_r = 1};
+        made.resident = resident.data();
+        made.log_theta = -6;
+        made.pooled = pool;
+        made.pool_reset = true;
+        to->chosen.assign(static_cast<size_t>(made.max_chosen()), -5);
+        to->all.assign(static_cast<size_t>(group), kPoison);
+        to->out = to->all;
+        made.chosen = to->chosen.data();
+        made.count = &to->count;
+        made.lse_all = to->all.data();
+        made.lse_out = to->out.data();
+        made.met = &to->met;
+        return made;
+      };
+      for (const int32_t m : {0, k / 3}) {
+        Result want, got;
+        const std::vector<ChooseTask> a{task(scanned.data(), &want, pooled.data(), m)}, b{task(device_z, &got, device_pooled, m)};
+        ASSERT_OK(ReferenceKernels().choose({.tasks = a, .group = group}, {}));
+        ASSERT_OK(table().choose({.tasks = b, .group = group}, launch()));
+        ASSERT_EQ(got.count, want.count) << "n " << n << " m " << m;
+        const std::vector<int32_t> x(want.chosen.begin(), want.chosen.begin() + want.count), y(got.chosen.begin(), got.chosen.begin() + got.count);
+        std::vector<int32_t> differ;
+        std::set_symmetric_difference(x.begin(), x.end(), y.begin(), y.end(), std::back_inserter(differ));
+        EXPECT_LE(differ.size(), 2u) << "more than a tie, n " << n << " m " << m;
+        EXPECT_TRUE(AllClose(got.all, want.all, {1e-4, 1e-5}));
+        EXPECT_TRUE(AllClose(got.out, want.out, {1e-3, 1e-4}));
+        EXPECT_EQ(got.met, 1);
+        EXPECT_TRUE(AllClose(Read(device_pooled, pooled.size()), pooled, {1e-4, 1e-5}));
+      }
+    }
+  }
+}
+
+TEST_F(CudaTableTest, AttendAgreesFromEveryMemory) {
+  Rng rng = SeededRng();
+  for (const int32_t d : CudaHeadDims()) {
+    for (const int32_t count : {0, 1, 17, 300, 2100}) {
+      const int32_t group = 3;
+      const std::vector<Half> rows = MakeRows(rng, count, d), other = MakeRows(rng, 40, d);
+      const Scattered s = Scatter(rng, rows, d), t = Scatter(rng, other, d);
+      const std::vector<float> q = rng.Normals(static_cast<size_t>(2 * group * d));
+      std::vector<float> want(q.size(), kPoison), got = want, want_lse(2 * group, kPoison), got_lse = want_lse;
+      const auto tasks = [&](const std::vector<RowRun>& first, const std::vector<RowRun>& second, std::vector<float>& out, std::vector<float>& lse) {
+        return std::vector<AttendTask>{{.q = q.data(), .runs = first, .out = out.data(), .lse = lse.data()},
+                                       {.q = q.data() + group * d, .runs = second, .out = out.data() + group * d, .lse = lse.data() + group}};
+      };
+      ASSERT_OK(ReferenceKernels().attend({.tasks = tasks(s.same, t.same, want, want_lse), .group = group, .head_dim = d}, {}));
+      ASSERT_OK(table().attend({.tasks = tasks(s.runs, t.runs, got, got_lse), .group = group, .head_dim = d}, launch()));
+      EXPECT_TRUE(AllClose(got, want, {2e-5, 1e-4}, {2, group, d})) << "d " << d << " count " << count;
+      EXPECT_TRUE(AllClose(got_lse, want_lse, {2e-5, 1e-5}));
+    }
+  }
+}
+
+TEST_F(CudaTableTest, PrefillAgreesWithWindowsAndSinks) {
+  Rng rng = SeededRng();
+  for (const int32_t d : CudaHeadDims()) {
+    for (const int32_t first : {0, 1, 130}) {
+      for (const int32_t queries : {1, 31, 64, 65}) {
+        const int32_t group = 2, heads = 4;
+        const std::vector<Half> rows = MakeRows(rng, first + queries, d);
+        const Scattered s = Scatter(rng, rows, d);
+        const std::vector<float> q = rng.Normals(static_cast<size_t>(queries * heads * d));
+        std::vector<int32_t> start;
+        for (int32_t t = 0; t < queries; ++t) start.push_back(static_cast<int32_t>(rng.Int(0, first + t)));
+        for (const bool windowed : {false, true}) {
+          std::vector<float> want(q.size(), kPoison), got = want;
+          const auto params = [&](const std::vector<RowRun>& runs, std::vector<float>& out, std::vector<PrefillTask>* tasks) {
+            for (int32_t h = 0; h < heads / group; ++h) {
+              tasks->push_back({.q = q.data() + h * group * d, .q_stride = heads * d, .out = out.data() + h * group * d, .out_stride = heads * d,
+                                .runs = runs, .start = windowed ? start.data() : nullptr});
+            }
+            return PrefillParams{.tasks = *tasks, .queries = queries, .first = first, .sinks = windowed ? std::min(3, first + 1) : 0,
+                                 .group = group, .head_dim = d};
+          };
+          std::vector<PrefillTask> a, b;
+          const PrefillParams of_reference = params(s.same, want, &a), of_device = params(s.runs, got, &b);
+          ASSERT_OK(ReferenceKernels().prefill(of_reference, {}));
+          ASSERT_OK(table().prefill(of_device, launch()));
+          // Logits of up to 256 normal products are some 1e-5 off, and a window of few keys weighs each.
+          EXPECT_TRUE(AllClose(got, want, {1e-4, 1e-4}, {queries, heads, d})) << "d " << d << " first " << first << " windowed " << windowed;
+        }
+      }
+    }
+  }
+}
+
+TEST_F(CudaTableTest, GatherAndTopKAgree) {
+  Rng rng = SeededRng();
+  const int32_t d = 96, count = 77;
+  const std::vector<Half> rows = MakeRows(rng, count, d);
+  const Half *device = OnDevice(rows), *pinned = Pinned(rows);
+  std::vector<Half> want(rows.size(), Half{0x5a5a});
+  Half* const to = OnDevice(want);
+  std::vector<RowCopy> copies;
+  for (int32_t i = 0; i < count; i += 2) {
+    const int64_t from = int64_t{count - 1 - i} * 2 * d, into = int64_t{i} * 2 * d;
+    copies.push_back({(i % 4 == 0 ? device : pinned) + from, to + into});
+    std::copy_n(rows.begin() + from, 2 * d, want.begin() + into);
+  }
+  ASSERT_OK(table().gather({.rows = copies, .head_dim = d}, launch()));
+  EXPECT_EQ(Read(to, want.size()), want);
+
+  const std::vector<float> scores = rng.Normals(500);
+  std::vector<int32_t> a(20, -1), b = a;
+  int32_t in_a = -1, in_b = -1;
+  const std::vector<TopKTask> x{{.score = scores.data(), .lo = 7, .hi = 491, .k = 20, .chosen = a.data(), .count = &in_a}};
+  const std::vector<TopKTask> y{{.score = OnDevice(scores), .lo = 7, .hi = 491, .k = 20, .chosen = b.data(), .count = &in_b}};
+  ASSERT_OK(ReferenceKernels().top_k({.tasks = x}, {}));
+  ASSERT_OK(table().top_k({.tasks = y}, launch()));
+  EXPECT_EQ(in_b, in_a);
+  EXPECT_EQ(b, a);
+}
+
+TEST_F(CudaTableTest, RefusesWhatItDoesNotOfferByName) {
+  const std::vector<float> scores(64, 1.0f);
+  const float* const z = OnDevice(scores);
+  std::vector<int32_t> chosen(64);
+  std::vector<float> lse(2);
+  int32_t count = -3;
+  const auto refusal = [&](const auto& change) {
+    ChooseTask task{.z = z, .z_stride = 64, .n = 64, .hi = 64, .k = 2, .cap = 64, .chosen = chosen.data(), .count = &count, .lse_all = lse.data(),
+                    .lse_out = lse.data() + 1};
+    change(task);
+    return table().choose({.tasks = {&task, 1}, .group = 1}, launch());
+  };
+  EXPECT_OK(refusal([](ChooseTask&) {}));
+  EXPECT_EQ(count, 2);
+  const Status drop = refusal([](ChooseTask& t) { t.target_drop = 0.1f; });
+  EXPECT_EQ(drop.code(), StatusCode::kUnsupported);
+  EXPECT_NE(drop.message().find("target_drop"), std::string::npos) << drop;
+  EXPECT_EQ(refusal([](ChooseTask& t) { t.exact_budget = true; }).code(), StatusCode::kUnsupported);
+  EXPECT_EQ(refusal([&](ChooseTask& t) { t.z = scores.data(); }).code(), StatusCode::kInvalid) << "logits in pageable memory";
+  EXPECT_EQ(table().score_pages({}, launch()).code(), StatusCode::kUnsupported);
+  EXPECT_EQ(table().code_block_bytes({.bits = 3}, 64), 0u);
+  EXPECT_EQ(table().code_block_bytes({.bits = 4, .dither = true}, 64), 0u);
+  EXPECT_EQ(table().append({}, {}).code(), StatusCode::kInvalid) << "without a stream";
+  // Rows that no kernel can read never reach one.
+  const std::vector<Half> pageable(64 * 2 * 64);
+  const std::vector<RowRun> runs{{pageable.data(), 4}};
+  const std::vector<float> q(64);
+  std::vector<float> out(64);
+  const AttendTask attend{.q = q.data(), .runs = runs, .out = out.data(), .lse = lse.data()};
+  EXPECT_EQ(table().attend({.tasks = {&attend, 1}, .group = 1, .head_dim = 64}, launch()).code(), StatusCode::kInvalid);
+  EXPECT_EQ(table().attend({.tasks = {}, .group = 1, .head_dim = 80}, launch()).code(), StatusCode::kUnsupported);
+}
+
+}  // namespace
+}  // namespace prehoc
