@@ -251,7 +251,7 @@ class FidelityJob {
       err_ << "prehoc: warning: --calibrate: " << run->refusal.message() << std::endl;
       return {};
     }
-    run->file->text_path = document.path;
+    run->file->text_path = NameOf(document.path);
     run->file->text_sha256 = Sha256Hex(document.text);
     if (options_.calibration.empty()) return {};
     PREHOC_ASSIGN_OR_RETURN(OutputFile file, OutputFile::Create("--calibration", options_.calibration));
