@@ -186,7 +186,11 @@ Result<int64_t> Sequence::Impl::BringIn(int32_t layer_index, int32_t kv_head, La
     slots.push_back(head.residency.Reserve());
     copies.push_back({source, head.slots + slots.back() * row});
   }
-  PREHOC_RETURN_IF_ERROR(kernels().gather({.rows = copies, .head_dim = geometry().head_dim}, cache->launch()));
+  const Status copied = kernels().gather({.rows = copies, .head_dim = geometry().head_dim}, cache->launch());
+  if (!copied.ok()) {
+    for (const int32_t slot : slots) head.residency.GiveBack(slot);
+    return copied;
+  }
   head.residency.Publish(positions.first(landed), slots);
   return static_cast<int64_t>(landed);
 }

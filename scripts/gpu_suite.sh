@@ -9,7 +9,7 @@ set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 say() { printf 'gpu_suite: %s\n' "$*" >&2; }
 die() { say "error: $*"; exit 1; }
-tests=(cuda_base_test cuda_kernels_test cuda_engine_test cuda_pipeline_test)
+tests=(cuda_base_test cuda_kernels_test cuda_engine_test cuda_transfer_test cuda_pipeline_test)
 
 # Files that must travel: what a plain Debian or Ubuntu has is left out.
 pack() {

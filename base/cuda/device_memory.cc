@@ -34,11 +34,10 @@ Status CudaDeviceMemory::Read(const void* from, size_t size, void* to) const {
   return {};
 }
 
-bool CudaDeviceMemory::Owns(const void* at) const {
-  const auto* const byte = static_cast<const std::byte*>(at);
+CudaDeviceMemory::Range CudaDeviceMemory::RangeOf(const void* at) const {
   MutexLock lock(ranges_mutex_);
-  return std::any_of(ranges_.begin(), ranges_.end(),
-                     [&](const Range& range) { return byte >= range.begin && byte < range.begin + range.size; });
+  const auto found = std::find_if(ranges_.begin(), ranges_.end(), [&](const Range& range) { return range.Has(at); });
+  return found != ranges_.end() ? *found : Range{};
 }
 
 }  // namespace prehoc

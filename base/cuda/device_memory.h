@@ -12,14 +12,19 @@ class CudaDeviceMemory final : public DeviceMemory {
   using DeviceMemory::DeviceMemory;
   bool host_accessible() const override { return false; }
   Status Read(const void* from, size_t size, void* to) const override;
-  // Whether `at` lies in a buffer of this.
-  bool Owns(const void* at) const;
-
- private:
   struct Range {
     const std::byte* begin = nullptr;
     size_t size = 0;
+    bool Has(const void* at) const {
+      const auto* const byte = static_cast<const std::byte*>(at);
+      return byte >= begin && byte < begin + size;
+    }
   };
+  // The buffer of this in which `at` lies; empty if there is none.
+  Range RangeOf(const void* at) const;
+  bool Owns(const void* at) const { return RangeOf(at).size > 0; }
+
+ private:
   Result<std::byte*> DoAllocate(size_t size) override;
   void DoFree(std::byte* data, size_t size) override;
   mutable Mutex ranges_mutex_;

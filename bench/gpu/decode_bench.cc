@@ -1,7 +1,7 @@
 // How long does a decode step take with two clocks, beside the weights alone and beside dense attention with all of K and V on the device?
 //
 //   decode_bench --out=FILE.json [--commit=ID] [--model=llama-3.1-8b] [--context=131072] [--cases=weights,dense,scan4,gate4,...] [--steps=N]
-//                [--k=2048] [--factor=4] [--refresh=64] [--verify-only]
+//                [--k=2048] [--factor=4] [--refresh=64] [--theta=0.001]
 //
 // A step is a CUDA graph: every product of every layer (random fp16 weights), norms, RoPE, append with codes, and attention; logits at the
 // end. Two clocks: gate, scan of all codes and choice, look-up of rows, attention over sinks, chosen rows and the local window; a chosen row
@@ -146,6 +146,7 @@ struct Case {
   enum class Kind { kWeights, kDense, kTwoClock } kind = Kind::kWeights;
   int bits = 4;
   float tau = 1;  // at 1 every step scans
+  float theta = 0.001f;  // a missing position lighter than this is left out, and counted as dropped
   int32_t context = 0, k = 0, factor = 4, refresh = 64, max_age = 16;
 };
 
@@ -248,7 +249,14 @@ class Step {
     if (c_.kind == Case::Kind::kTwoClock) {
       const double triples = double(steps) * s_.units();
       row["bits"] = c_.bits, row["tau"] = c_.tau, row["k"] = c_.k, row["factor"] = c_.factor, row["refresh"] = c_.refresh, row["max_age"] = c_.max_age;
-      row["slots"] = slots_;
+      row["slots"] = slots_, row["theta"] = c_.theta;
+      // What the last choices left out, by the codes.
+      double dropped = 0;
+      const auto lse = lse_->Read();
+      for (int unit = 0; unit < s_.units(); ++unit) {
+        for (int g = 0; g < s_.group(); ++g) dropped += std::exp(double(lse[size_t((2 * unit + 1) * s_.group() + g)]) - double(lse[size_t(2 * unit * s_.group() + g)]));
+      }
+      row["dropped_mass_estimated"] = dropped / (s_.units() * s_.group());
       row["rho"] = 1 - double(holds_seen_ - held0) / double(std::max<int64_t>(1, holds_asked_ - asked0));
       row["rows_in_step_per_head"] = double(Sum(misses_) - misses0) / 2 / triples;  // the second loop steps as often
       row["rows_behind_per_step"] = double(rows_behind_) / steps;
@@ -266,7 +274,7 @@ class Step {
     const int32_t n = n_.Read()[0];
     for (int h = 0; h < s_.kv_heads; ++h) {
       const int unit = (s_.layers - 1) * s_.kv_heads + h;
-      if (counts[size_t(unit)] != c_.k) Fail({StatusCode::kCorrupt, "unit " + std::to_string(unit) + " chose " + std::to_string(counts[size_t(unit)])});
+      if (counts[size_t(unit)] < (c_.theta > 0 ? 1 : c_.k) || counts[size_t(unit)] > c_.k) Fail({StatusCode::kCorrupt, "unit " + std::to_string(unit) + " chose " + std::to_string(counts[size_t(unit)])});
       std::vector<Half> ring(size_t(kSinks + kRing) * Row());
       Cuda(cudaMemcpy(ring.data(), Rows(unit), ring.size() * sizeof(Half), cudaMemcpyDefault), "ring");
       std::vector<const Half*> rows;
@@ -366,7 +374,12 @@ class Step {
     codes_ = std::make_unique<Array<std::byte>>(units * head_codes);
     slot_of_ = std::make_unique<Array<int16_t>>(std::vector<int16_t>(units * size_t(max_n_), -1));
     owner_ = std::make_unique<Array<int32_t>>(std::vector<int32_t>(units * size_t(slots_), -1));
-    resident_ = std::make_unique<Array<uint64_t>>(units * words);
+    // What the ring holds, or will hold, counts as resident.
+    std::vector<uint64_t> ring_bits(words, 0);
+    for (int32_t p = c_.context - kRing; p < max_n_; ++p) ring_bits[size_t(p) / 64] |= uint64_t{1} << (p % 64);
+    std::vector<uint64_t> all_bits;
+    for (size_t u = 0; u < units; ++u) all_bits.insert(all_bits.end(), ring_bits.begin(), ring_bits.end());
+    resident_ = std::make_unique<Array<uint64_t>>(all_bits);
     pooled_ = std::make_unique<Array<float>>(std::vector<float>(units * size_t(max_n_), -INFINITY));
     chosen_ = std::make_unique<Array<int32_t>>(units * size_t(c_.k));
     refs_ = std::make_unique<Array<int32_t>>(units * size_t(c_.k));
@@ -382,6 +395,7 @@ class Step {
     age_ = std::make_unique<Array<int32_t>>(std::vector<int32_t>(units, 1 << 20));  // no choice yet: every head scans first
     anchor_ = std::make_unique<Array<float>>(units * size_t(s_.group() * s_.d));
     lse_ = std::make_unique<Array<float>>(units * size_t(2 * s_.group()));
+    unused_ = std::make_unique<Array<float>>(1);  // choosing what is wanted gives an LSE of pooled scores
     std::vector<cuda::AppendTask> append;
     std::vector<cuda::GateTask> gate;
     std::vector<cuda::SelectTask> select;
@@ -415,6 +429,10 @@ class Step {
       chooses.rule = {.sinks = kSinks, .local = kLocal, .k = c_.k, .pooled = pooled_->data() + u * size_t(max_n_), .hold = hold_->data() + u, .room = c_.k,
                       .chosen = chosen_->data() + u * size_t(c_.k), .count = count_->data() + u, .lse_all = lse_->data() + u * size_t(2 * s_.group()),
                       .lse_out = lse_->data() + u * size_t(2 * s_.group()) + s_.group()};
+      if (c_.theta > 0) {
+        chooses.rule.resident = resident_->data() + u * words;
+        chooses.rule.log_theta = std::log(c_.theta);
+      }
       select.push_back(chooses);
       resolve.push_back({.at = at, .chosen = chosen_->data() + u * size_t(c_.k), .count = count_->data() + u, .room = c_.k, .n = n_.data(), .slot_row = kSinks + kRing,
                          .ring_row = kSinks, .ring_rows = kRing, .refs = refs_->data() + u * size_t(c_.k), .num_refs = num_refs_->data() + u,
@@ -425,7 +443,7 @@ class Step {
       const size_t phase = u % size_t(c_.refresh);
       cuda::ChooseTask best{.z = pooled_->data() + u * size_t(max_n_), .z_stride = max_n_, .n = n_.data()};
       best.rule = {.sinks = kSinks, .local = kLocal, .k = slots_, .room = slots_, .chosen = wanted_->data() + u * size_t(slots_), .count = wanted_count_->data() + u,
-                   .lse_all = lse_->data()};  // of no use here, and overwritten by the next
+                   .lse_all = unused_->data()};
       want[phase].push_back(best);
       refresh[phase].push_back({.at = at, .wanted = wanted_->data() + u * size_t(slots_), .wanted_count = wanted_count_->data() + u, .from_piece = from_->data() + u * size_t(slots_),
                                 .to_piece = to_->data() + u * size_t(slots_), .count = fetch_count_->data() + u, .pooled = pooled_->data() + u * size_t(max_n_)});
@@ -524,7 +542,7 @@ class Step {
   std::unique_ptr<Array<uint64_t>> resident_;
   std::unique_ptr<Array<int64_t>> misses_;
   std::unique_ptr<Array<uint8_t>> hold_;
-  std::unique_ptr<Array<float>> pooled_, anchor_, lse_;
+  std::unique_ptr<Array<float>> pooled_, anchor_, lse_, unused_;
   std::unique_ptr<Array<cuda::AppendTask>> append_;
   std::unique_ptr<Array<cuda::GateTask>> gate_;
   std::unique_ptr<Array<cuda::SelectTask>> select_;
@@ -576,6 +594,7 @@ int Main(int argc, char** argv) {
     else if (name == "--k") defaults.k = std::stoi(value);
     else if (name == "--factor") defaults.factor = std::stoi(value);
     else if (name == "--refresh") defaults.refresh = std::stoi(value);
+    else if (name == "--theta") defaults.theta = std::stof(value);
     else if (name == "--steps") steps = std::stoi(value);
     else Fail({StatusCode::kInvalid, arg + " is no flag; see the top of decode_bench.cc"});
     if (name != "--out" && name != "--commit") line += " " + arg;
@@ -609,9 +628,9 @@ int Main(int argc, char** argv) {
     if (weights_ms > 0) row["over_weights"] = double(row["ms_median"]) / weights_ms;
     if (which.kind == Case::Kind::kTwoClock) row["output_error_against_fp64"] = step.Verify();
     row["logits_finite"] = step.LogitsFinite();
-    std::printf("%-10s %6d  %7.3f ms (%.3f to %.3f, back to back %.3f)  %.3fx  rho %.2f  in step %.1f rows a head  behind %.0f rows  KV on device %.2f GiB  error %.1e\n",
+    std::printf("%-10s %6d  %7.3f ms (%.3f to %.3f, back to back %.3f)  %.3fx  rho %.2f  in step %.1f rows a head  behind %.0f rows  dropped %.4f  KV on device %.2f GiB  error %.1e\n",
                 which.name.c_str(), which.context, double(row["ms_median"]), double(row["ms_least"]), double(row["ms_most"]), double(row["ms_back_to_back"]),
-                weights_ms > 0 ? double(row["over_weights"]) : 0.0, row.value("rho", 0.0), row.value("rows_in_step_per_head", 0.0), row.value("rows_behind_per_step", 0.0),
+                weights_ms > 0 ? double(row["over_weights"]) : 0.0, row.value("rho", 0.0), row.value("rows_in_step_per_head", 0.0), row.value("rows_behind_per_step", 0.0), row.value("dropped_mass_estimated", 0.0),
                 double(row.value("kv_device_bytes", size_t{0})) / double(size_t{1} << 30), row.value("output_error_against_fp64", 0.0));
     std::fflush(stdout);
     file["cases"].push_back(row);

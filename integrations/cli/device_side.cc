@@ -8,6 +8,7 @@
 #include "base/cuda/host_registrar.h"
 #include "integrations/reference/cuda/cuda_decoder.h"
 #include "kernels/cuda/kernel_table.h"
+#include "transfer/cuda_transfer_engine.h"
 #endif
 
 namespace prehoc::cli {
@@ -31,6 +32,7 @@ Result<DeviceSide> CudaSide(uint64_t device_budget) {
   side.kernels_state = kernels;
   side.kernels = &cuda::DeviceKernels::Table();
   side.stream = kernels->launch_stream();
+  PREHOC_ASSIGN_OR_RETURN(side.transfer, CudaTransferEngine::Create());
   side.make_decoder = reference::MakeCudaDecoder;
   side.visit_counters = [kernels](const CounterVisitor& visit) { kernels->VisitCounters(visit); };
   return side;

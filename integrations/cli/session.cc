@@ -156,6 +156,7 @@ Status Session::CreateCache() {
   resources.registrar = registrar_.get();
   resources.store = store_.get();
   resources.kernels = device_.kernels;
+  resources.transfer = device_.transfer.get();
   auto created = KvCache::Create(cache, resources);
   if (!created.ok()) return CreateError(created.status(), options_);
   cache_ = std::move(created).value();

@@ -398,10 +398,12 @@ Status DeviceKernels::Impl::Gather(const prehoc::GatherParams& params) {
 Status DeviceKernels::Impl::NameRows(const prehoc::AttendTask& task, int64_t row, int32_t* refs, cuda::AttendTask* to) const {
   const Half *low[2] = {nullptr, nullptr}, *high[2] = {nullptr, nullptr};  // of device and host memory
   std::vector<bool> here(task.runs.size());
+  CudaDeviceMemory::Range last;  // rows of a task lie in one buffer: few look-ups, however many runs
   for (size_t r = 0; r < task.runs.size(); ++r) {
     const RowRun& run = task.runs[r];
     if (run.count == 0) continue;
-    here[r] = OnDevice(run.rows);
+    if (!last.Has(run.rows)) last = memory->RangeOf(run.rows);
+    here[r] = last.size > 0;
     const int kind = here[r] ? 0 : 1;
     const Half* const end = run.rows + run.count * row;
     if (low[kind] == nullptr || run.rows < low[kind]) low[kind] = run.rows;

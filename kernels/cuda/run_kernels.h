@@ -1,5 +1,5 @@
 // Kernels over lists of rows: what the function table needs beside device_kernels.h. fp16 rows; tasks and what they point to as there.
-// Internal to kernels/cuda.
+// For kernels/cuda, and for transfers of rows.
 #pragma once
 #include <cuda_runtime_api.h>
 

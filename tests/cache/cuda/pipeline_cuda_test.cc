@@ -2,12 +2,14 @@
 #include <cmath>
 
 #include "base/cuda/device_memory.h"
+#include "base/cuda/faults.h"
 #include "base/cuda/host_registrar.h"
 #include "base/units.h"
 #include "kernels/cuda/kernel_table.h"
 #include "tests/cache/pipeline_world.h"
 #include "tests/support/compare.h"
 #include "tests/support/cuda_test.h"
+#include "transfer/cuda_transfer_engine.h"
 
 namespace prehoc {
 namespace {
@@ -31,6 +33,10 @@ class CudaWorld {
     resources.kernels = &cuda::DeviceKernels::Table();
     resources.stream = kernels_->launch_stream();
     resources.registrar = &registrar_;
+    if (options.cache.selector.tc.lag > 0) {
+      transfer_ = CudaTransferEngine::Create().value();
+      resources.transfer = transfer_.get();
+    }
     auto cache = KvCache::Create(options.cache, resources);
     status_ = cache.status();
     if (cache.ok()) cache_ = std::move(cache).value();
@@ -44,6 +50,7 @@ class CudaWorld {
   CudaDeviceMemory device_;
   std::unique_ptr<Executor> executor_;
   std::unique_ptr<cuda::DeviceKernels> kernels_;
+  std::unique_ptr<CudaTransferEngine> transfer_;
   std::unique_ptr<MemoryChunkStore> store_;
   std::unique_ptr<KvCache> cache_;
   Status status_;
@@ -142,6 +149,18 @@ TEST_F(CudaPipelineTest, TwoClocksUseAllTiers) {
   EXPECT_GT(equal, cpu.attended.size() / 2);
 }
 
+TEST_F(CudaPipelineTest, RowsMayComeBehindTheSteps) {
+  WorldOptions options = OptionsFor(SelectorKind::kTwoClock);
+  options.cache.selector.tc.factor = 2;
+  options.cache.selector.tc.refresh = 4;
+  options.cache.selector.tc.lag = 2;
+  options.device_budget = SmallestDevice(options, kPrompt + kSteps) + 64 * 1024;
+  Decoded cpu, cuda;
+  ASSERT_NO_FATAL_FAILURE(Compare(options, &cpu, &cuda));
+  EXPECT_GT(cuda.report.rows_behind, 0);
+  EXPECT_EQ(cuda.report.failed_fetches, 0);
+}
+
 TEST_F(CudaPipelineTest, APrefixComesBackFromTheStore) {
   WorldOptions options = OptionsFor(SelectorKind::kTwoClock);
   const Stream stream(options.cache.geometry, kPrompt + kSteps, 12);
@@ -162,6 +181,49 @@ TEST_F(CudaPipelineTest, APrefixComesBackFromTheStore) {
   EXPECT_EQ(first, second) << "restored rows and codes are the same bytes";
 }
 
+// A failing call ends the step that it belongs to, with an error; run again, the step gives what it would have given.
+TEST_F(CudaPipelineTest, AnyCallMayFail) {
+  WorldOptions options = OptionsFor(SelectorKind::kTwoClock);
+  options.cache.selector.tc.theta = 0;
+  options.cache.selector.tc.factor = 1;
+  options.cache.selector.tc.refresh = 4;
+  const KvGeometry& geometry = options.cache.geometry;
+  constexpr int64_t kMostSteps = 200;
+  options.device_budget = SmallestDevice(options, kPrompt + kMostSteps) + 64 * 1024;
+  options.cache.host_budget = static_cast<uint64_t>(geometry.layers + CeilDiv(kPrompt + kMostSteps, geometry.chunk_tokens) + 2) * geometry.block_bytes();
+  const Stream stream(geometry, kPrompt + kMostSteps, 13);
+  CudaWorld faulty(options), twin(options);
+  ASSERT_OK(faulty.status());
+  ASSERT_OK(twin.status());
+  auto a = faulty.cache().Open({.max_tokens = kPrompt + kMostSteps}), b = twin.cache().Open({.max_tokens = kPrompt + kMostSteps});
+  ASSERT_OK(a);
+  ASSERT_OK(b);
+  ASSERT_OK(PrefillAll(**a, stream, kPrompt, 128));
+  ASSERT_OK(PrefillAll(**b, stream, kPrompt, 128));
+  int64_t failures = 0;
+  for (int64_t step = 0; step < kMostSteps; ++step) {
+    Outputs got, want;
+    FailNthCudaCall(step + 1);
+    const Status failed = DecodeOne(**a, stream, &got);
+    FailNthCudaCall(0);
+    if (!failed.ok()) {
+      ++failures;
+      EXPECT_EQ(failed.code(), StatusCode::kCuda) << failed;
+      EXPECT_NE(failed.message().find("cudaErrorLaunchFailure"), std::string::npos) << failed;
+      ASSERT_OK((*a)->CheckInvariants()) << "call " << step + 1 << ": " << failed;
+      ASSERT_OK(DecodeOne(**a, stream, &got));
+    }
+    ASSERT_OK(DecodeOne(**b, stream, &want));
+    ASSERT_EQ(got, want) << "call " << step + 1;
+    ASSERT_OK((*a)->CheckInvariants());
+  }
+#ifdef PREHOC_TEST_POINTS
+  EXPECT_GT(failures, 40) << "a step makes more calls than that";
+#endif
+  const Status flushed = faulty.cache().Flush();
+  EXPECT_OK(flushed);
+}
+
 TEST_F(CudaPipelineTest, RefusesByName) {
   const auto refusal = [](const auto& change) {
     WorldOptions options = OptionsFor(SelectorKind::kTwoClock);
@@ -178,7 +240,6 @@ TEST_F(CudaPipelineTest, RefusesByName) {
   expect("hshare", [](WorldOptions& o) { o.cache.selector.kind = SelectorKind::kHShare; });
   expect("bound", [](WorldOptions& o) { o.cache.selector.bound = BoundKind::kProven; });
   expect("mass", [](WorldOptions& o) { o.cache.selector.budget.mass = 0.9; });
-  expect("tc.lag", [](WorldOptions& o) { o.cache.selector.tc.lag = 2; });
   expect("head_dim", [](WorldOptions& o) { o.cache.geometry.head_dim = 80; });
 }
 
