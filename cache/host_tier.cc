@@ -179,6 +179,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     BlockData& data = In(block);
     if (--data.pins > 0) return;
     data.use = use;
+    data.checked = false;
     if (!data.known) return;
     LinkLocked(block);
     if (data.damaged && !data.writing) DropDamagedLocked(block);
@@ -205,6 +206,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     BlockData& data = In(block);
     if (!std::exchange(data.damaged, true)) ++counters.corrupt;
     if (--data.pins > 0) return;
+    data.checked = false;
     LinkLocked(block);
     if (!data.writing) DropDamagedLocked(block);
   }
@@ -510,17 +512,20 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
       if (!data.memory.valid()) return std::span<std::byte>();
       if (data.damaged) return Damaged(data.key);
       bytes = BytesOf(data.memory);
-      // Whoever pinned it before has checked it then.
-      const bool idle = data.known && data.pins == 0;
       ++counters.hits;
       PinLocked(block, 1);
-      if (!idle) return bytes;
+      if (!data.known || data.checked) return bytes;
       ++counters.verified;
       seal = data.seal;
       key = data.key;
     }
-    if (SealOf(key, bytes) == seal) return bytes;
+    PREHOC_TEST_POINT("host_tier.verify");
+    const bool whole = SealOf(key, bytes) == seal;
     MutexLock lock(mutex);
+    if (whole) {
+      In(block).checked = true;
+      return bytes;
+    }
     CondemnLocked(block);
     return std::span<std::byte>();
   }
@@ -600,6 +605,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
       // From the store, or from a Seal() of the same key meanwhile: then the store's trouble does not matter.
       load->abandoned = false;
       if (load->waiters > 0) PinLocked(block, load->waiters);
+      data.checked = load->from_store && load->waiters > 0;
       return;
     }
     if (gone) {
