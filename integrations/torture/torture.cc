@@ -36,7 +36,11 @@ Result<SelectorOptions> SelectorOfRound(int64_t round) {
   if (const size_t equals = assignment.find('='); equals != std::string_view::npos) {
     PREHOC_RETURN_IF_ERROR(selector.Set(assignment.substr(0, equals), assignment.substr(equals + 1)));
   }
-  if (kind == SelectorKind::kTwoClock && round % 16 < 8) PREHOC_RETURN_IF_ERROR(selector.Set("tc.lag", "1"));
+  if (kind == SelectorKind::kTwoClock) {
+    // So that rows move behind the steps, too.
+    PREHOC_RETURN_IF_ERROR(selector.Set("tc.refresh", "2"));
+    PREHOC_RETURN_IF_ERROR(selector.Set("tc.lag", "1"));
+  }
   return selector;
 }
 
