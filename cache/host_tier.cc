@@ -179,6 +179,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     BlockData& data = In(block);
     if (--data.pins > 0) return;
     data.use = use;
+    data.checked = false;
     if (!data.known) return;
     LinkLocked(block);
     if (data.damaged && !data.writing) DropDamagedLocked(block);
@@ -205,6 +206,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     BlockData& data = In(block);
     if (!std::exchange(data.damaged, true)) ++counters.corrupt;
     if (--data.pins > 0) return;
+    data.checked = false;
     LinkLocked(block);
     if (!data.writing) DropDamagedLocked(block);
   }
@@ -462,10 +464,15 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
 
   // Pins `block`, loading it if it must. `loaded`: this call read it.
   Result<std::span<std::byte>> Hold(Block* block, PinCheck check, bool* loaded) {
-    if (check == PinCheck::kVerify || options.verify_pins) {
-      PREHOC_ASSIGN_OR_RETURN(const std::span<std::byte> bytes, HoldVerified(block));
-      if (!bytes.empty()) return bytes;  // else it is not in memory, or is no more
+    while (true) {
+      PREHOC_ASSIGN_OR_RETURN(const std::span<std::byte> bytes, HoldUnchecked(block, loaded));
+      if ((check == PinCheck::kTrust && !options.verify_pins) || CheckPinned(block, bytes)) return bytes;
+      // Its memory goes with the last pin; the store may have better bytes, or it is lost.
+      *loaded = false;
     }
+  }
+
+  Result<std::span<std::byte>> HoldUnchecked(Block* block, bool* loaded) {
     std::shared_ptr<BlockLoad> load;
     {
       MutexLock lock(mutex);
@@ -498,31 +505,27 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     return BytesOf(In(block).memory);
   }
 
-  // Pins the block if it is in memory and as it was sealed; an empty span if it is not in memory (any more). A tail has no
-  // seal: it is trusted.
-  Result<std::span<std::byte>> HoldVerified(Block* block) {
+  // True if a block that the caller has pinned is as it was sealed; else the pin is gone. A tail has no seal: it is trusted.
+  bool CheckPinned(Block* block, std::span<const std::byte> bytes) {
     std::array<uint64_t, 2> seal{};
     ChunkKey key;
-    std::span<std::byte> bytes;
     {
       MutexLock lock(mutex);
-      BlockData& data = In(block);
-      if (!data.memory.valid()) return std::span<std::byte>();
-      if (data.damaged) return Damaged(data.key);
-      bytes = BytesOf(data.memory);
-      // Whoever pinned it before has checked it then.
-      const bool idle = data.known && data.pins == 0;
-      ++counters.hits;
-      PinLocked(block, 1);
-      if (!idle) return bytes;
+      const BlockData& data = In(block);
+      if (!data.known || data.checked) return true;
       ++counters.verified;
       seal = data.seal;
       key = data.key;
     }
-    if (SealOf(key, bytes) == seal) return bytes;
+    PREHOC_TEST_POINT("host_tier.verify");
+    const bool whole = SealOf(key, bytes) == seal;
     MutexLock lock(mutex);
-    CondemnLocked(block);
-    return std::span<std::byte>();
+    if (whole) {
+      In(block).checked = true;
+    } else {
+      CondemnLocked(block);
+    }
+    return whole;
   }
 
   std::shared_ptr<BlockLoad> BeginLoadLocked(Block* block) PREHOC_REQUIRES(mutex) {
@@ -591,15 +594,19 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     load->from_store = status.ok();
     const bool gone = status.code() == StatusCode::kCorrupt || status.code() == StatusCode::kNotFound;
     if (gone) data.stored = false;
+    bool adopted = false;
     if (status.ok() && !data.memory.valid()) {
       data.awaited = load->waiters == 0;
       AdoptLocked(block, std::exchange(memory, BlockId()));
+      adopted = true;
     }
     if (memory.valid()) FreeLocked(memory);
     if (data.memory.valid()) {
       // From the store, or from a Seal() of the same key meanwhile: then the store's trouble does not matter.
       load->abandoned = false;
       if (load->waiters > 0) PinLocked(block, load->waiters);
+      // What a Seal() brought may have lain there unpinned since.
+      data.checked |= adopted && load->waiters > 0;
       return;
     }
     if (gone) {

@@ -31,6 +31,7 @@ struct BlockData {
   std::array<uint64_t, 2> seal{};  // checksum of key and bytes, taken when they were sealed or came verified from the store
   bool sealed = false;       // there is one
   bool store_sealed = false; // and the store has just these bytes: this tier wrote or read them
+  bool checked = false;      // since the first of its pins, somebody compared its memory with the seal
   bool damaged = false;      // its memory is not what was sealed; goes when the last pin dies
   bool known = false;        // in the map, under `key`; else a tail, or a tail that turned out to be a duplicate
   BlockId memory;            // invalid: not in host memory

@@ -18,6 +18,8 @@ Examples
       what each selector saves and loses on the default model and text, against dense attention
   prehoc inspect --store DIR --verify
       what a disk store holds, and whether every record is what was written
+  prehoc torture --seconds 60
+      injects faults below the cache and compares every byte that comes back with the truth
   prehoc doctor
       what this machine offers, and what of it will be used)";
 
@@ -60,6 +62,18 @@ Examples
       reads every record and compares it with its checksum; exit code 1 if one is damaged
   prehoc inspect --store /var/tmp/kv --repair
       verifies, and drops what is damaged and what no prompt can reach; each is listed)";
+
+inline constexpr char kTortureFooter[] = R"(
+Examples
+  prehoc torture --seconds 600 --seed 1
+      ten minutes of every kind of fault, in memory and on the disk of temporary files
+  prehoc torture --store /mnt/nvme --faults write-torn,read-error,delay
+      chosen faults on a chosen disk; a directory is made in it, and removed at the end
+  prehoc torture --seed 1 --round 34
+      one round again: even rounds repeat to the last bit, odd ones in their work and faults
+
+Exit code: 0 if nothing wrong came back, 1 if one byte did, or the disk cannot be used, 2 the command
+line is wrong. docs/reliability.md explains faults and columns.)";
 
 inline constexpr char kDoctorFooter[] = R"(
 Examples

@@ -12,6 +12,7 @@
 #include "integrations/cli/fidelity.h"
 #include "integrations/cli/inspect.h"
 #include "integrations/cli/options.h"
+#include "integrations/cli/torture.h"
 
 int main(int argc, char** argv) {
   using namespace prehoc;
@@ -29,6 +30,7 @@ int main(int argc, char** argv) {
     case CommandKind::kAnswer: return RunAnswer(command->answer, environment, std::cout, std::cerr, SteadyClock::Get());
     case CommandKind::kFidelity: return RunFidelity(command->fidelity, environment, std::cout, std::cerr, SteadyClock::Get());
     case CommandKind::kInspect: return RunInspect(command->inspect, environment, std::cout, std::cerr, SteadyClock::Get());
+    case CommandKind::kTorture: return RunTortureCommand(command->torture, environment, std::cout, std::cerr, SteadyClock::Get());
     case CommandKind::kDoctor: return RunDoctor(command->doctor, environment, std::cout, std::cerr, SteadyClock::Get());
   }
   return kExitRuntime;

@@ -202,7 +202,7 @@ std::vector<std::string> FlagNames(const CLI::App& app) {
 Status UnknownArgument(const CLI::App& app, const std::string& argument) {
   const std::string help = "; see " + (app.get_parent() ? "prehoc " + app.get_name() : std::string("prehoc")) + " --help";
   if (!argument.starts_with("-")) {
-    const std::vector<std::string> commands = {"answer", "fidelity", "inspect", "doctor"};
+    const std::vector<std::string> commands = {"answer", "fidelity", "inspect", "torture", "doctor"};
     if (app.get_parent()) return UsageError("unexpected argument \"" + argument + "\": values follow their flag" + help);
     return UsageError("unknown command \"" + argument + "\": did you mean " + std::string(Nearest(argument, commands)) + "?" + help);
   }
@@ -304,6 +304,11 @@ Result<Command> ParseCommandLine(std::span<const std::string> args) {
   inspect->footer(kInspectFooter);
   inspect->allow_extras();
   AddInspectFlags(*inspect, raw_inspect);
+  RawTorture raw_torture;
+  CLI::App* torture = app.add_subcommand("torture", "Let everything below the cache fail on purpose, and compare every byte with the truth");
+  torture->footer(kTortureFooter);
+  torture->allow_extras();
+  AddTortureFlags(*torture, raw_torture);
   CLI::App* doctor = app.add_subcommand("doctor", "Show what this machine offers, and what will be used and why");
   doctor->footer(kDoctorFooter);
   doctor->allow_extras();
@@ -317,14 +322,14 @@ Result<Command> ParseCommandLine(std::span<const std::string> args) {
     return command;
   } catch (const CLI::CallForHelp&) {
     command.text = app.help();
-    for (const CLI::App* part : {answer, fidelity, inspect, doctor}) {
+    for (const CLI::App* part : {answer, fidelity, inspect, torture, doctor}) {
       if (part->parsed()) command.text = part->help();
     }
     return command;
   } catch (const CLI::ParseError& error) {
     return UsageError(OneLine(error.what()) + "; see prehoc --help");
   }
-  for (const CLI::App* part : std::initializer_list<const CLI::App*>{&app, answer, fidelity, inspect, doctor}) {
+  for (const CLI::App* part : std::initializer_list<const CLI::App*>{&app, answer, fidelity, inspect, torture, doctor}) {
     const std::vector<std::string> extras = part->remaining();
     if (!extras.empty()) return UnknownArgument(*part, extras.front());
   }
@@ -345,12 +350,17 @@ Result<Command> ParseCommandLine(std::span<const std::string> args) {
     command.kind = CommandKind::kInspect;
     return command;
   }
+  if (torture->parsed()) {
+    PREHOC_ASSIGN_OR_RETURN(command.torture, ReadTorture({torture}, raw_torture));
+    command.kind = CommandKind::kTorture;
+    return command;
+  }
   if (doctor->parsed()) {
     PREHOC_ASSIGN_OR_RETURN(command.doctor, ReadDoctor({doctor}, raw_doctor));
     command.kind = CommandKind::kDoctor;
     return command;
   }
-  return UsageError("no command: give answer, fidelity, inspect or doctor; see prehoc --help");
+  return UsageError("no command: give answer, fidelity, inspect, torture or doctor; see prehoc --help");
 }
 
 }  // namespace prehoc::cli

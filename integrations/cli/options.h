@@ -57,7 +57,18 @@ struct InspectOptions {
   std::string json;   // file; empty = none
 };
 
-enum class CommandKind { kPrintText, kAnswer, kFidelity, kInspect, kDoctor };
+struct TortureFlags {
+  double seconds = 60;
+  uint64_t seed = 1;
+  std::string faults = "all";
+  double rate = 0.25;  // share of reads that go wrong
+  std::string store;   // directory on the disk to use; empty = that of temporary files
+  int64_t round = -1;  // only this one; -1 = as many as there is time for
+  int threads = 3;
+  std::string json;    // file; empty = none
+};
+
+enum class CommandKind { kPrintText, kAnswer, kFidelity, kInspect, kTorture, kDoctor };
 
 struct Command {
   CommandKind kind = CommandKind::kPrintText;
@@ -65,6 +76,7 @@ struct Command {
   AnswerOptions answer;
   FidelityOptions fidelity;
   InspectOptions inspect;
+  TortureFlags torture;
   DoctorOptions doctor;
 };
 

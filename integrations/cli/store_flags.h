@@ -14,7 +14,13 @@ struct RawInspect {
   bool verify = false, repair = false;
 };
 
+struct RawTorture {
+  std::string seconds, seed, faults, rate, store, round, threads, json;
+};
+
 void AddInspectFlags(CLI::App& app, RawInspect& raw);
 Result<InspectOptions> ReadInspect(const Flags& flags, const RawInspect& raw);
+void AddTortureFlags(CLI::App& app, RawTorture& raw);
+Result<TortureFlags> ReadTorture(const Flags& flags, const RawTorture& raw);
 
 }  // namespace prehoc::cli

@@ -1,6 +1,9 @@
 // Bytes in host memory against the checksum of their Seal(): what was damaged there is neither written, nor handed on.
 #include <gtest/gtest.h>
 
+#include <utility>
+
+#include "base/test_point.h"
 #include "tests/cache/host_tier_world.h"
 
 namespace prehoc {
@@ -72,18 +75,46 @@ TEST_F(HostTierIntegrityTest, EveryBitIsFound) {
   }
 }
 
-TEST_F(HostTierIntegrityTest, WhoPinsAnIdleBlockFirstChecksItForTheOthers) {
+TEST_F(HostTierIntegrityTest, DamagedMemoryInUseIsRefusedAndGoesWithItsLastPin) {
   block_ = world_.Make(1);
   world_.background.Drain();
   {
     const BlockPin pin = world_.tier->Pin(block_).value();
     // Nobody may write here: this is what failing memory does.
     pin.bytes()[5] ^= std::byte{1};
-    EXPECT_OK(world_.tier->Pin(block_, BlockUse::kKeep, PinCheck::kVerify)) << "whoever pinned it first has checked it";
+    EXPECT_STATUS(StatusCode::kCorrupt, "no longer holds", world_.tier->Pin(block_, BlockUse::kKeep, PinCheck::kVerify));
+    EXPECT_STATUS(StatusCode::kCorrupt, "no longer holds", world_.tier->Pin(block_)) << "known to be damaged";
+    EXPECT_FALSE(world_.tier->TryPin(block_).has_value());
+    EXPECT_OK(world_.tier->CheckInvariants());
   }
-  EXPECT_EQ(world_.Counter("host.verified_bytes"), 0);
+  EXPECT_EQ(world_.tier->state(block_), BlockState::kStoreOnly);
   EXPECT_TRUE(HoldsBytesOf(world_.tier->Pin(block_, BlockUse::kKeep, PinCheck::kVerify).value(), 1));
+  EXPECT_EQ(world_.Counter("host.corrupt"), 1);
+}
+
+TEST_F(HostTierIntegrityTest, OneCheckServesAllWhoPinAtOnce) {
+  block_ = world_.Make(1);
+  const BlockPin trusting = world_.tier->Pin(block_).value();
+  const auto verified = [&] { return world_.tier->Pin(block_, BlockUse::kKeep, PinCheck::kVerify).value(); };
+  const BlockPin first = verified(), second = verified();
   EXPECT_EQ(world_.Counter("host.verified_bytes"), kTestBlockBytes);
+}
+
+// Whoever comes while another still compares must not take its word.
+TEST_F(HostTierIntegrityTest, ACheckUnderWayIsNoCheck) {
+  HostTierWorld world;
+  const BlockRef block = world.Make(1);
+  world.background.Drain();
+  ASSERT_TRUE(world.tier->FlipIdleBitForTest(1, 99));
+  bool inside = false;
+  const TestPointHook hook("host_tier.verify", [&] {
+    if (std::exchange(inside, true)) return;
+    const Result<BlockPin> pin = world.tier->Pin(block, BlockUse::kKeep, PinCheck::kVerify);
+    EXPECT_TRUE(!pin.ok() || HoldsBytesOf(*pin, 1));
+  });
+  const Result<BlockPin> pin = world.tier->Pin(block, BlockUse::kKeep, PinCheck::kVerify);
+  EXPECT_TRUE(inside);
+  EXPECT_TRUE(!pin.ok() || HoldsBytesOf(*pin, 1));
 }
 
 // Between the store's check and this memory nobody else looks.

@@ -79,7 +79,7 @@ TEST(OptionsTest, DoctorHasItsOwnFlags) {
 }
 
 TEST(OptionsTest, HelpTeachesByExampleAndNamesEveryFlag) {
-  for (const Args& args : {Args{"--help"}, Args{"-h"}, Args{"answer", "--help"}, Args{"inspect", "--help"}, Args{"doctor", "--help"}}) {
+  for (const Args& args : {Args{"--help"}, Args{"-h"}, Args{"answer", "--help"}, Args{"inspect", "--help"}, Args{"torture", "--help"}, Args{"doctor", "--help"}}) {
     const auto command = Parse(args);
     ASSERT_OK(command.status());
     EXPECT_EQ(command->kind, CommandKind::kPrintText);
@@ -187,6 +187,11 @@ INSTANTIATE_TEST_SUITE_P(
         BadLine{{"answer", "--threads", "1.5"}, {"--threads"}},
         BadLine{{"answer", "--kernels", "sse"}, {"--kernels \"sse\"", "avx2"}},
         BadLine{{"answer", "--compare", "sparse"}, {"--compare", "dense"}},
+        BadLine{{"torture", "--seconds", "0"}, {"--seconds", "whole number"}},
+        BadLine{{"torture", "--rate", "1"}, {"--rate", "at most 0.9"}},
+        BadLine{{"torture", "--rate", "nan"}, {"--rate", "at most 0.9"}},
+        BadLine{{"torture", "--round", "-1"}, {"--round", "whole number"}},
+        BadLine{{"torture", "--fault", "flip"}, {"--faults", "prehoc torture --help"}},
         BadLine{{"inspect"}, {"--store is missing"}},
         BadLine{{"inspect", "--store", ""}, {"--store is empty"}},
         BadLine{{"inspect", "--store", "x", "--verfy"}, {"--verify", "prehoc inspect --help"}},
