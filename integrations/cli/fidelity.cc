@@ -195,12 +195,8 @@ class FidelityJob {
       const int64_t start = clock_.NowNanos();
       PREHOC_ASSIGN_OR_RETURN(std::optional<ordered_json> done, lab.Run(run, ++number, open.size()));
       if (!done) {
-        // What was there before this start is not lost either.
-        for (const FidelityRun& later : runs_) {
-          if (const ordered_json* old = Kept(later); old && !Has(later.label)) document_["runs"].push_back(*old);
-        }
         interrupted_ = true;
-        return Write();
+        break;
       }
       err_ << "[" << number << "/" << open.size() << "] " << run.label << ": " << FormatSeconds(clock_.SecondsSince(start)) << std::endl;
       document_["runs"].push_back(std::move(*done));
@@ -208,15 +204,18 @@ class FidelityJob {
       document_["machine"]["threads"] = lab.threads();
       PREHOC_RETURN_IF_ERROR(Write());
     }
-    // Runs of the file that this command did not name stay in it.
-    for (const ordered_json& old : kept_) {
-      if (old.is_object() && !Has(old.value("label", ""))) document_["runs"].push_back(old);
-    }
+    AddKept(&document_["runs"]);
     return {};
   }
 
-  bool Has(const std::string& label) const {
-    return std::any_of(document_["runs"].begin(), document_["runs"].end(), [&](const ordered_json& run) { return run.value("label", "") == label; });
+  // What was in the file before this start stays in it, from the first time it is written anew: runs that come later in this
+  // command, and those that it did not name.
+  void AddKept(ordered_json* runs) const {
+    for (const ordered_json& old : kept_) {
+      if (!old.is_object()) continue;
+      const bool there = std::any_of(runs->begin(), runs->end(), [&](const ordered_json& run) { return run.value("label", "") == old.value("label", ""); });
+      if (!there) runs->push_back(old);
+    }
   }
 
   Status CheckTime(FidelityLab& lab, const std::vector<FidelityRun>& open) {
@@ -278,7 +277,9 @@ class FidelityJob {
     CompareTimes();
     document_["date"] = Now();
     document_["notes"] = FidelityNotes(document_);
-    const std::string json = document_.dump(1, ' ', false, ordered_json::error_handler_t::replace) + "\n";
+    ordered_json whole = document_;
+    AddKept(&whole["runs"]);
+    const std::string json = whole.dump(1, ' ', false, ordered_json::error_handler_t::replace) + "\n";
     if (!options_.json.empty()) {
       PREHOC_ASSIGN_OR_RETURN(OutputFile file, OutputFile::Create("--json", options_.json));
       PREHOC_RETURN_IF_ERROR(file.Commit(json));

@@ -5,6 +5,7 @@
 
 #include <csignal>
 #include <fstream>
+#include <functional>
 #include <nlohmann/json.hpp>
 #include <sstream>
 #include <streambuf>
@@ -46,18 +47,20 @@ struct Outcome {
   }
 };
 
-// Raises SIGINT when `trigger` has been written.
+// Raises SIGINT, or does something else, when `trigger` has been written.
 class InterruptingBuffer : public std::stringbuf {
  public:
-  explicit InterruptingBuffer(std::string trigger) : trigger_(std::move(trigger)) {}
+  explicit InterruptingBuffer(std::string trigger, std::function<void()> then = [] { std::raise(SIGINT); })
+      : trigger_(std::move(trigger)), then_(std::move(then)) {}
 
  private:
   std::streamsize xsputn(const char* data, std::streamsize count) override {
     const std::streamsize written = std::stringbuf::xsputn(data, count);
-    if (!raised_ && str().find(trigger_) != std::string::npos) raised_ = true, std::raise(SIGINT);
+    if (!raised_ && str().find(trigger_) != std::string::npos) raised_ = true, then_();
     return written;
   }
   const std::string trigger_;
+  const std::function<void()> then_;
   bool raised_ = false;
 };
 
@@ -178,6 +181,21 @@ TEST_F(FidelityTest, TheSameCommandGoesOnWhereItWasInterrupted) {
   const Outcome whole = Run();
   EXPECT_EQ(whole.run("tc 128")["model"]["kl_by_step"], second.run("tc 128")["model"]["kl_by_step"]);
   EXPECT_EQ(whole.run("tc 128")["heads"]["dropped_map"], second.run("tc 128")["heads"]["dropped_map"]);
+}
+
+// A new start runs the reference again, and writes the file after it: killed there, it must still hold what it held.
+TEST_F(FidelityTest, TheFileNeverHoldsLessThanBefore) {
+  options_.selectors = {SelectorKind::kDense, SelectorKind::kTwoClock};
+  ASSERT_EQ(Run().exit_code, kExitOk);
+  options_.selectors = {SelectorKind::kDense, SelectorKind::kWindow, SelectorKind::kTwoClock};
+  std::vector<std::string> meanwhile;
+  InterruptingBuffer buffer("] window 128: ", [&] {  // the file as it was written after the reference
+    std::ifstream file(options_.json);
+    for (const ordered_json& run : ordered_json::parse(file)["runs"]) meanwhile.push_back(run["label"]);
+  });
+  std::ostream err(&buffer);
+  ASSERT_EQ(Run(&err).exit_code, kExitOk);
+  EXPECT_EQ(meanwhile, (std::vector<std::string>{"dense", "tc 128"}));
 }
 
 TEST_F(FidelityTest, AFileOfAnotherMeasurementIsNotWrittenOver) {
