@@ -82,8 +82,10 @@ TEST_F(CudaEngineTest, APromptLeavesTheSameBitsHoweverItIsCut) {
 // Sizes around the tiles and the loads of a lane; outputs poisoned, the truth in fp64.
 TEST_F(CudaEngineTest, ProductsOfEverySize) {
   Rng rng = SeededRng();
-  for (const int32_t cols : {8, 24, 64, 264, 2048, 2056, 4608}) {
+  // 12288 floats are 48 KiB of shared memory: with what the kernel declares itself, more than a block gets unasked.
+  for (const int32_t cols : {8, 24, 64, 264, 2048, 2056, 4608, 12288}) {
     for (const int32_t rows : {1, 7, 63, 64, 65, 300}) {
+      if (cols > 5000 && rows > 7) continue;
       for (const bool gated : {false, true}) {
         const int32_t all = gated ? 2 * rows : rows;
         std::vector<Half> weights(static_cast<size_t>(all) * static_cast<size_t>(cols));
