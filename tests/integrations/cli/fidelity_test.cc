@@ -191,7 +191,8 @@ TEST_F(FidelityTest, TheFileNeverHoldsLessThanBefore) {
   std::vector<std::string> meanwhile;
   InterruptingBuffer buffer("] window 128: ", [&] {  // the file as it was written after the reference
     std::ifstream file(options_.json);
-    for (const ordered_json& run : ordered_json::parse(file)["runs"]) meanwhile.push_back(run["label"]);
+    const ordered_json json = ordered_json::parse(file);
+    for (const ordered_json& run : json["runs"]) meanwhile.push_back(run["label"]);
   });
   std::ostream err(&buffer);
   ASSERT_EQ(Run(&err).exit_code, kExitOk);
