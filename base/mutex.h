@@ -1,6 +1,8 @@
 // Mutex, MutexLock, CondVar with clang's thread-safety annotations: a lock that is not held fails to compile.
 #pragma once
+#include <chrono>
 #include <condition_variable>
+#include <cstdint>
 #include <mutex>
 
 #if defined(__clang__)
@@ -46,6 +48,12 @@ class CondVar {
   void Wait(Mutex& mutex) PREHOC_REQUIRES(mutex) PREHOC_NO_TSA {
     std::unique_lock<std::mutex> lock(mutex.mutex_, std::adopt_lock);
     cv_.wait(lock);
+    lock.release();
+  }
+  // As Wait(), but no longer than `nanos` of the system's time.
+  void WaitFor(Mutex& mutex, int64_t nanos) PREHOC_REQUIRES(mutex) PREHOC_NO_TSA {
+    std::unique_lock<std::mutex> lock(mutex.mutex_, std::adopt_lock);
+    cv_.wait_for(lock, std::chrono::nanoseconds(nanos));
     lock.release();
   }
   void NotifyOne() { cv_.notify_one(); }

@@ -41,6 +41,10 @@ Status HostTier::Options::Validate() const {
     return {StatusCode::kInvalid, "host tier: max_queued_writes=" + std::to_string(max_queued_writes) +
                                       "; use 0 (no write-behind) or more"};
   }
+  if (read_deadline_nanos < 0 || (read_deadline_nanos > 0 && reader == nullptr)) {
+    return {StatusCode::kInvalid, "host tier: read_deadline_nanos=" + std::to_string(read_deadline_nanos) +
+                                      "; use 0 (none), or more with a reader"};
+  }
   return {};
 }
 
@@ -67,6 +71,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     uint64_t hits = 0, loads = 0, shared_loads = 0, load_errors = 0, load_nanos = 0;
     uint64_t evicted = 0, forgotten = 0, lost = 0, healed = 0, duplicates = 0, prefetches = 0, prefetches_refused = 0;
     uint64_t written = 0, dropped = 0, failed = 0, shed = 0;
+    uint64_t late = 0;
     uint64_t verified = 0, corrupt = 0;  // checks of bytes in memory; and those that found damage
   };
   struct Releaser {
@@ -351,9 +356,14 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     PREHOC_TEST_POINT("host_tier.write");
     // Asked each time: a bounded store may have shed what it once took.
     if (store->Contains(write.key)) return {};
+    if (options.health != nullptr && !options.health->Begin()) {
+      return {.status = {StatusCode::kIoError, "host tier: the store failed of late and is not asked for now"}};
+    }
     // Or the store would give damage a checksum that holds.
-    if (SealOf(write.key, write.bytes) != write.seal) return {.status = Damaged(write.key), .damaged = true};
-    return {.status = store->Put(write.key, write.bytes, write.origin), .wrote = true};
+    const bool damaged = SealOf(write.key, write.bytes) != write.seal;
+    const Status status = damaged ? Damaged(write.key) : store->Put(write.key, write.bytes, write.origin);
+    if (options.health != nullptr) options.health->EndWrite(status);
+    return {.status = status, .wrote = !damaged, .damaged = damaged};
   }
 
   void EndWriteLocked(Block* block, const WriteResult& result) PREHOC_REQUIRES(mutex) {
@@ -481,8 +491,9 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
         load = data.load;
         ++load->waiters;
         ++sharers;
-        while (!load->done) changed.Wait(mutex);
+        const bool told = AwaitLocked(block, load.get());
         --sharers;
+        if (!told) return load->status;
         if (load->abandoned) continue;
         if (!load->status.ok()) return load->status;
         ++counters.shared_loads;
@@ -498,11 +509,43 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
       load = BeginLoadLocked(block);
       load->waiters = 1;
     }
-    Load(block, load.get(), /*demand=*/true);
+    Load(block, load, /*demand=*/true);
     MutexLock lock(mutex);
+    if (!AwaitLocked(block, load.get())) return load->status;
     if (!load->status.ok()) return load->status;
     *loaded = load->from_store;
     return BytesOf(In(block).memory);
+  }
+
+  // Waits for a load that the caller is a waiter of. False: its time was up; then nobody is pinned for, and its status says why.
+  bool AwaitLocked(Block* block, BlockLoad* load) PREHOC_REQUIRES(mutex) {
+    constexpr int64_t kLook = 2'000'000;  // the clock may be one that a test moves
+    while (!load->done) {
+      if (options.read_deadline_nanos == 0) {
+        changed.Wait(mutex);
+        continue;
+      }
+      const int64_t left = load->deadline_at - clock->NowNanos();
+      if (left <= 0 && !load->late) GiveUpLocked(block, load);
+      if (load->late) return false;
+      changed.WaitFor(mutex, std::min(left, kLook));
+    }
+    return true;
+  }
+
+  // The read goes on alone, with its memory; the block may be loaded, or made, by others.
+  void GiveUpLocked(Block* block, BlockLoad* load) PREHOC_REQUIRES(mutex) {
+    BlockData& data = In(block);
+    load->late = true;
+    data.load = nullptr;
+    --transit;  // nobody may wait for it to free something
+    ++counters.late;
+    ++counters.lost;
+    data.stored = false;
+    const Status why(StatusCode::kDeadline, "the store took more than " + std::to_string(options.read_deadline_nanos / 1'000'000) + " ms");
+    data.lost = load->status = Lost(load->key, options.health != nullptr ? GivenUp(why) : why);
+    if (options.health != nullptr) options.health->EndRead(why, options.read_deadline_nanos);
+    changed.NotifyAll();
   }
 
   // True if a block that the caller has pinned is as it was sealed; else the pin is gone. A tail has no seal: it is trusted.
@@ -540,36 +583,100 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     ++transit;
   }
 
-  // Brings the bytes and pins the block for every waiter. Ends in load->done.
-  void Load(Block* block, BlockLoad* load, bool demand) {
+  // Brings the bytes and pins the block for every waiter. Ends in load->done, now or, with a deadline, in a job.
+  void Load(Block* block, const std::shared_ptr<BlockLoad>& load, bool demand) {
     // A prefetch waits for nobody, so others may wait for it from here on; a demand may itself be waiting for memory.
     if (!demand) BeginTransit();
     PREHOC_TEST_POINT("host_tier.reserve");
     const Result<BlockId> memory = TakeMemory(demand);
     if (demand && memory.ok()) BeginTransit();
-    Status status = memory.status();
-    int64_t nanos = 0;
-    if (memory.ok()) {
+    if (!memory.ok()) {
+      MutexLock lock(mutex);
+      if (!demand) --transit;
+      load->abandoned = !demand;
+      FinishLoadLocked(block, load.get(), BlockId(), memory.status());
+      changed.NotifyAll();
+      return;
+    }
+    if (options.health != nullptr && !options.health->Begin()) {
+      MutexLock lock(mutex);
+      --transit;
+      ++counters.load_errors;
+      FinishLoadLocked(block, load.get(), *memory, GivenUp({StatusCode::kIoError, "the store failed of late and is not asked for now"}));
+      changed.NotifyAll();
+      return;
+    }
+    const int64_t start = clock->NowNanos();
+    if (options.read_deadline_nanos > 0) {
+      MutexLock lock(mutex);
+      load->deadline_at = start + options.read_deadline_nanos;
+      running += demand;
+      In(block).jobs += demand;
+    }
+    if (demand && options.read_deadline_nanos > 0) {
+      // The tier waits for `running` before it goes, so the job needs no other hold on it.
+      const Status taken = options.reader->Post([this, block, load, start, id = *memory] {
+        FinishRead(block, load.get(), id, start);
+        MutexLock lock(mutex);
+        --running;
+        changed.NotifyAll();
+        EndJobLocked(block);
+      });
+      if (taken.ok()) return;
+      MutexLock lock(mutex);
+      --running;
+      --In(block).jobs;  // the caller holds the block
+    }
+    FinishRead(block, load.get(), *memory, start);
+  }
+
+  // What an error of the store means where it is not asked to try again.
+  static Status GivenUp(const Status& why) { return {StatusCode::kNotFound, why.message() + "; it is made anew instead"}; }
+
+  void FinishRead(Block* block, BlockLoad* load, BlockId memory, int64_t start) {
+    bool late = false;
+    {
+      MutexLock lock(mutex);
+      late = load->late;
+    }
+    Status status(StatusCode::kDeadline, "nobody waits for it any more");
+    if (!late) {
       PREHOC_TEST_POINT("host_tier.load");
-      const int64_t start = clock->NowNanos();
-      status = store->Get(load->key, BytesOf(*memory));
-      nanos = clock->NowNanos() - start;
+      status = store->Get(load->key, BytesOf(memory));
+    }
+    const int64_t nanos = clock->NowNanos() - start;
+    {
+      MutexLock lock(mutex);
+      load->deadline_at = INT64_MAX;  // from here on it comes in time
+      late = load->late;
+    }
+    if (options.health != nullptr) {
+      if (!late) options.health->EndRead(status, nanos);
+      if (status.code() == StatusCode::kIoError || status.code() == StatusCode::kDeadline) status = GivenUp(status);
     }
     if (status.ok()) {
-      status = CompareSeal(block, SealOf(load->key, BytesOf(*memory)));
+      status = CompareSeal(block, SealOf(load->key, BytesOf(memory)));
       // A record that is not what was written goes, or it would keep the right one from being written.
       if (!status.ok()) store->Delete(load->key).IgnoreError();
     }
     MutexLock lock(mutex);
-    if (!demand || memory.ok()) --transit;
-    if (memory.ok()) {
-      ++(status.ok() ? counters.loads : counters.load_errors);
-      counters.load_nanos += static_cast<uint64_t>(nanos);
+    if (!late) --transit;
+    ++(status.ok() ? counters.loads : counters.load_errors);
+    counters.load_nanos += static_cast<uint64_t>(nanos);
+    if (late) {
+      FinishLateLocked(block, memory, status.ok());
     } else {
-      load->abandoned = !demand;
+      FinishLoadLocked(block, load, memory, std::move(status));
     }
-    FinishLoadLocked(block, load, memory.ok() ? *memory : BlockId(), std::move(status));
     changed.NotifyAll();
+  }
+
+  // Nobody waits any more; but what came is as good as ever, if nothing else has come in its place.
+  void FinishLateLocked(Block* block, BlockId memory, bool good) PREHOC_REQUIRES(mutex) {
+    BlockData& data = In(block);
+    if (!good || data.memory.valid() || data.load != nullptr) return FreeLocked(memory);
+    data.stored = true;
+    AdoptLocked(block, memory);
   }
 
   // The store vouches for its record; that it is the very one which was written from here, only this tier knows.
@@ -656,7 +763,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
       ++counters.prefetches;
       ++running;
     }
-    Load(block, load.get(), /*demand=*/false);
+    Load(block, load, /*demand=*/false);
     MutexLock lock(mutex);
     --running;
     changed.NotifyAll();
@@ -858,7 +965,8 @@ std::optional<BlockRef> HostTier::Find(const ChunkKey& key) {
     MutexLock lock(impl_->mutex);
     if (impl_->FindKnownLocked(key, &ref)) return ref;
   }
-  if (impl_->store == nullptr || !impl_->store->Contains(key)) return std::nullopt;
+  if (impl_->store == nullptr || (impl_->options.health != nullptr && !impl_->options.health->Available())) return std::nullopt;
+  if (!impl_->store->Contains(key)) return std::nullopt;
   MutexLock lock(impl_->mutex);
   return impl_->FindStoredLocked(key);
 }
@@ -965,6 +1073,7 @@ void HostTier::VisitCounters(const CounterVisitor& visit) const {
   show("host.prefetches_refused", c.prefetches_refused);
   show("host.verified_bytes", c.verified * block_bytes());
   show("host.corrupt", c.corrupt);
+  show("host.late", c.late);
   show("write_behind.queued", queued);
   show("write_behind.written", c.written);
   show("write_behind.bytes", c.written * block_bytes());

@@ -15,6 +15,7 @@
 #include "base/ids.h"
 #include "base/result.h"
 #include "transfer/chunk_store.h"
+#include "cache/tier_health.h"
 #include "transfer/host_arena.h"
 
 namespace prehoc {
@@ -70,7 +71,14 @@ class HostTier {
     bool verify_pins = false;       // every pin of an idle block is PinCheck::kVerify
     HostRegistrar* registrar = nullptr;  // pins the memory for a device; or null. Outlives the tier and both executors' jobs
     int32_t max_queued_writes = 64;  // write-behind jobs under way; beyond it a block waits for its eviction or for Flush()
-    const Clock* clock = nullptr;    // of load_nanos; null = SteadyClock
+    const Clock* clock = nullptr;    // of load_nanos and deadlines; null = SteadyClock
+    // With `health` the store is asked only while it works: else, and when a read fails, its blocks count as lost and are made
+    // anew (kNotFound in the place of kIoError and kDeadline), and nothing is found in it. Outlives the tier; null = always asked.
+    TierHealth* health = nullptr;
+    // Whoever needs a block waits no longer than this for one read of the store; 0 = as long as it takes. The read goes on and
+    // keeps its memory. Needs `reader`, whose jobs read: as many threads as reads may hang at once. Outlives the tier.
+    int64_t read_deadline_nanos = 0;
+    Executor* reader = nullptr;
     Status Validate() const;         // kInvalid, naming the field and its value
   };
   // `executor` touches memory; `background` runs write-behind and prefetches (null = `executor`); `store` may be null.
@@ -119,8 +127,8 @@ class HostTier {
   int64_t capacity_blocks() const;
   int64_t used_blocks() const;
   // host.{of the arena: see HostArena; blocks, pinned, tails, waiting, hits, loads, shared_loads, load_errors, load_bytes,
-  // load_nanos, evicted, forgotten, lost, healed, duplicates, prefetches, prefetches_refused, verified_bytes, corrupt} and
-  // write_behind.{queued, written, bytes, dropped, failed, shed}: waiting = callers that wait for the I/O of others now;
+  // load_nanos, evicted, forgotten, lost, healed, duplicates, prefetches, prefetches_refused, verified_bytes, corrupt, late} and
+  // write_behind.{queued, written, bytes, dropped, failed, shed}: waiting = callers that wait for the I/O of others now; late = reads given up;
   // forgotten = went unstored, as nobody held them; dropped = the store would have stalled; shed = a queue was full.
   void VisitCounters(const CounterVisitor& visit) const;
   // Flips one bit of a sealed block that nobody uses, as failing memory would; `pick` says which. False if there is none.

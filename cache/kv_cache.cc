@@ -76,6 +76,14 @@ Result<std::unique_ptr<KvCache>> KvCache::Create(const CacheOptions& options, co
   host.huge_pages = options.huge_pages;
   host.verify_pins = options.verify_pins;
   host.registrar = own.registrar;
+  host.clock = own.clock;
+  if (own.store != nullptr && options.guard_store) {
+    PREHOC_RETURN_IF_ERROR(options.health.Validate());
+    impl->health = std::make_unique<TierHealth>(options.health, own.clock);
+  }
+  host.health = impl->health.get();
+  host.read_deadline_nanos = own.store != nullptr ? options.read_deadline_nanos : 0;
+  host.reader = own.io;
   PREHOC_ASSIGN_OR_RETURN(impl->host, HostTier::Create(host, own.executor, own.background, own.store));
   return std::unique_ptr<KvCache>(new KvCache(std::move(impl)));
 }
@@ -116,6 +124,7 @@ void KvCache::VisitCounters(const CounterVisitor& visit) const {
   visit("device.used_bytes", static_cast<double>(device.used()));
   visit("device.peak_bytes", static_cast<double>(device.peak()));
   impl_->host->VisitCounters(visit);
+  if (impl_->health) impl_->health->VisitCounters(visit);
   impl_->resources.transfer->VisitCounters(visit);
   if (impl_->resources.store) impl_->resources.store->VisitCounters(visit);
 }

@@ -24,6 +24,7 @@
 #include "base/ids.h"
 #include "base/result.h"
 #include "cache/report.h"
+#include "cache/tier_health.h"
 #include "kernels/function_table.h"
 #include "selector/selector.h"
 #include "transfer/chunk_store.h"
@@ -41,6 +42,12 @@ struct CacheOptions {
   bool huge_pages = true;
   bool verify_pins = false;  // blocks in host memory are compared with their checksum at every use, not only when they go to
                              // another sequence or to the store; costs a pass over what attention reads
+  // A store that fails or hangs is left alone for a while, and what it does not give is made anew; a prefix is taken from it only
+  // where that is predicted to be faster than computing it. Off: every error of the store is the caller's, and every hit is used.
+  bool guard_store = true;
+  TierHealth::Options health;
+  int64_t read_deadline_nanos = 0;  // [ns] that anybody waits for one read of the store; 0 = as long as it takes. Read by jobs
+                                    // of CacheResources::io, which needs a job thread for each that may hang
   int64_t audit_every = 64;  // decode steps between audits with exact scores; 0 = never
   bool persist_decode = true;  // chunks that hold generated tokens go to the store too (under a key of their own)
   Status Validate() const;
@@ -193,7 +200,7 @@ class KvCache {
   const Selector& selector() const;
   const KernelTable& kernels() const;
   bool FlipIdleBitForTest(uint64_t pick, uint64_t bit);  // see HostTier
-  // device.*, host.*, store.*, write_behind.*; each tier with its budget and its peak.
+  // device.*, host.*, store.*, write_behind.*, health.*; each tier with its budget and its peak.
   void VisitCounters(const CounterVisitor& visit) const;
 
  private:

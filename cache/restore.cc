@@ -34,6 +34,21 @@ Status Sequence::Impl::CopyToRing(int32_t layer_index, int64_t chunk, std::span<
   return kernels().gather({.rows = copies, .head_dim = geometry().head_dim}, {.stream = cache->resources.stream});
 }
 
+// Of `chunks` known ones [chunks, layers]: all that host memory has, and what follows from the store if that is worth it.
+int64_t Sequence::Impl::ChunksWorthLoading(const std::vector<BlockRef>& found, int64_t chunks) const {
+  if (!cache->health) return chunks;
+  const int64_t num_layers = geometry().layers;
+  int64_t in_memory = chunks, reads = 0;
+  for (int64_t i = 0; i < chunks * num_layers; ++i) {
+    if (cache->host->state(found[static_cast<size_t>(i)]) != BlockState::kStoreOnly) continue;
+    in_memory = std::min(in_memory, i / num_layers);
+    ++reads;
+  }
+  if (reads == 0) return chunks;
+  const int64_t size = geometry().chunk_tokens;
+  return in_memory + cache->health->WorthRestoring(chunks - in_memory, reads, in_memory * size, (chunks - in_memory) * size);
+}
+
 // Every block of the longest known prefix is read and verified once, and indexed while it is in the CPU's cache.
 Result<int64_t> Sequence::Impl::LoadPrefix(std::span<const int32_t> wanted) {
   const int64_t size = geometry().chunk_tokens;
@@ -52,6 +67,8 @@ Result<int64_t> Sequence::Impl::LoadPrefix(std::span<const int32_t> wanted) {
     if (static_cast<int64_t>(found.size()) < (chunks + 1) * num_layers) break;
   }
 
+  chunks = ChunksWorthLoading(found, chunks);
+  const int64_t start = cache->resources.clock->NowNanos();
   std::atomic<int64_t> good{chunks};
   std::atomic<int64_t> loaded{0}, corrupt{0}, missing{0};
   cache->resources.io->ParallelFor(chunks * num_layers, [&](int64_t i) {
@@ -71,6 +88,7 @@ Result<int64_t> Sequence::Impl::LoadPrefix(std::span<const int32_t> wanted) {
     }
   });
   chunks = good.load();
+  if (cache->health) cache->health->OnRestore(loaded.load(), cache->resources.clock->NowNanos() - start);
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     for (int64_t l = 0; l < num_layers; ++l) {
       layers[static_cast<size_t>(l)].blocks.push_back(found[static_cast<size_t>(chunk * num_layers + l)]);

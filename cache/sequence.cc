@@ -218,6 +218,7 @@ Status Sequence::Impl::Begin(std::span<const int32_t> new_tokens, int64_t prompt
   }
   ring_begin = ring_end;
   if (decoding()) ++step;
+  began_at = cache->resources.clock->NowNanos();
   open = true;
   return {};
 }
@@ -338,6 +339,7 @@ Status Sequence::Impl::End() {
     step_report.decode_steps = 1;
   } else {
     step_report.prompt_tokens = count;
+    if (cache->health) cache->health->OnPrefill(first, count, cache->resources.clock->NowNanos() - began_at);
     last_prompt = prompt;
     step = 0;
     for (LayerState& layer : layers) {

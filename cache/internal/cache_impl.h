@@ -14,6 +14,7 @@ struct CacheShared {
   CacheResources resources;  // every pointer set, but `store`
   std::unique_ptr<Selector> selector;
   std::unique_ptr<TransferEngine> own_transfer;  // where the caller gave none
+  std::unique_ptr<TierHealth> health;            // with a store that is guarded; else null
   std::unique_ptr<HostTier> host;
   std::string layout_name;  // KvGeometry::LayoutName()
 

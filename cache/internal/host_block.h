@@ -20,6 +20,8 @@ struct BlockLoad {
   int32_t waiters = 0;      // Pin()s that will find the block pinned for them when it is done
   bool done = false;
   bool abandoned = false;   // a prefetch found no memory: whoever waits tries again on its own
+  int64_t deadline_at = INT64_MAX;  // the store's read is given up after that, once it has begun
+  bool late = false;        // it was: whoever waits has been told, and what comes in the end is kept for others
   bool from_store = false;  // else Seal() brought the bytes meanwhile
   Status status;
 };

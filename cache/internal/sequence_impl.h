@@ -210,6 +210,7 @@ struct Sequence::Impl {
 
   // restore.cc
   Status RestorePrefix(std::span<const int32_t> prompt);
+  int64_t ChunksWorthLoading(const std::vector<BlockRef>& found, int64_t chunks) const;
   Result<int64_t> LoadPrefix(std::span<const int32_t> prompt);  // chunks
   Status EncodeBlock(int32_t layer, int64_t chunk, std::span<const std::byte> bytes);
   Status CopyToRing(int32_t layer, int64_t chunk, std::span<const std::byte> bytes);
@@ -257,6 +258,7 @@ struct Sequence::Impl {
   // The open call, if any.
   bool open = false;
   int64_t first = 0, count = 0;
+  int64_t began_at = 0;      // clock, of the open call
   int64_t prompt = 0;        // whole prompt's length; 0 = decode
   int32_t next_layer = 0;
   int64_t step = 0;          // u of the open or last call
