@@ -519,16 +519,16 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
 
   // Waits for a load that the caller is a waiter of. False: its time was up; then nobody is pinned for, and its status says why.
   bool AwaitLocked(Block* block, BlockLoad* load) PREHOC_REQUIRES(mutex) {
-    constexpr int64_t kLook = 2'000'000;  // the clock may be one that a test moves
+    constexpr int64_t kLook = 5'000'000;  // the clock may be one that a test moves
     while (!load->done) {
       if (options.read_deadline_nanos == 0) {
-        changed.Wait(mutex);
+        load->ended.Wait(mutex);
         continue;
       }
       const int64_t left = load->deadline_at - clock->NowNanos();
       if (left <= 0 && !load->late) GiveUpLocked(block, load);
       if (load->late) return false;
-      changed.WaitFor(mutex, std::min(left, kLook));
+      load->ended.WaitFor(mutex, std::min(left, kLook));
     }
     return true;
   }
@@ -545,6 +545,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     const Status why(StatusCode::kDeadline, "the store took more than " + std::to_string(options.read_deadline_nanos / 1'000'000) + " ms");
     data.lost = load->status = Lost(load->key, options.health != nullptr ? GivenUp(why) : why);
     if (options.health != nullptr) options.health->EndRead(why, options.read_deadline_nanos);
+    load->ended.NotifyAll();
     changed.NotifyAll();
   }
 
@@ -698,6 +699,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     BlockData& data = In(block);
     data.load = nullptr;
     load->done = true;
+    load->ended.NotifyAll();
     load->from_store = status.ok();
     const bool gone = status.code() == StatusCode::kCorrupt || status.code() == StatusCode::kNotFound;
     if (gone) data.stored = false;

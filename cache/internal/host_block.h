@@ -6,6 +6,7 @@
 
 #include "base/check.h"
 #include "base/ids.h"
+#include "base/mutex.h"
 #include "base/status.h"
 #include "cache/host_tier.h"
 #include "transfer/chunk_store.h"
@@ -21,6 +22,7 @@ struct BlockLoad {
   bool done = false;
   bool abandoned = false;   // a prefetch found no memory: whoever waits tries again on its own
   int64_t deadline_at = INT64_MAX;  // the store's read is given up after that, once it has begun
+  CondVar ended;            // done, or late; a load has its own, so that its end wakes nobody else
   bool late = false;        // it was: whoever waits has been told, and what comes in the end is kept for others
   bool from_store = false;  // else Seal() brought the bytes meanwhile
   Status status;

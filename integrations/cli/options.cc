@@ -22,7 +22,7 @@ struct RawAnswer {
   std::string model, lora, document, context, question, max_new_tokens;
   std::string selector, budget, max_dropped_mass, codes, audit_every, calibration;
   std::vector<std::string> set;
-  std::string device_budget, host_budget, store, store_budget, tenant;
+  std::string device_budget, host_budget, store, store_budget, store_deadline, tenant;
   std::string threads, kernels, device, compare, json;
   bool show_knobs = false;
 };
@@ -61,6 +61,7 @@ void AddAnswerFlags(CLI::App& app, RawAnswer& raw) {
   AddText(app, "--host-budget", raw.host_budget, "SIZE", "default 1GiB", tiers);
   AddText(app, "--store", raw.store, "DIR", "disk tier, kept between runs; default: none", tiers);
   AddText(app, "--store-budget", raw.store_budget, "SIZE", "default 8GiB", tiers);
+  AddText(app, "--store-deadline", raw.store_deadline, "MS", "what a read of the disk may take before its rows are computed anew; default 2000, 0 = any time", tiers);
   AddText(app, "--tenant", raw.tenant, "TEXT", "what was stored under one tenant is never used for another", tiers);
 
   const char* run = "How it runs";
@@ -149,6 +150,7 @@ Result<AnswerOptions> ReadAnswer(const Flags& flags, const RawAnswer& raw) {
   PREHOC_RETURN_IF_ERROR(ReadBytes(flags, "--device-budget", raw.device_budget, kMiB, &options.device_budget));
   PREHOC_RETURN_IF_ERROR(ReadBytes(flags, "--host-budget", raw.host_budget, kMiB, &options.host_budget));
   PREHOC_RETURN_IF_ERROR(ReadBytes(flags, "--store-budget", raw.store_budget, 16 * kMiB, &options.store_budget));
+  PREHOC_RETURN_IF_ERROR(ReadWhole<int64_t>(flags, "--store-deadline", raw.store_deadline, 0, 3'600'000, &options.store_deadline_ms));
   PREHOC_RETURN_IF_ERROR(flags.Given("--calibration") ? ReadPinned(flags, raw, &options)
                                                       : ReadSelector(flags, raw, &options.selector));
   if (flags.Given("--device")) {
@@ -172,8 +174,10 @@ Result<AnswerOptions> ReadAnswer(const Flags& flags, const RawAnswer& raw) {
     if (raw.compare != "dense") return Bad("--compare", raw.compare, "dense");
     options.compare_dense = true;
   }
-  if (options.store.empty() && (flags.Given("--store-budget"))) {
-    return UsageError("--store-budget: there is no disk tier; name its directory with --store DIR");
+  for (const char* flag : {"--store-budget", "--store-deadline"}) {
+    if (options.store.empty() && flags.Given(flag)) {
+      return UsageError(std::string(flag) + ": there is no disk tier; name its directory with --store DIR");
+    }
   }
   return options;
 }

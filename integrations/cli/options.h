@@ -38,6 +38,7 @@ struct AnswerOptions {
   uint64_t host_budget = uint64_t{1} << 30;
   std::string store;           // directory of the disk tier; empty = none
   uint64_t store_budget = uint64_t{8} << 30;
+  int64_t store_deadline_ms = 2000;  // of one read; 0 = none
   std::string tenant;
   int threads = 0;             // 0 = one per CPU
   std::string kernels;         // empty = the fastest that this CPU runs

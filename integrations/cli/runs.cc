@@ -40,6 +40,7 @@ class Runs {
     session.host_budget = task_.options.host_budget;
     session.store = task_.options.store;
     session.store_budget = task_.options.store_budget;
+    session.store_deadline_ms = task_.options.store_deadline_ms;
     session.tenant = task_.options.tenant;
     session.audit_every = task_.options.audit_every;
     session.max_tokens = figures_.prompt_tokens + task_.options.max_new_tokens;

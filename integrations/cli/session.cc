@@ -98,7 +98,8 @@ Result<std::unique_ptr<Session>> Session::Create(std::shared_ptr<const reference
   session->executor_ = std::move(executor).value();
   // A disk serves several requests at once, and whoever waits for one takes no CPU.
   constexpr int kIoThreadsPerCpu = 3;
-  auto io = ThreadPool::Create({.loop_threads = kIoThreadsPerCpu * session->executor_->concurrency(), .spin_iterations = 0});
+  const int io_threads = kIoThreadsPerCpu * session->executor_->concurrency();
+  auto io = ThreadPool::Create({.loop_threads = io_threads, .job_threads = io_threads, .spin_iterations = 0});
   if (!io.ok()) return RuntimeError(io.status(), "--threads");
   session->io_ = std::move(io).value();
   if (options.cuda) {
@@ -147,6 +148,7 @@ Status Session::CreateCache() {
   cache.audit_every = options_.audit_every;
   cache.tenant_salt = options_.tenant;
   cache.persist_decode = options_.persist_decode;
+  cache.read_deadline_nanos = options_.store_deadline_ms * 1'000'000;
 
   CacheResources resources;
   resources.executor = executor_.get();

@@ -28,6 +28,7 @@ struct SessionOptions {
   uint64_t device_budget = 0, host_budget = 0;  // [bytes]
   std::string store;            // directory, or empty
   uint64_t store_budget = 0;
+  int64_t store_deadline_ms = 0;  // 0 = none
   std::string tenant;
   int64_t audit_every = 64;
   int64_t max_tokens = 0;       // prompt and answer

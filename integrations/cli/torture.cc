@@ -105,6 +105,8 @@ Json JsonOf(const TortureFlags& flags, const TortureResult& result, bool complet
   json["restored_tokens"] = result.restored;
   json["repaired_chunks"] = result.repaired;
   json["retried_steps"] = result.retried;
+  json["late_reads"] = result.late;
+  json["store_left_alone"] = result.opened;
   json["wrong"] = result.wrong_count;
   json["wrong_examples"] = result.wrong;
   return json;
@@ -121,7 +123,8 @@ void Print(const TortureResult& result, std::ostream& out) {
   out << fmt::format("{} rounds in {}: {} steps of {} sequences, {} finished, {} given up with an error{}\n", result.rounds, FormatSeconds(result.seconds),
                      Count(result.steps), Count(result.sequences), Count(result.finished), Count(given_up), codes.empty() ? "" : codes + ")");
   out << fmt::format("compared with the truth: {} reads and {} writes of the store, {} outputs of layers\n", Count(result.reads), Count(result.writes), Count(result.outputs));
-  out << fmt::format("{} tokens restored, {} chunks made anew, {} steps run again\n", Count(result.restored), Count(result.repaired), Count(result.retried));
+  out << fmt::format("{} tokens restored, {} chunks made anew, {} steps run again, {} reads given up, store left alone {} times\n", Count(result.restored),
+                     Count(result.repaired), Count(result.retried), Count(result.late), Count(result.opened));
   out << (result.wrong_count == 0 ? "nothing wrong came back\n" : fmt::format("WRONG: {} times\n", Count(result.wrong_count)));
 }
 

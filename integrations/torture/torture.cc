@@ -78,13 +78,15 @@ class Ledger {
     result->restored += restored;
     result->repaired += repaired;
     result->retried += retried;
+    result->late += late;
+    result->opened += opened;
     for (const auto& [code, count] : told_) result->told[code] += count;
     result->wrong_count += wrong_count_;
     for (std::string& what : wrong_) {
       if (result->wrong.size() < kKeptMessages) result->wrong.push_back("round " + std::to_string(round) + ": " + what);
     }
   }
-  std::atomic<uint64_t> sequences{0}, finished{0}, steps{0}, outputs{0}, restored{0}, repaired{0}, retried{0};
+  std::atomic<uint64_t> sequences{0}, finished{0}, steps{0}, outputs{0}, restored{0}, repaired{0}, retried{0}, late{0}, opened{0};
 
  private:
   Mutex mutex_;
@@ -206,6 +208,7 @@ CacheOptions OptionsOfCache(const SelectorOptions& selector, int threads) {
   options.selector = selector;
   options.codes.group_tokens = 16;
   options.tenant_salt = "torture";
+  options.health.backoff_nanos = 1'000'000;  // or a store of which a quarter fails would hardly be asked
   return options;
 }
 
@@ -237,6 +240,7 @@ class World {
     PREHOC_ASSIGN_OR_RETURN(world->device_bytes_, DeviceBytes(selector));
     if (disk) {
       PREHOC_ASSIGN_OR_RETURN(world->pool_, ThreadPool::Create({.loop_threads = 1, .job_threads = 2, .spin_iterations = 0}));
+      PREHOC_ASSIGN_OR_RETURN(world->readers_, ThreadPool::Create({.loop_threads = 1, .job_threads = 4, .spin_iterations = 0}));
     }
     Executor* const jobs = disk ? static_cast<Executor*>(world->pool_.get()) : &world->manual_;
     world->jobs_ = std::make_unique<FaultyJobs>(jobs, &world->plan_, options.rate / 8);
@@ -249,7 +253,13 @@ class World {
     resources.store = world->truth_store_.get();
     resources.transfer = world->copies_.get();
     resources.clock = &world->clock_;
-    PREHOC_ASSIGN_OR_RETURN(world->cache_, KvCache::Create(OptionsOfCache(selector, disk ? options.threads : 1), resources));
+    CacheOptions cache = OptionsOfCache(selector, disk ? options.threads : 1);
+    if (disk) {
+      // Time leaps, so reads come late now and then.
+      resources.io = world->readers_.get();
+      cache.read_deadline_nanos = 100'000'000;
+    }
+    PREHOC_ASSIGN_OR_RETURN(world->cache_, KvCache::Create(cache, resources));
     world->plan_.Pause(false);
     return world;
   }
@@ -271,6 +281,8 @@ class World {
     uint64_t found = 0;
     cache_->VisitCounters([&](std::string_view name, double value) {
       if (name == "host.corrupt") found = static_cast<uint64_t>(value);
+      if (name == "host.late") ledger->late += static_cast<uint64_t>(value);
+      if (name == "health.opened") ledger->opened += static_cast<uint64_t>(value);
     });
     const uint64_t flipped = plan_.Of(Fault::kMemory).injected;
     for (uint64_t i = 0; i < std::min(found, flipped); ++i) plan_.Detected(Fault::kMemory);
@@ -329,7 +341,7 @@ class World {
   std::unique_ptr<TruthStore> truth_store_;
   ManualExecutor loops_;   // loops run on their caller
   ManualExecutor manual_;  // jobs run when the round says so
-  std::unique_ptr<ThreadPool> pool_;
+  std::unique_ptr<ThreadPool> pool_, readers_;
   std::unique_ptr<FaultyJobs> jobs_;
   std::unique_ptr<MemoryTransferEngine> engine_;
   std::unique_ptr<FaultyCopies> copies_;

@@ -44,6 +44,7 @@ struct TortureResult {
   uint64_t restored = 0;                 // tokens taken from a tier
   uint64_t repaired = 0;                 // chunks made anew
   uint64_t retried = 0;                  // steps run again after an error that may pass
+  uint64_t late = 0, opened = 0;         // reads given up at their deadline; times that the store was left alone
   std::map<std::string, uint64_t> told;  // sequences given up with an error, by its code
   std::vector<std::string> wrong;        // what must not be, each with its round; at most 20 are kept
   uint64_t wrong_count = 0;
