@@ -39,7 +39,7 @@ class Reach {
     const auto parent = by_tag_.find(chunk.origin.parent);
     if (parent == by_tag_.end()) return Unreachable::kNoParent;
     const ChunkOrigin& before = parent->second->origin;
-    const bool follows = before.chunk + 1 == chunk.origin.chunk && before.tenant == chunk.origin.tenant;
+    const bool follows = int64_t{before.chunk} + 1 == chunk.origin.chunk && before.tenant == chunk.origin.tenant;
     // Sorted by number, so the parent was judged before; one with a higher number is none.
     const auto judged = why_.find(parent->first);
     if (!follows || judged == why_.end() || judged->second != Unreachable::kNo) return Unreachable::kNoParent;
@@ -88,7 +88,7 @@ StoreSurvey SurveyRecords(const std::vector<SurveyRecord>& records, int32_t laye
   StoreSurvey survey;
   survey.why.assign(records.size(), Unreachable::kDamaged);
   if (layers == 0) {
-    for (const SurveyRecord& record : records) layers = std::max(layers, record.key.layer + 1);
+    for (const SurveyRecord& record : records) layers = std::max(layers, std::min(record.key.layer, INT32_MAX - 1) + 1);
   }
   for (size_t i = 0; i < records.size(); ++i) {
     const SurveyRecord& record = records[i];
@@ -108,7 +108,7 @@ StoreSurvey SurveyRecords(const std::vector<SurveyRecord>& records, int32_t laye
     tenant.tag = chunk.origin.tenant;
     ++tenant.chunks;
     tenant.records += static_cast<int64_t>(chunk.records.size());
-    tenant.longest_chunks = std::max<int64_t>(tenant.longest_chunks, chunk.origin.chunk + 1);
+    tenant.longest_chunks = std::max(tenant.longest_chunks, int64_t{chunk.origin.chunk} + 1);
     tenant.prefixes += chunk.children ? 0 : 1;
     for (const size_t i : chunk.records) {
       const uint64_t segment = records[i].segment;
