@@ -32,8 +32,8 @@
 #include <vector>
 
 #include "base/clock.h"
+#include "base/rng.h"
 #include "base/units.h"
-#include "tests/support/rng.h"
 #include "transfer/rocksdb_store.h"
 
 namespace prehoc {

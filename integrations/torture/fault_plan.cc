@@ -1,8 +1,6 @@
 #include "integrations/torture/fault_plan.h"
 
 #include <algorithm>
-#include <cmath>
-#include <numbers>
 
 namespace prehoc::torture {
 namespace {
@@ -30,11 +28,6 @@ constexpr std::array<FaultInfo, kFaults> kInfos = {{
 }};
 
 }  // namespace
-
-double Random::Normal() {
-  const double radius = std::sqrt(-2 * std::log(1 - Uniform()));
-  return radius * std::cos(2 * std::numbers::pi * Uniform());
-}
 
 const FaultInfo& InfoOf(Fault fault) { return kInfos[static_cast<size_t>(fault)]; }
 

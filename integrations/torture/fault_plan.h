@@ -10,27 +10,9 @@
 
 #include "base/mutex.h"
 #include "base/result.h"
+#include "base/rng.h"
 
 namespace prehoc::torture {
-
-// SplitMix64 (Steele, Lea, Flood 2014): any seed is a good one, the same numbers everywhere.
-class Random {
- public:
-  explicit Random(uint64_t seed) : state_(seed) {}
-  uint64_t Next() {
-    state_ += 0x9e3779b97f4a7c15u;
-    uint64_t x = state_;
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-    return x ^ (x >> 31);
-  }
-  uint64_t Below(uint64_t bound) { return Next() % bound; }  // bound > 0, far below 2^64
-  double Uniform() { return static_cast<double>(Next() >> 11) * 0x1p-53; }
-  double Normal();
-
- private:
-  uint64_t state_;
-};
 
 enum class Fault : uint8_t {
   // What a medium gives back.
@@ -82,7 +64,7 @@ class FaultPlan {
 
   const FaultSet enabled_;
   mutable Mutex mutex_;
-  Random random_ PREHOC_GUARDED_BY(mutex_);
+  Rng random_ PREHOC_GUARDED_BY(mutex_);
   bool paused_ PREHOC_GUARDED_BY(mutex_) = false;
   uint64_t digest_ PREHOC_GUARDED_BY(mutex_) = 0;
   std::array<Count, kFaults> counts_ PREHOC_GUARDED_BY(mutex_);

@@ -189,7 +189,7 @@ class Actor {
   const Truth* const truth_;
   FaultPlan* const plan_;
   Ledger* const ledger_;
-  Random random_;
+  Rng random_;
   const uint64_t device_bytes_;
   const double memory_rate_;
   std::unique_ptr<Sequence> sequence_;
@@ -371,7 +371,7 @@ class Run {
   Status Round(int64_t round, bool disk) {
     PREHOC_ASSIGN_OR_RETURN(const SelectorOptions selector, SelectorOfRound(round));
     PREHOC_RETURN_IF_ERROR(truth_.Prepare(selector));
-    Random random(options_.seed * 0x9e3779b97f4a7c15u + static_cast<uint64_t>(round));
+    Rng random(options_.seed * 0x9e3779b97f4a7c15u + static_cast<uint64_t>(round));
     Ledger ledger;
     PREHOC_ASSIGN_OR_RETURN(const auto world, World::Create(options_, disk, random.Next(), selector, &truth_,
                                                             disk ? std::exchange(known_, {}) : TruthStore::Known{}));
@@ -409,7 +409,7 @@ class Run {
 
   // Sequences take turns as the seed says, and so do background jobs.
   void OneThread(World& world, std::vector<std::unique_ptr<Actor>>& actors, uint64_t seed) {
-    Random random(seed);
+    Rng random(seed);
     for (int64_t step = 0; step < options_.steps && !options_.stop(); ++step) {
       actors[random.Below(actors.size())]->Step();
       world.time().Advance(1000);
@@ -421,7 +421,7 @@ class Run {
     std::vector<std::thread> running;
     for (int t = 0; t < threads; ++t) {
       running.emplace_back([&, t] {
-        Random random(seed + static_cast<uint64_t>(t));
+        Rng random(seed + static_cast<uint64_t>(t));
         const auto own = static_cast<size_t>(t) * kActorsPerThread;
         for (int64_t step = 0; step < options_.steps / threads && !options_.stop(); ++step) {
           actors[own + random.Below(kActorsPerThread)]->Step();

@@ -38,7 +38,7 @@ KvGeometry TortureGeometry() {
 
 Stream::Stream(uint64_t seed) {
   const KvGeometry geometry = TortureGeometry();
-  Random random(seed);
+  Rng random(seed);
   for (int64_t t = 0; t < kMaxTokens; ++t) tokens_.push_back(static_cast<int32_t>(random.Below(1000)));
   for (int32_t l = 0; l < geometry.layers; ++l) {
     std::vector<float> q, k, v, current(QWidth(geometry));
@@ -121,7 +121,7 @@ Status RepairLost(Sequence& sequence, const Stream& stream, uint64_t* repaired) 
 }
 
 Truth::Truth(uint64_t seed) {
-  Random random(seed);
+  Rng random(seed);
   const KvGeometry geometry = TortureGeometry();
   for (int64_t s = 0; s < kStreams; ++s) {
     streams_.emplace_back(random.Next());

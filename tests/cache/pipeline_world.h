@@ -10,8 +10,8 @@
 #include "base/device_memory.h"
 #include "base/executor.h"
 #include "base/half.h"
+#include "base/rng.h"
 #include "cache/kv_cache.h"
-#include "tests/support/rng.h"
 #include "tests/support/status_matchers.h"
 #include "transfer/memory_chunk_store.h"
 

@@ -8,7 +8,7 @@
 
 #include "base/executor.h"
 #include "base/mutex.h"
-#include "tests/support/rng.h"
+#include "base/rng.h"
 
 namespace prehoc {
 

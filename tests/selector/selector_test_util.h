@@ -11,9 +11,9 @@
 #include <utility>
 #include <vector>
 
+#include "base/rng.h"
 #include "selector/reference.h"
 #include "selector/selector.h"
-#include "tests/support/rng.h"
 #include "tests/support/status_matchers.h"
 
 namespace prehoc {

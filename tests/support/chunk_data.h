@@ -6,7 +6,7 @@
 #include <string_view>
 #include <vector>
 
-#include "tests/support/rng.h"
+#include "base/rng.h"
 #include "transfer/chunk_store.h"
 
 namespace prehoc {

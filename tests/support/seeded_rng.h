@@ -5,7 +5,7 @@
 #include <source_location>
 #include <string>
 
-#include "tests/support/rng.h"
+#include "base/rng.h"
 
 namespace prehoc {
 

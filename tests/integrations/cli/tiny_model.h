@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "base/rng.h"
 #include "tests/integrations/loader/model_files.h"
-#include "tests/support/rng.h"
 
 namespace prehoc::cli {
 

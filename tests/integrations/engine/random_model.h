@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "base/half.h"
+#include "base/rng.h"
 #include "integrations/reference/model.h"
-#include "tests/support/rng.h"
 
 namespace prehoc::reference {
 

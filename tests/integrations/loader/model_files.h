@@ -9,9 +9,9 @@
 #include <string_view>
 #include <vector>
 
+#include "base/rng.h"
 #include "integrations/reference/loader/mapped_file.h"
 #include "integrations/reference/model.h"
-#include "tests/support/rng.h"
 
 namespace prehoc::reference {
 

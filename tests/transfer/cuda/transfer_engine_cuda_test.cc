@@ -2,9 +2,9 @@
 #include <numeric>
 
 #include "base/cuda/faults.h"
+#include "base/rng.h"
 #include "tests/contract/transfer_engine_contract.h"
 #include "tests/support/cuda_test.h"
-#include "tests/support/rng.h"
 #include "transfer/cuda_transfer_engine.h"
 
 namespace prehoc {

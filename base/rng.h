@@ -1,5 +1,5 @@
-// The one source of random data in tests and benchmarks: the same numbers from the same seed on every machine and library
-// (the distributions of <random> are not). Needs no test framework; seeded_rng.h adds the seed to every failure.
+// The one source of random data in tests, benchmarks and the fault harness: the same numbers from the same seed on every machine
+// and library (the distributions of <random> are not). tests/support/seeded_rng.h adds the seed to every failure.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace prehoc {
 
-// SplitMix64: any seed is a good one. One thread at a time; Fork() gives another thread its own.
+// SplitMix64 (Steele, Lea, Flood 2014): any seed is a good one. One thread at a time; Fork() gives another thread its own.
 class Rng {
  public:
   explicit Rng(uint64_t seed) : state_(seed) {}
@@ -21,6 +21,7 @@ class Rng {
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
     return x ^ (x >> 31);
   }
+  uint64_t Below(uint64_t bound) { return Next() % bound; }  // bound > 0, far below 2^64
   Rng Fork() { return Rng(Next()); }
 
   double Uniform() { return static_cast<double>(Next() >> 11) * 0x1p-53; }  // [0, 1)
