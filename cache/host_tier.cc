@@ -29,6 +29,8 @@ Status Damaged(const ChunkKey& key) {
   return {StatusCode::kCorrupt, "host tier: chunk " + key.ToString() + ": memory no longer holds what was sealed"};
 }
 
+Status LeftAlone() { return {StatusCode::kIoError, "the store failed of late and is not asked for now"}; }
+
 Status Lost(const ChunkKey& key, const Status& why) {
   return why.WithContext("host tier: chunk " + key.ToString() + " is lost");
 }
@@ -290,11 +292,8 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
       const WriteResult result = Write(write);
       MutexLock lock(mutex);
       EndWriteLocked(victim, result);
+      if (result.damaged) continue;
       BlockData& data = In(victim);
-      if (result.damaged) {
-        if (data.pins == 0) DropDamagedLocked(victim);
-        continue;
-      }
       if (!result.status.ok()) {
         data.refused_in = std::max(data.refused_in, turn.id);
         turn.refusal = result.status;
@@ -357,15 +356,16 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     // Asked each time: a bounded store may have shed what it once took.
     if (store->Contains(write.key)) return {};
     if (options.health != nullptr && !options.health->Begin()) {
-      return {.status = {StatusCode::kIoError, "host tier: the store failed of late and is not asked for now"}};
+      return {.status = LeftAlone().WithContext("host tier")};
     }
     // Or the store would give damage a checksum that holds.
     const bool damaged = SealOf(write.key, write.bytes) != write.seal;
     const Status status = damaged ? Damaged(write.key) : store->Put(write.key, write.bytes, write.origin);
-    if (options.health != nullptr) options.health->EndWrite(status);
+    if (options.health != nullptr) options.health->End(status);
     return {.status = status, .wrote = !damaged, .damaged = damaged};
   }
 
+  // A block that was found damaged, and that nobody pins, is gone after this.
   void EndWriteLocked(Block* block, const WriteResult& result) PREHOC_REQUIRES(mutex) {
     BlockData& data = In(block);
     data.writing = false;
@@ -380,6 +380,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
       ++(result.status.code() == StatusCode::kBusy ? counters.dropped : counters.failed);
     }
     changed.NotifyAll();
+    if (result.damaged && data.pins == 0) DropDamagedLocked(block);
   }
 
   bool WantsWriteLocked(Block* block) const PREHOC_REQUIRES(mutex) {
@@ -429,7 +430,6 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     const WriteResult result = Write(write);
     MutexLock lock(mutex);
     EndWriteLocked(block, result);
-    if (result.damaged && In(block).pins == 0) DropDamagedLocked(block);
     --queued_writes;
     --running;
     EndJobLocked(block);
@@ -447,7 +447,6 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     const WriteResult result = Write(write);
     MutexLock lock(mutex);
     EndWriteLocked(block, result);
-    if (result.damaged && In(block).pins == 0) DropDamagedLocked(block);
     return result.status;
   }
 
@@ -544,7 +543,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     data.stored = false;
     const Status why(StatusCode::kDeadline, "the store took more than " + std::to_string(options.read_deadline_nanos / 1'000'000) + " ms");
     data.lost = load->status = Lost(load->key, options.health != nullptr ? GivenUp(why) : why);
-    if (options.health != nullptr) options.health->EndRead(why, options.read_deadline_nanos);
+    if (options.health != nullptr) options.health->End(why);
     load->ended.NotifyAll();
     changed.NotifyAll();
   }
@@ -603,7 +602,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
       MutexLock lock(mutex);
       --transit;
       ++counters.load_errors;
-      FinishLoadLocked(block, load.get(), *memory, GivenUp({StatusCode::kIoError, "the store failed of late and is not asked for now"}));
+      FinishLoadLocked(block, load.get(), *memory, GivenUp(LeftAlone()));
       changed.NotifyAll();
       return;
     }
@@ -652,7 +651,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
       late = load->late;
     }
     if (options.health != nullptr) {
-      if (!late) options.health->EndRead(status, nanos);
+      if (!late) options.health->End(status);
       if (status.code() == StatusCode::kIoError || status.code() == StatusCode::kDeadline) status = GivenUp(status);
     }
     if (status.ok()) {

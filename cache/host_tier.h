@@ -14,8 +14,8 @@
 #include "base/executor.h"
 #include "base/ids.h"
 #include "base/result.h"
-#include "transfer/chunk_store.h"
 #include "cache/tier_health.h"
+#include "transfer/chunk_store.h"
 #include "transfer/host_arena.h"
 
 namespace prehoc {

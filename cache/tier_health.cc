@@ -41,6 +41,7 @@ bool TierHealth::Available() const {
 }
 
 void TierHealth::End(const Status& status) {
+  MutexLock lock(mutex_);
   const bool late = status.code() == StatusCode::kDeadline;
   const bool failed = late || status.code() == StatusCode::kIoError;
   failures_ += failed;
@@ -62,16 +63,6 @@ void TierHealth::End(const Status& status) {
   retry_at_ = clock_->NowNanos() + backoff_;
   state_ = State::kOpen;
   ++opened_;
-}
-
-void TierHealth::EndRead(const Status& status, int64_t) {
-  MutexLock lock(mutex_);
-  End(status);
-}
-
-void TierHealth::EndWrite(const Status& status) {
-  MutexLock lock(mutex_);
-  End(status);
 }
 
 void TierHealth::OnRestore(int64_t blocks, int64_t nanos) {

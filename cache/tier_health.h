@@ -25,11 +25,10 @@ class TierHealth {
   };
   explicit TierHealth(const Options& options, const Clock* clock) : options_(options), clock_(clock) {}
 
-  // True if a request may go to the store now. After true in the half-open state nobody else may until its End..().
+  // True if a request may go to the store now. After true in the half-open state nobody else may until its End().
   bool Begin();
   // What became of a request that Begin() allowed. Only errors of the store count: kIoError and kDeadline.
-  void EndRead(const Status& status, int64_t nanos);
-  void EndWrite(const Status& status);
+  void End(const Status& status);
   // True if Begin() would say yes; changes nothing.
   bool Available() const;
 
@@ -52,7 +51,6 @@ class TierHealth {
 
  private:
   enum class State : uint8_t { kClosed, kOpen, kHalfOpen };
-  void End(const Status& status) PREHOC_REQUIRES(mutex_);
   double PrefillNanosLocked(int64_t first, int64_t tokens) const PREHOC_REQUIRES(mutex_);
 
   const Options options_;

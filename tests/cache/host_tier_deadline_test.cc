@@ -173,7 +173,7 @@ TEST_F(HostTierDeadlineTest, NothingIsFoundInAStoreThatIsNotAsked) {
   EXPECT_TRUE(world_.tier->Find(TestKey(77)).has_value());
   ASSERT_OK(world_.memory->Put(TestKey(78), TestChunk(78, kTestBlockBytes)));
   ASSERT_TRUE(health_.Begin());
-  health_.EndRead({StatusCode::kDeadline, "hangs"}, 1);
+  health_.End({StatusCode::kDeadline, "hangs"});
   EXPECT_FALSE(world_.tier->Find(TestKey(78)).has_value());
   world_.clock.Advance(kSecond);
   EXPECT_TRUE(world_.tier->Find(TestKey(78)).has_value());

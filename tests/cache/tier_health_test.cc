@@ -23,7 +23,7 @@ class TierHealthTest : public ::testing::Test {
   }
   void Read(const Status& status) {
     ASSERT_TRUE(health_.Begin());
-    health_.EndRead(status, 1);
+    health_.End(status);
   }
   ManualClock clock_{5 * kSecond};
   TierHealth health_{{}, &clock_};
@@ -67,7 +67,7 @@ TEST_F(TierHealthTest, HalfOpenLetsOneThrough) {
   EXPECT_TRUE(health_.Begin());
   EXPECT_FALSE(health_.Available());
   EXPECT_FALSE(health_.Begin()) << "the first has not said yet";
-  health_.EndRead({}, 1);
+  health_.End({});
   EXPECT_TRUE(health_.Begin());
   EXPECT_EQ(Counter("state"), 0);
 }
@@ -93,15 +93,15 @@ TEST_F(TierHealthTest, BackoffDoublesUpToAMinuteAndBeginsAnewAfterASuccess) {
 TEST_F(TierHealthTest, WhatBeganBeforeItOpenedDoesNotCloseIt) {
   ASSERT_TRUE(health_.Begin());
   ASSERT_TRUE(health_.Begin());
-  health_.EndRead(kLate, 1);
-  health_.EndRead({}, 1);
+  health_.End(kLate);
+  health_.End({});
   EXPECT_FALSE(health_.Begin());
 }
 
 TEST_F(TierHealthTest, WritesCountAsReadsDo) {
   for (int i = 0; i < 3; ++i) {
     ASSERT_TRUE(health_.Begin());
-    health_.EndWrite(kFailed);
+    health_.End(kFailed);
   }
   EXPECT_FALSE(health_.Available());
 }
