@@ -445,7 +445,6 @@ double Sequence::Impl::LseOutside(const FastStep& s, size_t index, int32_t h, in
 // (error 0) make blocks of no variance. Near the choice is what looks no better than the best that is outside, give or take two
 // standard deviations.
 double Sequence::Impl::SetBoundOutside(FastStep& s, size_t index, int32_t h, int32_t end, std::span<const int32_t> chosen) const {
-  constexpr float kInf = std::numeric_limits<float>::infinity();
   const Unit& unit = layers[static_cast<size_t>(s.layer)].units[index];
   const float* logits = z(unit.first_head + h);
   const float* errors = err(unit.first_head + h);
@@ -456,9 +455,9 @@ double Sequence::Impl::SetBoundOutside(FastStep& s, size_t index, int32_t h, int
   for (const int32_t position : chosen) {
     if (position >= s.rule.lo && position < end) s.outside[static_cast<size_t>(position - s.rule.lo)] = 0;
   }
-  float best = -kInf;  // of what is outside
+  float best = -kInfinity;  // of what is outside
   for (int32_t i = s.rule.lo; i < end; ++i) {
-    if (std::isnan(logits[i]) || logits[i] == kInf) return kInfinity;
+    if (std::isnan(logits[i]) || logits[i] == kInfinity) return kInfinity;
     if (s.outside[static_cast<size_t>(i - s.rule.lo)]) best = std::max(best, logits[i]);
   }
   s.blocks_outside.clear();
@@ -466,9 +465,9 @@ double Sequence::Impl::SetBoundOutside(FastStep& s, size_t index, int32_t h, int
     const auto block = static_cast<size_t>(begin / in_block);
     stop = std::min((begin / in_block + 1) * in_block, end);
     const float top = std::min(*std::max_element(logits + begin, logits + stop), best);
-    if (top == -kInf) continue;
+    if (top == -kInfinity) continue;
     const bool coded = block < groups;
-    const float near = coded ? best + 2 * std::sqrt(s.variance[of_head + block]) : -kInf;
+    const float near = coded ? best + 2 * std::sqrt(s.variance[of_head + block]) : -kInfinity;
     double outside = 0, close = 0;
     for (int32_t i = begin; i < stop; ++i) {
       const bool out = s.outside[static_cast<size_t>(i - s.rule.lo)] != 0;

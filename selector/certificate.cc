@@ -25,6 +25,9 @@ class LogSum {
   double most_ = -kInfinity, sum_ = 0;
 };
 
+// The rounding of sums and exponentials, here and in what was handed in.
+double Slack(double magnitude, size_t count) { return 1e-12 * (std::abs(magnitude) + static_cast<double>(count)); }
+
 // The root w of w exp(w) = x for x >= 0, not below it by more than 1e-13 of it. From above: with w = ln(1 + x), w exp(w) >= x,
 // and Newton's steps on a convex function stay on that side.
 double LambertW(double x) {
@@ -88,16 +91,9 @@ double DroppedLseBound(double lse_dropped, const KeyBall& ball, std::span<const 
 double DroppedLseBound(std::span<const double> lse_dropped, std::span<const KeyBall> balls,
                        std::span<const float> anchor, std::span<const float> q) {
   PREHOC_CHECK(lse_dropped.size() == balls.size());
-  double most = -kInfinity;
-  std::vector<double> parts;
-  for (size_t b = 0; b < balls.size(); ++b) {
-    parts.push_back(DroppedLseBound(lse_dropped[b], balls[b], anchor, q));
-    most = std::max(most, parts.back());
-  }
-  if (!std::isfinite(most)) return most;
-  double sum = 0;
-  for (const double part : parts) sum += std::exp(part - most);
-  return most + std::log(sum);
+  LogSum all;
+  for (size_t b = 0; b < balls.size(); ++b) all.Add(DroppedLseBound(lse_dropped[b], balls[b], anchor, q));
+  return all.Value();
 }
 
 StatisticalLseBound::StatisticalLseBound(double confidence, int64_t chosen_from)
@@ -115,19 +111,16 @@ float StatisticalLseBound::Error(float variance) const {
 double StatisticalLseBound::operator()(std::span<const float> z, std::span<const float> variance,
                                        std::span<const float> proven) const {
   PREHOC_CHECK(z.size() == variance.size() && (proven.empty() || proven.size() == z.size()));
-  double most = -kInfinity;
-  std::vector<double> raised;
+  LogSum raised;
   for (size_t i = 0; i < z.size(); ++i) {
     const float error = proven.empty() ? Error(variance[i]) : std::min(Error(variance[i]), proven[i]);
-    raised.push_back(static_cast<double>(z[i]) + error);
-    if (std::isnan(raised.back()) || raised.back() == kInfinity) return kInfinity;
-    most = std::max(most, raised.back());
+    const double most = static_cast<double>(z[i]) + error;
+    if (std::isnan(most) || most == kInfinity) return kInfinity;
+    raised.Add(most);
   }
-  if (most == -kInfinity) return most;
-  double sum = 0;
-  for (const double value : raised) sum += std::exp(value - most);
-  // 1e-12 of it: the rounding of sums and exponentials.
-  return most + std::log(sum) + 1e-12 * (std::abs(most) + static_cast<double>(z.size()));
+  const double lse = raised.Value();
+  if (lse == -kInfinity) return lse;
+  return lse + Slack(lse, z.size());
 }
 
 double StatisticalLseBound::OverBlocks(std::span<const DitheredBlock> blocks) const {
@@ -149,8 +142,7 @@ double StatisticalLseBound::OverBlocks(std::span<const DitheredBlock> blocks) co
   averaged.Add(lse + LambertW(factor_of_two_ * std::exp(root_of_q.Value() / 2 - lse)));
   averaged.Add(gained.Value());
   const double bound = std::min(averaged.Value(), proven.Value());
-  // 1e-12 of it: the rounding of sums and exponentials, here and in what was handed in.
-  return bound + 1e-12 * (std::abs(lse) + std::abs(bound) + static_cast<double>(blocks.size()));
+  return bound + Slack(std::abs(lse) + std::abs(bound), blocks.size());
 }
 
 double DroppedMassBound(double lse_kept, double u_dropped) {
