@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "base/units.h"
+#include "bench/or_exit.h"
 #include "integrations/cli/session.h"
 #include "integrations/reference/model.h"
 #include "integrations/reference/tokenizer/tokenizer.h"
@@ -35,18 +36,6 @@ struct World {
 World& TheWorld() {
   static World world;
   return world;
-}
-
-template <class T>
-T OrExit(Result<T> result) {
-  if (result.ok()) return std::move(result).value();
-  std::fprintf(stderr, "model_bench: %s\n", result.status().ToString().c_str());
-  std::exit(1);
-}
-void OrExit(const Status& status) {
-  if (status.ok()) return;
-  std::fprintf(stderr, "model_bench: %s\n", status.ToString().c_str());
-  std::exit(1);
 }
 
 SessionOptions Options(const std::string& selector, int64_t max_tokens, bool tiers) {

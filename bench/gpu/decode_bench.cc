@@ -29,6 +29,7 @@
 #include "base/half.h"
 #include "base/units.h"
 #include "bench/gpu/synthetic.h"
+#include "bench/or_exit.h"
 #include "integrations/reference/cuda/device_ops.h"
 #include "kernels/code_block.h"
 #include "kernels/cuda/device_kernels.h"
@@ -38,24 +39,12 @@ namespace prehoc {
 namespace {
 using Json = nlohmann::ordered_json;
 
-[[noreturn]] void Fail(const Status& status) {
-  std::fprintf(stderr, "decode_bench: %s\n", status.ToString().c_str());
-  std::exit(1);
-}
-void Ok(const Status& status) {
-  if (!status.ok()) Fail(status);
-}
-void Cuda(cudaError_t error, const char* what) { Ok(CudaStatus(error, what)); }
-template <class T>
-T Take(Result<T> result) {
-  if (!result.ok()) Fail(result.status());
-  return std::move(result).value();
-}
+void Cuda(cudaError_t error, const char* what) { OrExit(CudaStatus(error, what)); }
 size_t device_bytes = 0;  // allocated now
 template <class T>
 class Array {
  public:
-  explicit Array(size_t size) : bytes_(Take(CudaBytes::Create(CudaPlace::kDevice, std::max<size_t>(size, 1) * sizeof(T)))), size_(size) {
+  explicit Array(size_t size) : bytes_(OrExit(CudaBytes::Create(CudaPlace::kDevice, std::max<size_t>(size, 1) * sizeof(T)))), size_(size) {
     Cuda(cudaMemset(bytes_.data(), 0, bytes_.size()), "memset");
     device_bytes += bytes_.size();
   }
@@ -155,9 +144,9 @@ class Model {
   Model(const Shape& shape, cudaStream_t stream) : s(shape), output(size_t(shape.vocab) * size_t(shape.hidden)), output_norm(size_t(shape.hidden)) {
     uint64_t seed = 1;
     const auto fill = [&](const Array<uint16_t>& w, int cols) {
-      Ok(FillNormal(w.data(), static_cast<int64_t>(w.size()), 1 / std::sqrt(static_cast<float>(cols)), seed++, stream));
+      OrExit(FillNormal(w.data(), static_cast<int64_t>(w.size()), 1 / std::sqrt(static_cast<float>(cols)), seed++, stream));
     };
-    const auto ones = [&](const Array<float>& w) { Ok(FillNormal(w.data(), static_cast<int64_t>(w.size()), 1, 0.1f, seed++, stream)); };
+    const auto ones = [&](const Array<float>& w) { OrExit(FillNormal(w.data(), static_cast<int64_t>(w.size()), 1, 0.1f, seed++, stream)); };
     const auto h = static_cast<size_t>(s.hidden), m = static_cast<size_t>(s.intermediate), q = static_cast<size_t>(s.heads * s.d),
                kv = static_cast<size_t>(s.kv_heads * s.d);
     for (int l = 0; l < s.layers; ++l) {
@@ -183,20 +172,20 @@ class Step {
   static constexpr int kQuerySteps = 96, kSinks = 8, kLocal = 32, kRing = 128;
 
   Step(const Model& model, const Case& which, const PinnedPool* pool, cudaStream_t stream)
-      : m_(model), s_(model.s), c_(which), stream_(stream), side_(Take(CudaStream::Create())), fork_(Take(CudaEvent::Create())),
-        join_(Take(CudaEvent::Create())), start_(Take(CudaEvent::Create(CudaEvent::Timing::kOn))), end_(Take(CudaEvent::Create(CudaEvent::Timing::kOn))),
+      : m_(model), s_(model.s), c_(which), stream_(stream), side_(OrExit(CudaStream::Create())), fork_(OrExit(CudaEvent::Create())),
+        join_(OrExit(CudaEvent::Create())), start_(OrExit(CudaEvent::Create(CudaEvent::Timing::kOn))), end_(OrExit(CudaEvent::Create(CudaEvent::Timing::kOn))),
         input_(size_t(s_.hidden)), hidden_(size_t(s_.hidden)), qkv_(size_t((s_.heads + 2 * s_.kv_heads) * s_.d)), q_model_(size_t(s_.heads * s_.d)),
         k_(size_t(s_.kv_heads * s_.d)), v_(size_t(s_.kv_heads * s_.d)), out_(size_t(s_.heads * s_.d)), gated_(size_t(s_.intermediate)),
         logits_(size_t(s_.vocab)), angles_(size_t(s_.d)), q_now_(size_t(s_.layers * s_.heads * s_.d)),
         q_all_(which.kind == Case::Kind::kWeights ? 1 : size_t(kQuerySteps) * q_now_.size()), n_(std::vector<int32_t>{which.context}), step_(1) {
     before_ = device_bytes;
-    Ok(FillNormal(input_.data(), s_.hidden, 0, 1, 77, stream_));
+    OrExit(FillNormal(input_.data(), s_.hidden, 0, 1, 77, stream_));
     std::vector<float> angles(size_t(s_.d), 1.0f);
     for (int i = 0; i < s_.d / 2; ++i) angles[size_t(i)] = std::cos(float(i)), angles[size_t(s_.d / 2 + i)] = std::sin(float(i));
     angles_.Write(angles);
     if (c_.kind == Case::Kind::kWeights) return;
     QueryStatistics statistics;
-    Ok(MakeQueries(q_all_.data(), kQuerySteps, s_.units(), s_.group() * s_.d, statistics, 5, stream_));
+    OrExit(MakeQueries(q_all_.data(), kQuerySteps, s_.units(), s_.group() * s_.d, statistics, 5, stream_));
     Cuda(cudaStreamSynchronize(stream_), "queries");
     max_n_ = static_cast<int32_t>(RoundUp(uint64_t(c_.context) + 1024, 64));
     kv_before_ = device_bytes;
@@ -233,13 +222,13 @@ class Step {
     std::vector<double> ms;
     for (int i = 0; i < steps; ++i) ms.push_back(Run(true));
     // Back to back, as a server would run them.
-    Ok(start_.Record(stream_));
+    OrExit(start_.Record(stream_));
     const double host = Seconds();
     for (int i = 0; i < steps; ++i) Cuda(cudaGraphLaunch(Next(), stream_), "launch");
     const double enqueued = Seconds() - host;
-    Ok(end_.Record(stream_));
-    Ok(end_.Synchronize());
-    const double back_to_back = double(Take(end_.MillisecondsSince(start_))) / steps;
+    OrExit(end_.Record(stream_));
+    OrExit(end_.Synchronize());
+    const double back_to_back = double(OrExit(end_.MillisecondsSince(start_))) / steps;
     std::vector<double> sorted = ms;
     std::sort(sorted.begin(), sorted.end());
     Json row{{"name", c_.name}, {"context", c_.context}, {"ms_median", sorted[sorted.size() / 2]}, {"ms_least", sorted.front()},
@@ -326,17 +315,17 @@ class Step {
   }
   cudaGraphExec_t Next() { return graphs_[size_t(turn_++) % graphs_.size()]; }
   double Run(bool count) {
-    Ok(start_.Record(stream_));
+    OrExit(start_.Record(stream_));
     Cuda(cudaGraphLaunch(Next(), stream_), "launch");
-    Ok(end_.Record(stream_));
-    Ok(end_.Synchronize());
+    OrExit(end_.Record(stream_));
+    OrExit(end_.Synchronize());
     if (count && hold_) {
       for (const uint8_t hold : hold_->Read()) holds_seen_ += hold, ++holds_asked_;
       const auto fetched = fetch_count_->Read();
       const int phase = int(size_t(turn_ - 1) % graphs_.size());
       for (int unit = phase; unit < s_.units(); unit += c_.refresh) rows_behind_ += fetched[size_t(unit)];
     }
-    return double(Take(end_.MillisecondsSince(start_)));
+    return double(OrExit(end_.MillisecondsSince(start_)));
   }
 
   void MakeDense() {
@@ -346,7 +335,7 @@ class Step {
     std::vector<cuda::AttendTask> attend;
     for (int unit = 0; unit < s_.units(); ++unit) {
       Half* const rows = rows_->data() + size_t(unit) * size_t(max_n_) * Row();
-      Ok(MakeKeys(rows, max_n_, s_.d, uint64_t(1000 + unit), stream_));
+      OrExit(MakeKeys(rows, max_n_, s_.d, uint64_t(1000 + unit), stream_));
       const int h = unit % s_.kv_heads;
       append.push_back({.k = k_.data() + h * s_.d, .v = v_.data() + h * s_.d, .stride = s_.d, .first = first(), .rows = rows, .ring_rows = max_n_, .count = 1});
       attend.push_back({.q = q_now_.data() + size_t(unit) * size_t(s_.group() * s_.d), .out = out_.data() + h * s_.group() * s_.d, .rows = rows,
@@ -360,7 +349,7 @@ class Step {
   const int32_t* first() const { return first_.data(); }
   void MakeAttendWorkspace(int32_t rows) {
     attend_params_ = {.tasks = attend_->data(), .num_tasks = s_.kv_heads, .max_rows = rows, .group = s_.group(), .head_dim = s_.d};
-    attend_space_ = std::make_unique<Array<std::byte>>(Take(cuda::AttendWorkspaceBytes(attend_params_)));
+    attend_space_ = std::make_unique<Array<std::byte>>(OrExit(cuda::AttendWorkspaceBytes(attend_params_)));
     attend_params_.workspace = attend_space_->data(), attend_params_.workspace_bytes = attend_space_->size();
   }
 
@@ -408,11 +397,11 @@ class Step {
     for (size_t u = 0; u < units; ++u) {
       const int unit = int(u), h = unit % s_.kv_heads;
       // Rows: made on the device, encoded, copied to the host.
-      Ok(MakeKeys(keys.data(), max_n_, s_.d, 1000 + u, stream_));
+      OrExit(MakeKeys(keys.data(), max_n_, s_.d, 1000 + u, stream_));
       std::vector<cuda::RunEncodeTask> encode;
       for (int32_t g = 0; g < max_n_ / 64; ++g) encode.push_back({.rows = keys.data() + size_t(g) * 64 * Row(), .block = codes_->data() + u * head_codes + size_t(g) * block});
       const Array<cuda::RunEncodeTask> tasks(encode);
-      Ok(cuda::EncodeRuns(tasks.data(), int32_t(encode.size()), format, s_.d, stream_));
+      OrExit(cuda::EncodeRuns(tasks.data(), int32_t(encode.size()), format, s_.d, stream_));
       pool.CopyHere(pool.data() + u * size_t(max_n_) * Row() * sizeof(Half), reinterpret_cast<const std::byte*>(keys.data()), size_t(max_n_) * Row() * sizeof(Half), stream_);
       Cuda(cudaMemcpyAsync(Rows(unit), keys.data(), size_t(kSinks) * Row() * sizeof(Half), cudaMemcpyDeviceToDevice, stream_), "sinks");
       for (int32_t p = c_.context - kRing; p < c_.context; ++p) {
@@ -463,10 +452,10 @@ class Step {
     }
     MakeAttendWorkspace(c_.k + kSinks + kLocal);
     select_params_ = {.tasks = select_->data(), .num_tasks = s_.kv_heads, .max_n = max_n_, .format = format, .group = s_.group(), .head_dim = s_.d};
-    select_space_ = std::make_unique<Array<std::byte>>(Take(cuda::SelectWorkspaceBytes(select_params_)));
+    select_space_ = std::make_unique<Array<std::byte>>(OrExit(cuda::SelectWorkspaceBytes(select_params_)));
     select_params_.workspace = select_space_->data(), select_params_.workspace_bytes = select_space_->size();
     want_params_ = {.tasks = want_.front().data(), .num_tasks = int32_t(want_.front().size()), .max_n = max_n_, .group = 1, .rule = GroupRule::kMaxLogit};
-    want_space_ = std::make_unique<Array<std::byte>>(Take(cuda::ChooseWorkspaceBytes(want_params_)));
+    want_space_ = std::make_unique<Array<std::byte>>(OrExit(cuda::ChooseWorkspaceBytes(want_params_)));
     want_params_.workspace = want_space_->data(), want_params_.workspace_bytes = want_space_->size();
   }
 
@@ -476,51 +465,51 @@ class Step {
     Cuda(cudaMemcpyAsync(hidden_.data(), input_.data(), size_t(s_.hidden) * sizeof(float), cudaMemcpyDeviceToDevice, stream_), "input");
     if (c_.kind != Case::Kind::kWeights) {
       Cuda(cudaMemcpyAsync(first_.data(), n_.data(), sizeof(int32_t), cudaMemcpyDeviceToDevice, stream_), "first");
-      Ok(Advance(q_all_.data(), kQuerySteps, int64_t(q_now_.size()), q_now_.data(), step_.data(), n_.data(), stream_));
+      OrExit(Advance(q_all_.data(), kQuerySteps, int64_t(q_now_.size()), q_now_.data(), step_.data(), n_.data(), stream_));
     }
     if (two_clock) {
-      Ok(fork_.Record(stream_));
-      Ok(fork_.Before(side_.get()));
+      OrExit(fork_.Record(stream_));
+      OrExit(fork_.Before(side_.get()));
       const auto& gather = gather_[size_t(before)];
-      Ok(cuda::Gather({.tasks = gather.data(), .num_tasks = int32_t(gather.size()), .piece_bytes = int32_t(Row() * sizeof(Half)), .max_blocks = 8}, side_.get()));
-      Ok(join_.Record(side_.get()));
+      OrExit(cuda::Gather({.tasks = gather.data(), .num_tasks = int32_t(gather.size()), .piece_bytes = int32_t(Row() * sizeof(Half)), .max_blocks = 8}, side_.get()));
+      OrExit(join_.Record(side_.get()));
     }
     for (int l = 0; l < s_.layers; ++l) Layer(l);
-    Ok(reference::MultiplyVector({.weights = m_.output.data(), .x = hidden_.data(), .norm = m_.output_norm.data(), .eps = 1e-5f, .y = logits_.data(), .rows = s_.vocab,
+    OrExit(reference::MultiplyVector({.weights = m_.output.data(), .x = hidden_.data(), .norm = m_.output_norm.data(), .eps = 1e-5f, .y = logits_.data(), .rows = s_.vocab,
                                   .cols = s_.hidden}, stream_));
     if (!two_clock) return;
-    Ok(join_.Before(stream_));
-    Ok(cuda::Land(refresh_[size_t(before)].data(), int32_t(refresh_[size_t(before)].size()), stream_));
+    OrExit(join_.Before(stream_));
+    OrExit(cuda::Land(refresh_[size_t(before)].data(), int32_t(refresh_[size_t(before)].size()), stream_));
     want_params_.tasks = want_[size_t(phase)].data();
-    Ok(cuda::Choose(want_params_, stream_));
-    Ok(cuda::Refresh(refresh_[size_t(phase)].data(), int32_t(refresh_[size_t(phase)].size()), max_n_, stream_));
+    OrExit(cuda::Choose(want_params_, stream_));
+    OrExit(cuda::Refresh(refresh_[size_t(phase)].data(), int32_t(refresh_[size_t(phase)].size()), max_n_, stream_));
   }
 
   void Layer(int l) {
     const LayerWeights& w = m_.layers[size_t(l)];
     const int q_width = s_.heads * s_.d, kv_width = s_.kv_heads * s_.d, first_unit = l * s_.kv_heads;
-    Ok(reference::MultiplyVector({.weights = w.qkv.data(), .x = hidden_.data(), .norm = w.norm1.data(), .eps = 1e-5f, .y = qkv_.data(), .rows = q_width + 2 * kv_width,
+    OrExit(reference::MultiplyVector({.weights = w.qkv.data(), .x = hidden_.data(), .norm = w.norm1.data(), .eps = 1e-5f, .y = qkv_.data(), .rows = q_width + 2 * kv_width,
                                   .cols = s_.hidden}, stream_));
     const float* attended = out_.data();
     if (c_.kind == Case::Kind::kWeights) {
       attended = qkv_.data();
     } else {
-      Ok(reference::RotateHeads({.qkv = qkv_.data(), .cos = angles_.data(), .sin = angles_.data() + s_.d / 2, .q = q_model_.data(), .k = k_.data(), .v = v_.data(),
+      OrExit(reference::RotateHeads({.qkv = qkv_.data(), .cos = angles_.data(), .sin = angles_.data() + s_.d / 2, .q = q_model_.data(), .k = k_.data(), .v = v_.data(),
                                  .tokens = 1, .heads = s_.heads, .kv_heads = s_.kv_heads, .head_dim = s_.d}, stream_));
-      Ok(cuda::Append({.tasks = append_->data() + first_unit, .num_tasks = s_.kv_heads, .max_count = 1, .format = {.bits = c_.bits, .group_tokens = 64}, .head_dim = s_.d}, stream_));
+      OrExit(cuda::Append({.tasks = append_->data() + first_unit, .num_tasks = s_.kv_heads, .max_count = 1, .format = {.bits = c_.bits, .group_tokens = 64}, .head_dim = s_.d}, stream_));
       if (c_.kind == Case::Kind::kTwoClock) {
-        Ok(cuda::Gate({.tasks = gate_->data() + first_unit, .num_tasks = s_.kv_heads, .group = s_.group(), .head_dim = s_.d, .tau = c_.tau, .max_age = c_.max_age}, stream_));
+        OrExit(cuda::Gate({.tasks = gate_->data() + first_unit, .num_tasks = s_.kv_heads, .group = s_.group(), .head_dim = s_.d, .tau = c_.tau, .max_age = c_.max_age}, stream_));
         select_params_.tasks = select_->data() + first_unit;
-        Ok(cuda::Select(select_params_, stream_));
-        Ok(cuda::Resolve(resolve_->data() + first_unit, s_.kv_heads, s_.group(), s_.d, stream_));
+        OrExit(cuda::Select(select_params_, stream_));
+        OrExit(cuda::Resolve(resolve_->data() + first_unit, s_.kv_heads, s_.group(), s_.d, stream_));
       }
       attend_params_.tasks = attend_->data() + first_unit;
-      Ok(cuda::Attend(attend_params_, stream_));
+      OrExit(cuda::Attend(attend_params_, stream_));
     }
-    Ok(reference::MultiplyVector({.weights = w.o.data(), .x = attended, .y = hidden_.data(), .add = true, .rows = s_.hidden, .cols = q_width}, stream_));
-    Ok(reference::MultiplyVector({.weights = w.gate_up.data(), .x = hidden_.data(), .norm = w.norm2.data(), .eps = 1e-5f, .y = gated_.data(), .gated = true,
+    OrExit(reference::MultiplyVector({.weights = w.o.data(), .x = attended, .y = hidden_.data(), .add = true, .rows = s_.hidden, .cols = q_width}, stream_));
+    OrExit(reference::MultiplyVector({.weights = w.gate_up.data(), .x = hidden_.data(), .norm = w.norm2.data(), .eps = 1e-5f, .y = gated_.data(), .gated = true,
                                   .rows = s_.intermediate, .cols = s_.hidden}, stream_));
-    Ok(reference::MultiplyVector({.weights = w.down.data(), .x = gated_.data(), .y = hidden_.data(), .add = true, .rows = s_.hidden, .cols = s_.intermediate}, stream_));
+    OrExit(reference::MultiplyVector({.weights = w.down.data(), .x = gated_.data(), .y = hidden_.data(), .add = true, .rows = s_.hidden, .cols = s_.intermediate}, stream_));
   }
 
   const Model& m_;
@@ -599,8 +588,8 @@ int Main(int argc, char** argv) {
     else Fail({StatusCode::kInvalid, arg + " is no flag; see the top of decode_bench.cc"});
     if (name != "--out" && name != "--commit") line += " " + arg;
   }
-  const CudaDevice device = Take(CurrentCudaDevice());
-  const CudaStream stream = Take(CudaStream::Create());
+  const CudaDevice device = OrExit(CurrentCudaDevice());
+  const CudaStream stream = OrExit(CudaStream::Create());
   const Shape shape = ShapeOf(model);
   const Model weights(shape, stream.get());
   Json file{{"bench", "decode step"}, {"command", line}, {"device", device.name}, {"driver", device.driver_version}, {"commit", commit}, {"model", model},

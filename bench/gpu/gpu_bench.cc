@@ -23,40 +23,28 @@
 #include "base/cuda/error.h"
 #include "base/cuda/stream.h"
 #include "base/half.h"
+#include "base/rng.h"
+#include "bench/or_exit.h"
 #include "kernels/code_block.h"
 #include "kernels/cuda/device_kernels.h"
-#include "tests/support/rng.h"
 
 namespace prehoc {
 namespace {
 
 using Json = nlohmann::ordered_json;
 
-[[noreturn]] void Fail(const Status& status) {
-  std::fprintf(stderr, "gpu_bench: %s\n", status.ToString().c_str());
-  std::exit(1);
-}
-void Ok(const Status& status) {
-  if (!status.ok()) Fail(status);
-}
-template <class T>
-T Take(Result<T> result) {
-  if (!result.ok()) Fail(result.status());
-  return std::move(result).value();
-}
-
 template <class T>
 class Array {
  public:
   explicit Array(size_t size, CudaPlace place = CudaPlace::kDevice)
-      : bytes_(Take(CudaBytes::Create(place, std::max<size_t>(size, 1) * sizeof(T)))), size_(size) {
-    Ok(CudaStatus(cudaMemset(bytes_.data(), 0, bytes_.size()), "memset"));
-    Ok(CudaStatus(cudaDeviceSynchronize(), "wait"));
+      : bytes_(OrExit(CudaBytes::Create(place, std::max<size_t>(size, 1) * sizeof(T)))), size_(size) {
+    OrExit(CudaStatus(cudaMemset(bytes_.data(), 0, bytes_.size()), "memset"));
+    OrExit(CudaStatus(cudaDeviceSynchronize(), "wait"));
   }
   explicit Array(const std::vector<T>& values) : Array(values.size()) { Write(values); }
   void Write(const std::vector<T>& values) {
-    Ok(CudaStatus(cudaMemcpy(bytes_.data(), values.data(), values.size() * sizeof(T), cudaMemcpyDefault), "copy"));
-    Ok(CudaStatus(cudaDeviceSynchronize(), "wait"));
+    OrExit(CudaStatus(cudaMemcpy(bytes_.data(), values.data(), values.size() * sizeof(T), cudaMemcpyDefault), "copy"));
+    OrExit(CudaStatus(cudaDeviceSynchronize(), "wait"));
   }
   T* data() const { return reinterpret_cast<T*>(bytes_.data()); }
   size_t size() const { return size_; }
@@ -72,8 +60,8 @@ struct Times {
 
 class Bench {
  public:
-  Bench(std::string only, int repeats) : only_(std::move(only)), repeats_(repeats), stream_(Take(CudaStream::Create())) {
-    device_ = Take(CurrentCudaDevice());
+  Bench(std::string only, int repeats) : only_(std::move(only)), repeats_(repeats), stream_(OrExit(CudaStream::Create())) {
+    device_ = OrExit(CurrentCudaDevice());
   }
   cudaStream_t stream() const { return stream_.get(); }
   const CudaDevice& device() const { return device_; }
@@ -83,21 +71,21 @@ class Bench {
   Times Measure(const std::function<void()>& enqueue) {
     cudaGraph_t graph = nullptr;
     cudaGraphExec_t run = nullptr;
-    Ok(CudaStatus(cudaStreamBeginCapture(stream(), cudaStreamCaptureModeThreadLocal), "begin capture"));
+    OrExit(CudaStatus(cudaStreamBeginCapture(stream(), cudaStreamCaptureModeThreadLocal), "begin capture"));
     enqueue();
-    Ok(CudaStatus(cudaStreamEndCapture(stream(), &graph), "end capture"));
-    Ok(CudaStatus(cudaGraphInstantiate(&run, graph, 0), "instantiate"));
-    const auto start = Take(CudaEvent::Create(CudaEvent::Timing::kOn)), end = Take(CudaEvent::Create(CudaEvent::Timing::kOn));
+    OrExit(CudaStatus(cudaStreamEndCapture(stream(), &graph), "end capture"));
+    OrExit(CudaStatus(cudaGraphInstantiate(&run, graph, 0), "instantiate"));
+    const auto start = OrExit(CudaEvent::Create(CudaEvent::Timing::kOn)), end = OrExit(CudaEvent::Create(CudaEvent::Timing::kOn));
     std::vector<double> times;
     for (int i = -3; i < repeats_; ++i) {
-      Ok(start.Record(stream()));
-      Ok(CudaStatus(cudaGraphLaunch(run, stream()), "launch"));
-      Ok(end.Record(stream()));
-      Ok(end.Synchronize());
-      if (i >= 0) times.push_back(1000.0 * static_cast<double>(Take(end.MillisecondsSince(start))));
+      OrExit(start.Record(stream()));
+      OrExit(CudaStatus(cudaGraphLaunch(run, stream()), "launch"));
+      OrExit(end.Record(stream()));
+      OrExit(end.Synchronize());
+      if (i >= 0) times.push_back(1000.0 * static_cast<double>(OrExit(end.MillisecondsSince(start))));
     }
-    Ok(CudaStatus(cudaGraphExecDestroy(run), "destroy"));
-    Ok(CudaStatus(cudaGraphDestroy(graph), "destroy"));
+    OrExit(CudaStatus(cudaGraphExecDestroy(run), "destroy"));
+    OrExit(CudaStatus(cudaGraphDestroy(graph), "destroy"));
     std::sort(times.begin(), times.end());
     return {times[times.size() / 2], times.front(), times.back()};
   }
@@ -135,15 +123,15 @@ void FillHalves(Half* to, size_t count, Rng& rng) {
   for (Half& h : pattern) h = FloatToHalf(static_cast<float>(rng.Normal()));
   for (size_t at = 0; at < count; at += pattern.size()) {
     const size_t part = std::min(pattern.size(), count - at);
-    Ok(CudaStatus(cudaMemcpy(to + at, pattern.data(), part * sizeof(Half), cudaMemcpyDefault), "fill"));
+    OrExit(CudaStatus(cudaMemcpy(to + at, pattern.data(), part * sizeof(Half), cudaMemcpyDefault), "fill"));
   }
-  Ok(CudaStatus(cudaDeviceSynchronize(), "wait"));
+  OrExit(CudaStatus(cudaDeviceSynchronize(), "wait"));
 }
 
 void MeasureCopy(Bench& bench) {
   const size_t bytes = size_t{4} << 30;
   const Array<std::byte> from(bytes), to(bytes);
-  const Times t = bench.Measure([&] { Ok(CudaStatus(cudaMemcpyAsync(to.data(), from.data(), bytes, cudaMemcpyDeviceToDevice, bench.stream()), "copy")); });
+  const Times t = bench.Measure([&] { OrExit(CudaStatus(cudaMemcpyAsync(to.data(), from.data(), bytes, cudaMemcpyDeviceToDevice, bench.stream()), "copy")); });
   bench.rate = 2.0 * static_cast<double>(bytes) / t.median / 1e3;
   bench.Report("copy", {{"bytes", bytes}}, t, 1, 2.0 * static_cast<double>(bytes), bench.rate, 1);
 }
@@ -190,7 +178,7 @@ void AttendChosen(Bench& bench, int batch, int kv_heads, int group, int d, int32
   const Array<cuda::GateTask> device_gates(gates);
   cuda::AttendParams params{.num_tasks = heads, .max_rows = k, .group = group, .head_dim = d};
   params.tasks = device_tasks.data();
-  const Array<std::byte> workspace(Take(cuda::AttendWorkspaceBytes(params)));
+  const Array<std::byte> workspace(OrExit(cuda::AttendWorkspaceBytes(params)));
   params.workspace = workspace.data(), params.workspace_bytes = workspace.size();
   const double bytes = static_cast<double>(heads) * k * static_cast<double>(row) * 2;
   const Json shape{{"batch", batch}, {"kv_heads", kv_heads}, {"group", group}, {"head_dim", d}, {"k", k}, {"layers", layers}};
@@ -199,10 +187,10 @@ void AttendChosen(Bench& bench, int batch, int kv_heads, int group, int d, int32
       for (int layer = 0; layer < layers; ++layer) {
         params.tasks = device_tasks.data() + layer * heads;
         if (gate) {
-          Ok(cuda::Gate({.tasks = device_gates.data() + layer * heads, .num_tasks = heads, .group = group, .head_dim = d, .tau = 0.8f},
+          OrExit(cuda::Gate({.tasks = device_gates.data() + layer * heads, .num_tasks = heads, .group = group, .head_dim = d, .tau = 0.8f},
                         bench.stream()));
         }
-        Ok(cuda::Attend(params, bench.stream()));
+        OrExit(cuda::Attend(params, bench.stream()));
       }
     });
     bench.Report(gate ? "gate + attend chosen" : "attend chosen", shape, t, layers, bytes, bench.rate, gate ? 2 : 1);
@@ -230,12 +218,12 @@ void Dense(Bench& bench, int batch, int kv_heads, int group, int d, int32_t n) {
   const Array<cuda::AttendTask> device_tasks(tasks);
   cuda::AttendParams params{.num_tasks = heads, .max_rows = n, .group = group, .head_dim = d};
   params.tasks = device_tasks.data();
-  const Array<std::byte> workspace(Take(cuda::AttendWorkspaceBytes(params)));
+  const Array<std::byte> workspace(OrExit(cuda::AttendWorkspaceBytes(params)));
   params.workspace = workspace.data(), params.workspace_bytes = workspace.size();
   const Times t = bench.Measure([&] {
     for (int layer = 0; layer < layers; ++layer) {
       params.tasks = device_tasks.data() + layer * heads;
-      Ok(cuda::Attend(params, bench.stream()));
+      OrExit(cuda::Attend(params, bench.stream()));
     }
   });
   bench.Report("dense attend", {{"batch", batch}, {"kv_heads", kv_heads}, {"group", group}, {"head_dim", d}, {"n", n}, {"layers", layers}}, t,
@@ -261,8 +249,8 @@ void Select(Bench& bench, int kv_heads, int group, int d, int32_t n, int bits, i
         const Array<cuda::AppendTask> one(std::vector<cuda::AppendTask>{
             {.k = keys.data() + rng.Int(0, 4096 * d), .v = keys.data(), .stride = d, .first = position.data(), .rows = ring.data(),
              .ring_rows = kRing / 64 * 64, .count = std::min(kPart, n - at), .blocks = blocks.data() + head * head_bytes}});
-        Ok(cuda::Append({.tasks = one.data(), .num_tasks = 1, .max_count = kPart, .format = format, .head_dim = d}, bench.stream()));
-        Ok(CudaStatus(cudaStreamSynchronize(bench.stream()), "append"));
+        OrExit(cuda::Append({.tasks = one.data(), .num_tasks = 1, .max_count = kPart, .format = format, .head_dim = d}, bench.stream()));
+        OrExit(CudaStatus(cudaStreamSynchronize(bench.stream()), "append"));
       }
     }
   }
@@ -288,7 +276,7 @@ void Select(Bench& bench, int kv_heads, int group, int d, int32_t n, int bits, i
     const Array<cuda::ScanTask> device_scans(scans);
     const Times t = bench.Measure([&] {
       for (int layer = 0; layer < layers; ++layer) {
-        Ok(cuda::Scan({.tasks = device_scans.data() + layer * kv_heads, .num_tasks = kv_heads, .max_n = n, .format = format, .group = group,
+        OrExit(cuda::Scan({.tasks = device_scans.data() + layer * kv_heads, .num_tasks = kv_heads, .max_n = n, .format = format, .group = group,
                        .head_dim = d}, bench.stream()));
       }
     });
@@ -298,16 +286,16 @@ void Select(Bench& bench, int kv_heads, int group, int d, int32_t n, int bits, i
   const Array<cuda::SelectTask> device(tasks);
   cuda::SelectParams params{.num_tasks = kv_heads, .max_n = n, .format = format, .group = group, .head_dim = d};
   params.tasks = device.data();
-  const Array<std::byte> workspace(Take(cuda::SelectWorkspaceBytes(params)));
+  const Array<std::byte> workspace(OrExit(cuda::SelectWorkspaceBytes(params)));
   params.workspace = workspace.data(), params.workspace_bytes = workspace.size();
   const Times t = bench.Measure([&] {
     for (int layer = 0; layer < layers; ++layer) {
       params.tasks = device.data() + layer * kv_heads;
-      Ok(cuda::Select(params, bench.stream()));
+      OrExit(cuda::Select(params, bench.stream()));
     }
   });
   std::vector<int32_t> counts(count.size());
-  Ok(CudaStatus(cudaMemcpy(counts.data(), count.data(), counts.size() * 4, cudaMemcpyDefault), "read"));
+  OrExit(CudaStatus(cudaMemcpy(counts.data(), count.data(), counts.size() * 4, cudaMemcpyDefault), "read"));
   for (const int32_t c : counts) {
     if (c != k) Fail({StatusCode::kCorrupt, "select chose " + std::to_string(c) + " of " + std::to_string(k)});
   }
@@ -333,7 +321,7 @@ void Append(Bench& bench, int kv_heads, int d, bool encodes) {
   const Array<cuda::AppendTask> device(tasks);
   const Times t = bench.Measure([&] {
     for (int layer = 0; layer < kLayers; ++layer) {
-      Ok(cuda::Append({.tasks = device.data() + layer * kv_heads, .num_tasks = kv_heads, .max_count = 1, .format = format, .head_dim = d}, bench.stream()));
+      OrExit(cuda::Append({.tasks = device.data() + layer * kv_heads, .num_tasks = kv_heads, .max_count = 1, .format = format, .head_dim = d}, bench.stream()));
     }
   });
   const double bytes = kv_heads * (encodes ? 64.0 * 2 * d + static_cast<double>(block) : 4.0 * d);
@@ -357,7 +345,7 @@ class PinnedPool {
       });
     }
     for (std::thread& thread : threads) thread.join();
-    Ok(CudaStatus(cudaHostRegister(data_, bytes_, cudaHostRegisterDefault), "cudaHostRegister"));
+    OrExit(CudaStatus(cudaHostRegister(data_, bytes_, cudaHostRegisterDefault), "cudaHostRegister"));
   }
   ~PinnedPool() {
     CountCudaError(cudaHostUnregister(data_));
@@ -396,7 +384,7 @@ void Gather(Bench& bench, const PinnedPool& pool, size_t footprint, int32_t piec
   const Array<cuda::GatherTask> device(tasks);
   const Times t = bench.Measure([&] {
     for (int r = 0; r < kRounds; ++r) {
-      Ok(cuda::Gather({.tasks = device.data() + r, .num_tasks = 1, .piece_bytes = piece, .max_blocks = blocks}, bench.stream()));
+      OrExit(cuda::Gather({.tasks = device.data() + r, .num_tasks = 1, .piece_bytes = piece, .max_blocks = blocks}, bench.stream()));
     }
   });
   bench.Report("gather", {{"footprint_gib", static_cast<double>(footprint) / (1 << 30)}, {"piece", piece}, {"count", count}, {"blocks", blocks},

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "bench/or_exit.h"
 #include "integrations/reference/engine/aligned_floats.h"
 #include "integrations/reference/engine/engine.h"
 #include "integrations/reference/engine/kernel_table.h"
@@ -49,13 +50,6 @@ struct World {
 World& TheWorld() {
   static World world;
   return world;
-}
-
-template <class T>
-T OrExit(Result<T> result) {
-  if (result.ok()) return std::move(result).value();
-  std::fprintf(stderr, "engine_bench: %s\n", result.status().ToString().c_str());
-  std::exit(1);
 }
 
 std::vector<int32_t> RandomTokens(int64_t count) {
