@@ -286,7 +286,8 @@ class FidelityJob {
     }
     if (!options_.html.empty()) {
       PREHOC_ASSIGN_OR_RETURN(OutputFile file, OutputFile::Create("--html", options_.html));
-      PREHOC_RETURN_IF_ERROR(file.Commit(FormatFidelityReport(json)));
+      // On one line: nobody reads it there, and it halves the page.
+      PREHOC_RETURN_IF_ERROR(file.Commit(FormatFidelityReport(whole.dump(-1, ' ', false, ordered_json::error_handler_t::replace))));
     }
     return {};
   }
