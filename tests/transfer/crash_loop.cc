@@ -2,10 +2,13 @@
 // by SIGKILL at a random moment; then this process opens the store and looks at everything in it.
 //   crash_loop ROUNDS SEED    exit code 1, and the round, if a byte is wrong or something acknowledged is gone
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -113,7 +116,16 @@ bool Round(const std::string& path, Rng* rng, Model* model) {
     }
   };
   while (ticks >= 0 && ::read(pipes[0], &message, sizeof message) == sizeof message) note();
-  ::usleep(static_cast<useconds_t>(rng->Int(0, 5'000)));
+  // The moment is the test: anywhere within a step, or between two.
+  const auto moment = std::chrono::steady_clock::now() + std::chrono::microseconds(rng->Int(0, 5'000));
+  while (true) {
+    const auto left = std::chrono::duration_cast<std::chrono::nanoseconds>(moment - std::chrono::steady_clock::now()).count();
+    const timespec wait{0, std::max<int64_t>(0, left)};
+    pollfd listening{pipes[0], POLLIN, 0};
+    if (left <= 0 || ::ppoll(&listening, 1, &wait, nullptr) <= 0) break;
+    if (::read(pipes[0], &message, sizeof message) != sizeof message) break;
+    note();
+  }
   ::kill(pid, SIGKILL);
   int status = 0;
   ::waitpid(pid, &status, 0);
