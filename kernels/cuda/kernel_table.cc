@@ -110,14 +110,17 @@ struct DeviceKernels::Impl {
     in_sent = in_used;
     return {};
   }
-  // Zero when `use` is another than the last time: the layout of a workspace follows from it.
+  // Room for `size` bytes. What is staged stays.
+  Status Reserve(size_t size, Workspace* workspace) PREHOC_REQUIRES(mutex) {
+    if (workspace->bytes && workspace->bytes->size() >= size) return {};
+    PREHOC_RETURN_IF_ERROR(stream.Synchronize());
+    workspace->use.clear();
+    return Grow(CudaPlace::kDevice, size, &workspace->bytes);
+  }
+  // As Reserve(), and zero when `use` is another than the last time: the layout of a workspace follows from it.
   Status Prepare(size_t size, std::string use, Workspace* workspace) PREHOC_REQUIRES(mutex) {
-    const bool grows = !workspace->bytes || workspace->bytes->size() < size;
-    if (grows) {
-      PREHOC_RETURN_IF_ERROR(Wait());
-      PREHOC_RETURN_IF_ERROR(Grow(CudaPlace::kDevice, size, &workspace->bytes));
-    }
-    if (!grows && workspace->use == use) return {};
+    PREHOC_RETURN_IF_ERROR(Reserve(size, workspace));
+    if (workspace->use == use) return {};
     workspace->use = std::move(use);
     PREHOC_CUDA_TRY(cudaMemsetAsync(workspace->bytes->data(), 0, size, stream.get()));
     return {};
@@ -330,11 +333,6 @@ Status DeviceKernels::Impl::Choose(const prehoc::ChooseParams& params) {
   PREHOC_ASSIGN_OR_RETURN(const size_t bytes, ChooseWorkspaceBytes(call));
   const std::string use = std::to_string(num) + "," + std::to_string(call.max_n) + "," + std::to_string(call.group) + "," +
                           std::to_string(dilates);
-  if (!choosing.bytes || choosing.bytes->size() < bytes) {  // growing waits, which would give the staged tasks away
-    PREHOC_RETURN_IF_ERROR(stream.Synchronize());
-    PREHOC_RETURN_IF_ERROR(Grow(CudaPlace::kDevice, bytes, &choosing.bytes));
-    choosing.use.clear();
-  }
   PREHOC_RETURN_IF_ERROR(Prepare(bytes, use, &choosing));
   call.workspace = choosing.bytes->data();
   call.workspace_bytes = choosing.bytes->size();
@@ -464,11 +462,6 @@ Status DeviceKernels::Impl::Attend(const prehoc::AttendParams& params) {
   PREHOC_ASSIGN_OR_RETURN(const size_t bytes, AttendWorkspaceBytes(call));
   if (bytes > 0) {
     const std::string use = std::to_string(num) + "," + std::to_string(call.max_rows) + "," + std::to_string(params.group);
-    if (!attending.bytes || attending.bytes->size() < bytes) {
-      PREHOC_RETURN_IF_ERROR(stream.Synchronize());
-      PREHOC_RETURN_IF_ERROR(Grow(CudaPlace::kDevice, bytes, &attending.bytes));
-      attending.use.clear();
-    }
     PREHOC_RETURN_IF_ERROR(Prepare(bytes, use, &attending));
     call.workspace = attending.bytes->data();
     call.workspace_bytes = attending.bytes->size();
@@ -492,10 +485,7 @@ Status DeviceKernels::Impl::Prefill(const prehoc::PrefillParams& params) {
   const size_t row = static_cast<size_t>(params.head_dim) * 2, task_rows = RoundUp(keys * row * sizeof(Half), kAlign);
   PREHOC_RETURN_IF_ERROR(Begin(Room<RunPrefillTask>(num) + num * (Room<float>(queries * width) + Room<int32_t>(queries)),
                                num * Room<float>(queries * width)));
-  if (!scratch.bytes || scratch.bytes->size() < num * task_rows) {
-    PREHOC_RETURN_IF_ERROR(stream.Synchronize());
-    PREHOC_RETURN_IF_ERROR(Grow(CudaPlace::kDevice, num * task_rows, &scratch.bytes));
-  }
+  PREHOC_RETURN_IF_ERROR(Reserve(num * task_rows, &scratch));
   const Staged<RunPrefillTask> tasks = In<RunPrefillTask>(num);
   for (size_t i = 0; i < num; ++i) {
     const prehoc::PrefillTask& task = params.tasks[i];

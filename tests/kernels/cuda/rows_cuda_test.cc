@@ -15,7 +15,7 @@ TEST_F(RowsCudaTest, AppendAndEncodeGiveTheBytesOfTheReference) {
   for (const cuda::RowType type : kRowTypes) {
     for (const int32_t d : CudaHeadDims()) {
       for (const CodeFormat format : {CodeFormat{4, 64, false}, CodeFormat{2, 16, true}, CodeFormat{8, 64, true}, CodeFormat{3, 64, true},
-                                      CodeFormat{3, 16, false}, CodeFormat{4, 16, true}, CodeFormat{2, 64, false}}) {
+                                      CodeFormat{3, 16, false}, CodeFormat{4, 16, true}, CodeFormat{2, 64, false}, CodeFormat{5, 64, true}}) {
         SCOPED_TRACE(testing::Message() << NameOf(type) << ", head_dim " << d << ", bits " << format.bits << " over "
                                         << format.group_tokens);
         constexpr int32_t kTokens = 300, kMaxCount = 70;
