@@ -516,6 +516,22 @@ TEST(PipelineTiers, ABoundThatIsOnlyReportedChangesNothing) {
   }
 }
 
+// Coarse codes that keep nearly everything leave out what they have underrated: without an allowance for that, the bound of
+// the set would lie below the truth more often than not.
+TEST(PipelineTiers, ABoundOfTheSetAllowsForWhatTheCodesChose) {
+  WorldOptions options = WorldOptions::Default();
+  options.cache.codes = {.bits = 2, .group_tokens = 16, .dither = true};
+  options.cache.selector.budget.tokens = 270;
+  options.cache.selector.tc.tau = 1;
+  options.cache.selector.bound = BoundKind::kStatistical;
+  options.cache.selector.bound_scope = SelectorOptions::BoundScope::kSet;
+  options.cache.selector.bound_confidence = 0.5;
+  SequenceReport report;
+  RunWith(options, &report);
+  EXPECT_GT(report.statistical_checked, 100);
+  EXPECT_LE(report.statistical_violations, report.statistical_checked / 100);
+}
+
 TEST(PipelineTiers, AStatisticalBoundNeedsDitheredCodes) {
   WorldOptions options = WorldOptions::Default();
   ThreadPool::Options threads{.loop_threads = 1, .job_threads = 1};
