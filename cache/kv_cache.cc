@@ -35,6 +35,21 @@ ChunkKeyRoot CacheShared::KeyRoot(const std::string& method) const {
 KvCache::KvCache(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 KvCache::~KvCache() = default;
 
+namespace {
+// Says what these kernels do offer.
+Status CodesNotOffered(const CodeFormat& codes, const KernelTable& kernels, int32_t head_dim) {
+  std::string bits;
+  for (int32_t b = 1; b <= 8; ++b) {
+    if (kernels.code_block_bytes({.bits = b}, head_dim) > 0) bits += (bits.empty() ? "" : ", ") + std::to_string(b);
+  }
+  const bool dither = kernels.code_block_bytes({.dither = true}, head_dim) > 0;
+  return {StatusCode::kInvalid, "codes of " + std::to_string(codes.bits) + " bits over " + std::to_string(codes.group_tokens) + " tokens" +
+                                    (codes.dither ? ", dithered," : "") + " are not offered by the kernels " + std::string(kernels.name) + " at head_dim " +
+                                    std::to_string(head_dim) + ": bits " + (bits.empty() ? "none" : bits) + ", over 16 or 64" +
+                                    (dither ? "" : ", without dither")};
+}
+}  // namespace
+
 Result<std::unique_ptr<KvCache>> KvCache::Create(const CacheOptions& options, const CacheResources& resources) {
   PREHOC_RETURN_IF_ERROR(options.Validate());
   if (resources.executor == nullptr || resources.device == nullptr) {
@@ -57,9 +72,7 @@ Result<std::unique_ptr<KvCache>> KvCache::Create(const CacheOptions& options, co
     return {StatusCode::kInvalid, "device memory that host code cannot reach needs kernels of that device and a registrar"};
   }
   if (own.kernels->code_block_bytes(options.codes, options.geometry.head_dim) == 0) {
-    return {StatusCode::kInvalid, "codes of " + std::to_string(options.codes.bits) + " bits over " +
-                                      std::to_string(options.codes.group_tokens) +
-                                      " tokens are not offered: bits 2, 3, 4, 5 or 8, over 16 or 64"};
+    return CodesNotOffered(options.codes, *own.kernels, options.geometry.head_dim);
   }
   if (own.store && own.store->chunk_bytes() != options.geometry.block_bytes()) {
     return {StatusCode::kInvalid, "the store keeps records of " + std::to_string(own.store->chunk_bytes()) +

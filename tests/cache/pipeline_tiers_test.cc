@@ -532,7 +532,7 @@ TEST(PipelineTiers, ABoundOfTheSetAllowsForWhatTheCodesChose) {
   EXPECT_LE(report.statistical_violations, report.statistical_checked / 100);
 }
 
-TEST(PipelineTiers, AStatisticalBoundNeedsDitheredCodes) {
+TEST(PipelineTiers, AStatisticalBoundNeedsDitheredCodesAndNoOneOffersSeven) {
   WorldOptions options = WorldOptions::Default();
   ThreadPool::Options threads{.loop_threads = 1, .job_threads = 1};
   const auto pool = ThreadPool::Create(threads).value();
@@ -544,6 +544,8 @@ TEST(PipelineTiers, AStatisticalBoundNeedsDitheredCodes) {
   EXPECT_TRUE(HasStatus(KvCache::Create(options.cache, resources).status(), StatusCode::kInvalid, "needs dithered codes"));
   options.cache.codes.dither = true;
   EXPECT_OK(KvCache::Create(options.cache, resources).status());
+  options.cache.codes.bits = 7;
+  EXPECT_TRUE(HasStatus(KvCache::Create(options.cache, resources).status(), StatusCode::kInvalid, ": bits 2, 3, 4, 5, 8, over 16 or 64"));
 }
 
 // Codes are made anew when a prefix is restored, by blocks instead of as they filled: from the same seed, the same ones.
