@@ -1,4 +1,4 @@
-// What the host tier knows of one block, and the lists that say which goes next. Internal to host_tier.cc.
+// What the host tier knows of one block, and the lists that say which goes next. Internal to host_tier*.cc.
 #pragma once
 #include <array>
 #include <cstdint>
