@@ -180,7 +180,9 @@ Status HostTier::Flush() {
   const auto note = [&](const Status& status) {
     if (first.ok()) first = status;
   };
+  TraceScope trace(impl_->options.tracer, "flush");
   std::vector<Block*> todo = impl_->TakeUnwritten();
+  trace.Say("blocks", static_cast<int64_t>(todo.size()));
   for (bool again = false;; again = true) {
     std::vector<Block*> busy;
     Status stall;
@@ -195,7 +197,7 @@ Status HostTier::Flush() {
       MutexLock lock(impl_->mutex);
       impl_->EndJobLocked(block);
     }
-    note(impl_->store->Flush());
+    note(impl_->FlushStore());
     const bool helped = !again || busy.size() < todo.size();
     todo = std::move(busy);
     if (!todo.empty() && helped) continue;

@@ -14,6 +14,7 @@
 #include "base/executor.h"
 #include "base/ids.h"
 #include "base/result.h"
+#include "base/trace.h"
 #include "cache/tier_health.h"
 #include "transfer/chunk_store.h"
 #include "transfer/host_arena.h"
@@ -72,6 +73,7 @@ class HostTier {
     HostRegistrar* registrar = nullptr;  // pins the memory for a device; or null. Outlives the tier and both executors' jobs
     int32_t max_queued_writes = 64;  // write-behind jobs under way; beyond it a block waits for its eviction or for Flush()
     const Clock* clock = nullptr;    // of load_nanos and deadlines; null = SteadyClock
+    Tracer* tracer = nullptr;        // of the store's reads and writes; null = nobody
     // With `health` the store is asked only while it works: else, and when a read fails, its blocks count as lost and are made
     // anew (kNotFound in the place of kIoError and kDeadline), and nothing is found in it. Outlives the tier; null = always asked.
     TierHealth* health = nullptr;

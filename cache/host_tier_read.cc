@@ -172,7 +172,10 @@ void HostTier::Impl::FinishRead(Block* block, BlockLoad* load, BlockId memory, i
   Status status(StatusCode::kDeadline, "nobody waits for it any more");
   if (!late) {
     PREHOC_TEST_POINT("host_tier.load");
+    TraceScope trace(options.tracer, "store read");
+    trace.Say("layer", load->key.layer).Say("bytes", static_cast<int64_t>(options.block_bytes));
     status = store->Get(load->key, BytesOf(memory));
+    trace.Say("code", static_cast<int64_t>(status.code()));
   }
   const int64_t nanos = clock->NowNanos() - start;
   {

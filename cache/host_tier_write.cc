@@ -23,9 +23,12 @@ HostTier::Impl::WriteResult HostTier::Impl::Write(const PendingWrite& write) con
   if (options.health != nullptr && !options.health->Begin()) {
     return {.status = LeftAlone().WithContext("host tier")};
   }
+  TraceScope trace(options.tracer, "store write");
+  trace.Say("layer", write.key.layer).Say("bytes", static_cast<int64_t>(options.block_bytes));
   // Or the store would give damage a checksum that holds.
   const bool damaged = SealOf(write.key, write.bytes) != write.seal;
   const Status status = damaged ? Damaged(write.key) : store->Put(write.key, write.bytes, write.origin);
+  trace.Say("code", static_cast<int64_t>(status.code()));
   if (options.health != nullptr) options.health->End(status);
   return {.status = status, .wrote = !damaged, .damaged = damaged};
 }
@@ -90,7 +93,10 @@ void HostTier::Impl::RunWriteBehind(Block* block) {
     write = BeginWriteLocked(block);
     ++running;
   }
-  const WriteResult result = Write(write);
+  const WriteResult result = [&] {
+    TraceScope trace(options.tracer, "write behind");
+    return Write(write);
+  }();
   MutexLock lock(mutex);
   EndWriteLocked(block, result);
   --queued_writes;

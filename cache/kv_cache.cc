@@ -90,6 +90,7 @@ Result<std::unique_ptr<KvCache>> KvCache::Create(const CacheOptions& options, co
   host.verify_pins = options.verify_pins;
   host.registrar = own.registrar;
   host.clock = own.clock;
+  host.tracer = own.tracer;
   if (own.store != nullptr && options.guard_store) {
     PREHOC_RETURN_IF_ERROR(options.health.Validate());
     impl->health = std::make_unique<TierHealth>(options.health, own.clock);
@@ -111,6 +112,7 @@ Result<std::unique_ptr<Sequence>> KvCache::OpenWithPrefix(const SequenceOptions&
     return {StatusCode::kInvalid, "a prompt of " + std::to_string(tokens.size()) + " tokens with max_tokens = " +
                                       std::to_string(options.max_tokens)};
   }
+  TraceScope trace(impl_->resources.tracer, "open with prefix");
   PREHOC_ASSIGN_OR_RETURN(auto impl, Sequence::Impl::Open(impl_.get(), options));
   const Status restored = impl->RestorePrefix(tokens);
   if (!restored.ok()) {
@@ -122,6 +124,7 @@ Result<std::unique_ptr<Sequence>> KvCache::OpenWithPrefix(const SequenceOptions&
     impl->report.corrupt_chunks = corrupt;
     impl->report.missing_chunks = missing;
   }
+  trace.Say("restored_tokens", impl->restored_tokens);
   return std::unique_ptr<Sequence>(new Sequence(std::move(impl)));
 }
 

@@ -23,6 +23,7 @@
 #include "base/host_registrar.h"
 #include "base/ids.h"
 #include "base/result.h"
+#include "base/trace.h"
 #include "cache/report.h"
 #include "cache/tier_health.h"
 #include "kernels/function_table.h"
@@ -67,6 +68,7 @@ struct CacheResources {
   TransferEngine* transfer = nullptr;  // copies that run behind the steps; null = on `background`; required with tc.lag > 0 where
                                        // host code cannot reach `device`
   const Clock* clock = nullptr;        // null = SteadyClock
+  Tracer* tracer = nullptr;            // told what runs when, from every thread (docs/cli.md, --trace); null = nobody
 };
 
 // One unit (query heads that choose together) of one audited step, with the truth beside what was done. Everything is

@@ -159,6 +159,7 @@ Status Sequence::Impl::BeginRepair(ChunkIndex chunk) {
   next_layer = 0;
   step_report = SequenceReport{};
   repairing = chunk;
+  call_trace.emplace(tracer(), TraceWord("repair")).Say("first", first).Say("tokens", count);
   open = true;
   return {};
 }
@@ -179,6 +180,7 @@ Status Sequence::Impl::EndRepair() {
                               chain.Origin(*repairing));
   }
   ++report.recomputed_chunks;
+  call_trace.reset();
   repairing.reset();
   repair_pins.clear();
   repair_blocks.clear();

@@ -43,6 +43,8 @@ bool Chooses(const UnitStep& unit) { return unit.way == Way::kSelect || unit.way
 Status Sequence::Impl::Select(FastStep& s) {
   const bool any = std::any_of(s.units.begin(), s.units.end(), Chooses);
   if (!any) return {};
+  TraceScope trace(tracer(), "select");
+  trace.Say("layer", s.layer);
   {
     ScopedTimer timer(*cache->resources.clock, &step_report.times.score);
     PREHOC_RETURN_IF_ERROR(Score(s));

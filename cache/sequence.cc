@@ -219,6 +219,11 @@ Status Sequence::Impl::Begin(std::span<const int32_t> new_tokens, int64_t prompt
   ring_begin = ring_end;
   if (decoding()) ++step;
   began_at = cache->resources.clock->NowNanos();
+  if (decoding()) {
+    call_trace.emplace(tracer(), TraceWord("step")).Say("step", step).Say("position", first);
+  } else {
+    call_trace.emplace(tracer(), TraceWord("prefill")).Say("first", first).Say("tokens", count);
+  }
   open = true;
   return {};
 }
@@ -349,12 +354,15 @@ Status Sequence::Impl::End() {
   chain = next_chain;
   length = visible();
   report.Merge(step_report);
+  call_trace.reset();
   open = false;
   return {};
 }
 
 void Sequence::Impl::Rollback() {
   if (!open) return;
+  if (call_trace) call_trace->Say("rolled_back", 1);
+  call_trace.reset();
   if (decoding() && !repairing) --step;
   // Blocks that began with the announced tokens go; the one that was there keeps its earlier rows.
   const auto kept = static_cast<size_t>(CeilDiv(length, geometry().chunk_tokens));

@@ -11,6 +11,8 @@ namespace prehoc {
 Status Sequence::Impl::SlowClock() {
   if (complete() || layout.slots == 0) return {};
   ScopedTimer timer(*cache->resources.clock, decoding() ? &step_report.times.slow_clock : &step_report.times.prefill);
+  TraceScope trace(tracer(), "slow clock");
+  trace.Say("step", step);
   const ResidencyRule rule = selector().Residency();
   const bool residents_only = cache->options.selector.kind == SelectorKind::kSharedCandidates;
   for (int32_t l = 0; l < geometry().layers; ++l) {
@@ -48,6 +50,8 @@ Status Sequence::Impl::FillAtStart(int32_t layer_index, int32_t kv_head) {
 }
 
 Status Sequence::Impl::Refresh(int32_t layer_index, int32_t kv_head, int64_t lag) {
+  TraceScope trace(tracer(), "refresh");
+  trace.Say("layer", layer_index).Say("kv_head", kv_head);
   LayerState& layer = layers[static_cast<size_t>(layer_index)];
   const ResidencyRule rule = selector().Residency();
   float* pooled = nullptr;

@@ -286,9 +286,14 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     }
   }
 
+  Status FlushStore() {
+    TraceScope trace(options.tracer, "store flush");
+    return store->Flush();
+  }
+
   // Every block that could go was refused, some because the store would have stalled: a flush ends that.
   void FlushAndBeginAnew(Turn* turn) {
-    const Status flushed = store->Flush();
+    const Status flushed = FlushStore();
     MutexLock lock(mutex);
     turn->id = ++turns;
     turn->refusals = 0;

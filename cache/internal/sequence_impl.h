@@ -238,6 +238,7 @@ struct Sequence::Impl {
   float* err(int32_t head) const { return err_ ? err_ + static_cast<int64_t>(head) * layout.stride : nullptr; }
   int64_t visible() const { return first + count; }
   bool decoding() const { return prompt == 0; }
+  Tracer* tracer() const { return cache->resources.tracer; }
 
   CacheShared* const cache;
   const DeviceLayout layout;
@@ -259,6 +260,7 @@ struct Sequence::Impl {
   bool open = false;
   int64_t first = 0, count = 0;
   int64_t began_at = 0;      // clock, of the open call
+  std::optional<TraceScope> call_trace;  // of the open call
   int64_t prompt = 0;        // whole prompt's length; 0 = decode
   int32_t next_layer = 0;
   int64_t step = 0;          // u of the open or last call

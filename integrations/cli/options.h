@@ -8,6 +8,7 @@
 
 #include "base/result.h"
 #include "integrations/cli/fidelity_plan.h"
+#include "integrations/cli/log.h"
 #include "kernels/function_table.h"
 #include "selector/options.h"
 
@@ -45,6 +46,9 @@ struct AnswerOptions {
   bool cuda = false;           // --device cuda: model, kernels and device tier on the GPU
   bool compare_dense = false;
   std::string json;            // file; empty = none
+  std::string trace;           // file of the run's spans (trace_log.h); empty = none
+  std::string metrics;         // file of counters (metrics.h); empty = none
+  LogLevel log = LogLevel::kOff;
 };
 
 struct DoctorOptions {

@@ -159,6 +159,7 @@ Status Session::CreateCache() {
   resources.store = store_.get();
   resources.kernels = device_.kernels;
   resources.transfer = device_.transfer.get();
+  resources.tracer = options_.tracer;
   auto created = KvCache::Create(cache, resources);
   if (!created.ok()) return CreateError(created.status(), options_);
   cache_ = std::move(created).value();
