@@ -36,7 +36,7 @@ class Tracer {
   explicit Tracer(const Clock* clock) : clock_(clock) {}  // outlives this
   virtual ~Tracer() = default;
   int64_t NowNanos() const { return clock_->NowNanos(); }
-  virtual void OnSpan(const TraceSpan& span) = 0;  // safe from any thread; must be quick
+  virtual void OnSpan(const TraceSpan& span) = 0;  // safe from any thread; must be quick, and throw nothing
 
  private:
   const Clock* const clock_;

@@ -16,18 +16,18 @@ HostTier::Impl::PendingWrite HostTier::Impl::BeginWriteLocked(Block* block) {
   return {data.key, data.origin, data.seal, BytesOf(data.memory)};
 }
 
-HostTier::Impl::WriteResult HostTier::Impl::Write(const PendingWrite& write) const {
+HostTier::Impl::WriteResult HostTier::Impl::Write(const PendingWrite& write) const noexcept {
   PREHOC_TEST_POINT("host_tier.write");
   // Asked each time: a bounded store may have shed what it once took.
   if (store->Contains(write.key)) return {};
   if (options.health != nullptr && !options.health->Begin()) {
-    return {.status = LeftAlone().WithContext("host tier")};
+    return {.status = LeftAlone()};
   }
   TraceScope trace(options.tracer, "store write");
   trace.Say("layer", write.key.layer).Say("bytes", static_cast<int64_t>(options.block_bytes));
   // Or the store would give damage a checksum that holds.
   const bool damaged = SealOf(write.key, write.bytes) != write.seal;
-  const Status status = damaged ? Damaged(write.key) : store->Put(write.key, write.bytes, write.origin);
+  const Status status = damaged ? Damaged(write.key) : WithinMemory([&] { return store->Put(write.key, write.bytes, write.origin); });
   trace.Say("code", static_cast<int64_t>(status.code()));
   if (options.health != nullptr) options.health->End(status);
   return {.status = status, .wrote = !damaged, .damaged = damaged};
@@ -120,8 +120,11 @@ Status HostTier::Impl::WriteNow(Block* block) {
 
 std::vector<Block*> HostTier::Impl::TakeUnwritten() {
   std::vector<std::pair<uint64_t, Block*>> found;
+  std::vector<Block*> blocks;
   {
     MutexLock lock(mutex);
+    found.reserve(map.size());
+    blocks.reserve(map.size());
     for (const auto& [key, block] : map) {
       BlockData& data = In(block.get());
       if (!data.memory.valid() || data.stored || data.damaged) continue;
@@ -130,8 +133,6 @@ std::vector<Block*> HostTier::Impl::TakeUnwritten() {
     }
   }
   std::sort(found.begin(), found.end());
-  std::vector<Block*> blocks;
-  blocks.reserve(found.size());
   for (const auto& [order, block] : found) blocks.push_back(block);
   return blocks;
 }

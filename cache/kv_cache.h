@@ -180,7 +180,9 @@ class Sequence {
   std::unique_ptr<Impl> impl_;
 };
 
-// Safe from any thread. Outlives its sequences.
+// Safe from any thread. Outlives its sequences. Memory that the system does not give is kOutOfSpace, "out of memory", from every
+// call here and of Sequence that returns a Status or a Result, and leaves things as any other error does; nothing throws but LostChunks(),
+// whose list may find no memory (std::bad_alloc), with nothing changed.
 class KvCache {
  public:
   // kInvalid names the option; kOutOfSpace if the host budget cannot be had; kUnsupported names what is not offered where host code
@@ -208,6 +210,7 @@ class KvCache {
  private:
   struct Impl;
   explicit KvCache(std::unique_ptr<Impl> impl);
+  Result<std::unique_ptr<Sequence>> RestoreAndOpen(const SequenceOptions& options, std::span<const int32_t> tokens);
   std::unique_ptr<Impl> impl_;
 };
 

@@ -31,6 +31,8 @@ struct CacheShared {
 // reaches `resources.device`.
 Status CheckOffered(const CacheShared& cache);
 
-struct KvCache::Impl : CacheShared {};
+struct KvCache::Impl : CacheShared {
+  static Result<std::unique_ptr<KvCache>> Create(const CacheOptions& options, const CacheResources& resources);
+};
 
 }  // namespace prehoc

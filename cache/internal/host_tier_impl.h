@@ -35,12 +35,17 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     const uint64_t seed = Hash64(std::as_bytes(std::span(key.chain)), static_cast<uint64_t>(key.layer));
     return Hash128(bytes, seed);
   }
-  static Status Damaged(const ChunkKey& key) {
-    return {StatusCode::kCorrupt, "host tier: chunk " + key.ToString() + ": memory no longer holds what was sealed"};
+  // Words never fail: a state that has to be told may not get lost for want of them.
+  static Status Damaged(const ChunkKey& key) noexcept {
+    return WithWords(StatusCode::kCorrupt, [&]() -> Status {
+      return {StatusCode::kCorrupt, "host tier: chunk " + key.ToString() + ": memory no longer holds what was sealed"};
+    });
   }
-  static Status LeftAlone() { return {StatusCode::kIoError, "the store failed of late and is not asked for now"}; }
-  static Status Lost(const ChunkKey& key, const Status& why) {
-    return why.WithContext("host tier: chunk " + key.ToString() + " is lost");
+  static Status LeftAlone() noexcept {
+    return WithWords(StatusCode::kIoError, []() -> Status { return {StatusCode::kIoError, "host tier: the store failed of late and is not asked for now"}; });
+  }
+  static Status Lost(const ChunkKey& key, const Status& why) noexcept {
+    return WithWords(why.code(), [&] { return why.WithContext("host tier: chunk " + key.ToString() + " is lost"); });
   }
 
   // What one eviction has learnt so far.
@@ -59,8 +64,10 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     uint64_t verified = 0, corrupt = 0;  // checks of bytes in memory; and those that found damage
   };
   struct Releaser {
-    Impl* impl;
-    void operator()(Block* block) const { impl->Released(block); }
+    Impl* impl = nullptr;
+    void operator()(Block* block) const {
+      if (impl != nullptr) impl->Released(block);
+    }
   };
 
   // Constant after Create().
@@ -102,9 +109,11 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   BlockRef RefLocked(Block* block) PREHOC_REQUIRES(mutex) {
     BlockData& data = In(block);
     if (BlockRef ref = data.self.lock()) return ref;
-    // The last reference may be dying right now, on its way to Released(): a second family of them begins.
+    // The last reference may be dying right now, on its way to Released(): a second family of them begins. Without memory for
+    // its count shared_ptr calls the releaser, which does nothing yet.
+    BlockRef ref(block, Releaser{});
+    std::get_deleter<Releaser>(ref)->impl = this;
     ++data.handles;
-    BlockRef ref(block, Releaser{this});
     data.self = ref;
     return ref;
   }
@@ -210,7 +219,9 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     --resident;
     ++counters.evicted;
     if (!data.stored) {
-      data.lost = Lost(data.key, {StatusCode::kNotFound, "it left memory before any store took it"});
+      data.lost = WithWords(StatusCode::kNotFound, [&] {
+        return Lost(data.key, {StatusCode::kNotFound, "it left memory before any store took it"});
+      });
       ++counters.forgotten;
     }
     ForgetIfUnusedLocked(block);
@@ -286,9 +297,9 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     }
   }
 
-  Status FlushStore() {
+  Status FlushStore() noexcept {
     TraceScope trace(options.tracer, "store flush");
-    return store->Flush();
+    return WithinMemory([&] { return store->Flush(); });
   }
 
   // Every block that could go was refused, some because the store would have stalled: a flush ends that.
@@ -332,7 +343,8 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
 
   PendingWrite BeginWriteLocked(Block* block) PREHOC_REQUIRES(mutex);
 
-  WriteResult Write(const PendingWrite& write) const PREHOC_EXCLUDES(mutex);
+  // The block is marked as being written, so this throws nothing.
+  WriteResult Write(const PendingWrite& write) const noexcept PREHOC_EXCLUDES(mutex);
 
   // A block that was found damaged, and that nobody pins, is gone after this.
   void EndWriteLocked(Block* block, const WriteResult& result) PREHOC_REQUIRES(mutex);
@@ -376,7 +388,9 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   void Load(Block* block, const std::shared_ptr<BlockLoad>& load, bool demand);
 
   // What an error of the store means where it is not asked to try again.
-  static Status GivenUp(const Status& why) { return {StatusCode::kNotFound, why.message() + "; it is made anew instead"}; }
+  static Status GivenUp(const Status& why) noexcept {
+    return WithWords(StatusCode::kNotFound, [&]() -> Status { return {StatusCode::kNotFound, why.message() + "; it is made anew instead"}; });
+  }
 
   void FinishRead(Block* block, BlockLoad* load, BlockId memory, int64_t start);
 
@@ -401,7 +415,9 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   void MergeTailLocked(Block* tail, Block* canonical) PREHOC_REQUIRES(mutex) {
     BlockData& data = In(canonical);
     const BlockId memory = std::exchange(In(tail).memory, BlockId());
-    In(tail).lost = {StatusCode::kNotFound, "host tier: this tail was a duplicate; use the block that Seal() returned"};
+    In(tail).lost = WithWords(StatusCode::kNotFound, []() -> Status {
+      return {StatusCode::kNotFound, "host tier: this tail was a duplicate; use the block that Seal() returned"};
+    });
     ++counters.duplicates;
     if (data.memory.valid()) return FreeLocked(memory);
     // Computed twice, bytes may differ in their last bits; what the store has stays what this block is.
@@ -413,15 +429,18 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     AdoptLocked(canonical, memory);
   }
 
-  // True if the caller has to post RunWriteBehind(*canonical).
+  // True if the caller has to post RunWriteBehind(canonical->get()). What may throw comes first.
   bool SealLocked(Block* tail, const ChunkKey& key, const ChunkOrigin& origin, const std::array<uint64_t, 2>& seal,
-                  Block** canonical) PREHOC_REQUIRES(mutex) {
+                  BlockRef* canonical) PREHOC_REQUIRES(mutex) {
     BlockData& data = In(tail);
     PREHOC_CHECK(!data.known && data.memory.valid() && data.pins == 0);
+    auto entry = map.find(key);
+    const bool inserted = entry == map.end();
+    *canonical = RefLocked(inserted ? tail : entry->second.get());
+    if (inserted) entry = map.try_emplace(key).first;
     --tails;
     data.seal = seal;
     data.sealed = true;
-    const auto [entry, inserted] = map.try_emplace(key);
     if (inserted) {
       entry->second.reset(tail);
       data.key = key;
@@ -432,9 +451,8 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     } else {
       MergeTailLocked(tail, entry->second.get());
     }
-    *canonical = entry->second.get();
-    In(*canonical).origin = origin;
-    return QueueWriteLocked(*canonical);
+    In(canonical->get()).origin = origin;
+    return QueueWriteLocked(canonical->get());
   }
 
   // Fills `ref` if the map alone can answer.
@@ -446,18 +464,27 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   }
 
   BlockRef FindStoredLocked(const ChunkKey& key) PREHOC_REQUIRES(mutex) {
-    const auto [entry, inserted] = map.try_emplace(key);
+    auto entry = map.find(key);
+    const bool inserted = entry == map.end();
     if (inserted) {
-      entry->second = std::make_unique<Block>();
-      In(entry->second.get()).key = key;
-      In(entry->second.get()).known = true;
+      auto block = std::make_unique<Block>();
+      In(block.get()).key = key;
+      In(block.get()).known = true;
+      entry = map.try_emplace(key, std::move(block)).first;
     }
     BlockData& data = In(entry->second.get());
+    BlockRef ref;
+    try {
+      ref = RefLocked(entry->second.get());
+    } catch (const std::bad_alloc&) {
+      if (inserted) map.erase(entry);
+      throw;
+    }
     if (!data.memory.valid()) {
       data.stored = true;
       data.lost = {};
     }
-    return RefLocked(entry->second.get());
+    return ref;
   }
 
   Status CheckLocked() const PREHOC_REQUIRES(mutex);

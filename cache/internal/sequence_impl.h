@@ -112,6 +112,7 @@ struct Sequence::Impl {
   void Carve(const DeviceRequest& request);
   Status CheckCall(LayerId layer, bool decode) const;
   Status CheckInvariants() const;
+  Result<HeadView> LastStep(int32_t layer, int32_t kv_head) const;  // kv_cache.cc
 
   // prefill.cc
   Status Prefill(int32_t layer, const LayerInput& in);
@@ -264,6 +265,7 @@ struct Sequence::Impl {
   int64_t prompt = 0;        // whole prompt's length; 0 = decode
   int32_t next_layer = 0;
   int64_t step = 0;          // u of the open or last call
+  bool unsealed = false;     // whole chunks are still tails: there was no memory to seal them
   std::optional<ChunkIndex> repairing;
   std::vector<BlockRef> repair_blocks;  // [layers]
   std::vector<BlockPin> repair_pins;

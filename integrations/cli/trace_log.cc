@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <iterator>
+#include <new>
 
 namespace prehoc::cli {
 
@@ -17,8 +18,12 @@ void TraceLog::OnSpan(const TraceSpan& span) {
     ++dropped_;
     return;
   }
-  const auto [thread, fresh] = threads_.emplace(std::this_thread::get_id(), static_cast<int>(threads_.size()) + 1);
-  spans_.push_back({span, thread->second});
+  try {
+    const auto [thread, fresh] = threads_.emplace(std::this_thread::get_id(), static_cast<int>(threads_.size()) + 1);
+    spans_.push_back({span, thread->second});
+  } catch (const std::bad_alloc&) {
+    ++dropped_;
+  }
 }
 
 // Names and argument names are literals of ours: nothing in them needs an escape.
