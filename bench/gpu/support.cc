@@ -5,6 +5,7 @@
 #include <thread>
 
 #include "base/units.h"
+#include "bench/gpu/synthetic.h"
 
 namespace prehoc {
 
@@ -41,6 +42,15 @@ void PinnedPool::CopyHere(std::byte* to, const std::byte* from, size_t size, cud
     Cuda(cudaMemcpyAsync(to, from, part, cudaMemcpyDeviceToHost, stream), "to host");
     to += part, from += part, size -= part;
   }
+}
+void PinnedPool::Fill(cudaStream_t stream) const {
+  const Array<uint16_t> part(size_t{512} << 20);
+  for (size_t from = 0; from < size_; from += part.bytes()) {
+    const size_t size = std::min(part.bytes(), size_ - from);
+    OrExit(FillNormal(part.data(), static_cast<int64_t>(size / 2), 1, from + 1, stream));
+    CopyHere(data_ + from, reinterpret_cast<const std::byte*>(part.data()), size, stream);
+  }
+  Cuda(cudaStreamSynchronize(stream), "fill");
 }
 Json PinnedPool::Report() const {
   return {{"bytes", size_}, {"seconds", seconds_}, {"touch_seconds", touch_seconds_}, {"first_256_mib_usable_after_s", first_piece_seconds_},

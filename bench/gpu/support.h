@@ -68,6 +68,8 @@ class PinnedPool {
   size_t size() const { return size_; }
   // A copy may not cross from one registration into the next (kernels may).
   void CopyHere(std::byte* to, const std::byte* from, size_t size, cudaStream_t stream) const;
+  // Random halves everywhere, through the device.
+  void Fill(cudaStream_t stream) const;
   Json Report() const;
 
  private:

@@ -37,13 +37,7 @@ class TransferBench {
   TransferBench(size_t pool_bytes, int repeats)
       : repeats_(repeats), pool_(pool_bytes), a_(kChunkBytes), b_(kChunkBytes), in_(OrExit(CudaStream::Create())), out_(OrExit(CudaStream::Create())),
         engine_in_(OrExit(CudaTransferEngine::Create())), engine_out_(OrExit(CudaTransferEngine::Create())) {
-    // Random halves everywhere: in the pool through the device, a part at a time.
-    for (size_t from = 0; from < pool_.size(); from += kChunkBytes) {
-      const size_t part = std::min(kChunkBytes, pool_.size() - from);
-      OrExit(FillNormal(reinterpret_cast<uint16_t*>(a_.data()), int64_t(part / 2), 1, 1 + from, in_.get()));
-      pool_.CopyHere(pool_.data() + from, a_.data(), part, in_.get());
-      OrExit(in_.Synchronize());
-    }
+    pool_.Fill(in_.get());
     OrExit(FillNormal(reinterpret_cast<uint16_t*>(a_.data()), int64_t(kChunkBytes / 2), 1, 3, in_.get()));
     OrExit(FillNormal(reinterpret_cast<uint16_t*>(b_.data()), int64_t(kChunkBytes / 2), 1, 4, in_.get()));
     OrExit(in_.Synchronize());
