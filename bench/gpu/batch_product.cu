@@ -1,8 +1,5 @@
 #include "bench/gpu/batch_product.h"
 
-#include <algorithm>
-
-#include "base/units.h"
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/launch.h"
 
@@ -17,7 +14,7 @@ constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int kRows = 32;    // of weights a block takes, in two tiles of 16
 constexpr int kTokens = 8;   // columns of a product of the tensor cores
 constexpr int kDeep = 32;    // channels of a step: 16 bytes of a row for each of 4 lanes
-constexpr int kSteps = 2;    // on their way while as many are multiplied
+constexpr int kSteps = 4;    // on their way at once: the registers of a step are asked for anew as soon as it is multiplied
 
 struct ProductArgs {
   const uint16_t* weights;
@@ -32,57 +29,50 @@ __device__ inline float Silu(float x) { return x / (1.0f + __expf(-x)); }
 
 // 8 warps share 32 rows, each with an eighth of the channels. Weights are the rows of the product, tokens its columns; which channel stands
 // at which place of a step does not matter as long as both sides agree, so a lane takes 8 neighbours.
-template <bool kGated>
+template <bool kGated, bool kFloat>
 __global__ void __launch_bounds__(kThreads, 2) ProductKernel(const __grid_constant__ ProductArgs args) {
   __shared__ float sums[kWarps][kTokens][kRows + 1];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, j = lane % 4;
   const int first_row = blockIdx.x * (kGated ? kRows / 2 : kRows);
   const int steps = args.cols / kDeep, begin = steps * warp / kWarps, end = steps * (warp + 1) / kWarps;
-  const uint4* rows[4];
+  // Row r of the four of a lane is 8 (r % 2) further down its tile, and tile r / 2.
+  const uint4* const row0 = reinterpret_cast<const uint4*>(args.weights + int64_t{first_row + g} * args.cols) + j;
+  const int64_t half = int64_t{args.cols}, tile_words = (kGated ? int64_t{args.rows} : 16) * args.cols / 8;
+  uint4 w[kSteps][4], x[kSteps];
+  const auto load = [&](int s, int step) {
 #pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    const int row = first_row + (kGated ? 0 : r / 2 * 16) + r % 2 * 8 + g;
-    const int64_t clamped = min(row, args.rows - 1) + (kGated ? int64_t{r / 2} * args.rows : 0);
-    rows[r] = reinterpret_cast<const uint4*>(args.weights + clamped * args.cols) + j;
-  }
-  uint4 next[kSteps][4];
-  const auto load = [&](int step) {
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r) next[s][r] = step + s < end ? __ldcs(rows[r] + (step + s) * (kDeep / 8)) : uint4{0, 0, 0, 0};
+    for (int r = 0; r < 4; ++r) w[s][r] = step < end ? __ldcs(row0 + (r / 2 * tile_words + r % 2 * half + step * (kDeep / 8))) : uint4{0, 0, 0, 0};
+  };
+  const auto load_x = [&](int s, int step) {
+    x[s] = {0, 0, 0, 0};
+    if (step >= end || g >= args.tokens) return;
+    const int64_t at = int64_t{g} * args.cols + step * kDeep + 8 * j;
+    if (!kFloat) {
+      x[s] = *reinterpret_cast<const uint4*>(args.x + at);
+      return;
     }
+    const float4 a = *reinterpret_cast<const float4*>(args.x_float + at), b = *reinterpret_cast<const float4*>(args.x_float + at + 4);
+    x[s] = {F16::Pack(a.x, a.y), F16::Pack(a.z, a.w), F16::Pack(b.x, b.y), F16::Pack(b.z, b.w)};
   };
   cuda::LetLaterWorkLaunch();
-  load(begin);  // nothing writes weights
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) load(s, begin + s);  // nothing writes weights
   cuda::WaitForEarlierWork();
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) load_x(s, begin + s);
   float sum[2][4] = {};
+#pragma unroll 1
   for (int step = begin; step < end; step += kSteps) {
-    uint4 now[kSteps][4];
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r) now[s][r] = next[s][r];
-    }
-    load(step + kSteps);
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      uint4 x{0, 0, 0, 0};
-      if (step + s < end && g < args.tokens) {
-        const int64_t at = int64_t{g} * args.cols + (step + s) * kDeep + 8 * j;
-        if (args.x != nullptr) {
-          x = *reinterpret_cast<const uint4*>(args.x + at);
-        } else {
-          const float4 a = *reinterpret_cast<const float4*>(args.x_float + at), b = *reinterpret_cast<const float4*>(args.x_float + at + 4);
-          x = {F16::Pack(a.x, a.y), F16::Pack(a.z, a.w), F16::Pack(b.x, b.y), F16::Pack(b.z, b.w)};
-        }
-      }
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
-        const uint4 a = now[s][2 * tile], b = now[s][2 * tile + 1];
-        F16::Mma(sum[tile], a.x, b.x, a.y, b.y, x.x, x.y);
-        F16::Mma(sum[tile], a.z, b.z, a.w, b.w, x.z, x.w);
+        const uint4 a = w[s][2 * tile], b = w[s][2 * tile + 1];
+        F16::Mma(sum[tile], a.x, b.x, a.y, b.y, x[s].x, x[s].y);
+        F16::Mma(sum[tile], a.z, b.z, a.w, b.w, x[s].z, x[s].w);
       }
+      load(s, step + kSteps + s);
+      load_x(s, step + kSteps + s);
     }
   }
 #pragma unroll
@@ -99,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, 2) ProductKernel(const __grid_consta
     for (int w = 0; w < kWarps; ++w) all += sums[w][token][r];
     return all;
   };
-  if (token >= args.tokens || (kGated && row >= kRows / 2) || first_row + row >= args.rows) return;
+  if (token >= args.tokens || (kGated && row >= kRows / 2)) return;
   const float y = kGated ? Silu(total(row)) * total(row + kRows / 2) : total(row);
   const int64_t at = int64_t{token} * args.rows + first_row + row;
   if (args.y_half != nullptr) args.y_half[at] = F16::Bits(y);
@@ -141,12 +131,14 @@ __global__ void __launch_bounds__(kNormThreads) NormKernel(const __grid_constant
 
 Status MultiplyBatch(const BatchProduct& p, cudaStream_t stream) {
   PREHOC_RETURN_IF_ERROR(cuda::Check("batch product").That(p.tokens >= 1 && p.tokens <= kTokens, "tokens", p.tokens, "use 1 to 8")
-                             .That(p.rows >= 1, "rows", p.rows, "use 1 or more")
+                             .That(p.rows >= kRows && p.rows % kRows == 0, "rows", p.rows, "use a multiple of 32")
                              .That(p.cols >= kDeep && p.cols % kDeep == 0, "cols", p.cols, "use a multiple of 32").Take());
   const ProductArgs args{p.weights, p.x, p.x_float, p.y, p.y_half, p.tokens, p.rows, p.cols, p.add};
-  const auto blocks = CeilDiv(p.rows, p.gated ? kRows / 2 : kRows);
+  const int blocks = p.rows / (p.gated ? kRows / 2 : kRows);
   const cuda::Shape shape{.grid = dim3(static_cast<unsigned>(blocks)), .threads = kThreads};
-  return LaunchKernel(p.gated ? ProductKernel<true> : ProductKernel<false>, "batch product", args, shape, stream);
+  const bool from_float = p.x == nullptr;
+  return LaunchKernel(p.gated ? (from_float ? ProductKernel<true, true> : ProductKernel<true, false>)
+                              : (from_float ? ProductKernel<false, true> : ProductKernel<false, false>), "batch product", args, shape, stream);
 }
 Status NormBatch(const float* x, const float* weight, float eps, uint16_t* y, int32_t tokens, int32_t cols, cudaStream_t stream) {
   return LaunchKernel(NormKernel, "norm", NormArgs{x, weight, y, eps, cols}, {.grid = dim3(static_cast<unsigned>(tokens)), .threads = kNormThreads}, stream);

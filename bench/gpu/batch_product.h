@@ -10,7 +10,7 @@
 namespace prehoc {
 
 // y[t] (+)= W x[t]; with `gated` W is [2 rows, cols], gates then ups, and y = silu(gate) * up. Inputs in fp16 (fp32 ones are rounded to
-// it), sums in fp32. cols is a multiple of 32. Enqueues and returns at once; kInvalid (shapes) or kCuda (launch).
+// it), sums in fp32. rows and cols are multiples of 32. Enqueues and returns at once; kInvalid (shapes) or kCuda (launch).
 struct BatchProduct {
   const uint16_t* weights = nullptr;  // fp16
   const uint16_t* x = nullptr;        // [tokens, cols] fp16; or null,

@@ -52,7 +52,7 @@ struct Shape {
 Shape ShapeOf(const std::string& name) {
   for (const Shape& s : {Shape{"llama-3.1-8b", 32, 32, 8, 128, 4096, 14336, 128256}, Shape{"llama-2-7b", 32, 32, 32, 128, 4096, 11008, 32000},
                          Shape{"mistral-7b", 32, 32, 8, 128, 4096, 14336, 32768}, Shape{"qwen3-8b", 36, 32, 8, 128, 4096, 12288, 151936},
-                         Shape{"tiny", 2, 8, 2, 128, 512, 1024, 1000}}) {
+                         Shape{"tiny", 2, 8, 2, 128, 512, 1024, 1024}}) {
     if (s.name == name) return s;
   }
   Fail({StatusCode::kInvalid, "--model=" + name + "; use llama-3.1-8b, llama-2-7b, mistral-7b, qwen3-8b or tiny"});
@@ -184,6 +184,26 @@ class Step {
     row["rows_in_step_per_head"] = double(Sum(misses_) - misses0) / 2 / triples;  // the second loop steps as often
     row["rows_behind_per_step"] = double(rows_behind_) / steps;
     return row;
+  }
+  // Milliseconds of what a step does besides products, each kind of launch of all layers alone: what is missing to the step are gaps, and what
+  // is more ran at once. The state that this leaves is of no use.
+  Json Parts() {
+    const auto part = [&](const std::function<void(int)>& enqueue) {
+      const Graph graph(stream_, [&] {
+        for (int l = 0; l < s_.layers; ++l) enqueue(l);
+      });
+      return graph.Measure(stream_, 7, 1).median / 1e3;
+    };
+    Json parts{{"attend", part([&](int l) { AttendLayer(l); })}};
+    if (c_.kind != Case::Kind::kTwoClock) return parts;
+    parts["select"] = part([&](int l) { SelectLayer(0, l); });  // with the last step's gates
+    parts["resolve"] = part([&](int l) { ResolveLayer(l); });
+    parts["gate"] = part([&](int l) { GateLayer(l); });
+    parts["append"] = part([&](int l) { AppendLayer(l); });
+    std::vector<double> turns;
+    for (int phase = 1; phase < std::min(c_.refresh, 8); ++phase) turns.push_back(Graph(stream_, [&] { Turn(phase); }).Measure(stream_, 1, 0).median / 1e3);
+    parts["turn"] = SpreadOf(turns).median;
+    return parts;
   }
   bool WithinBudget() const { return c_.budget_gib <= 0 || double(kv_bytes_) <= c_.budget_gib * double(kGiB); }
 
@@ -477,6 +497,11 @@ class Step {
     Normed(m_.output.data(), m_.output_norm.data(), logits_.data(), s_.vocab, false);
     if (!two_clock) return;
     OrExit(join_.Before(stream_));
+    Turn(phase);
+  }
+  // The slow clock: what was gathered is used from now on, what is wanted next is listed.
+  void Turn(int phase) {
+    const int before = (phase + c_.refresh - 1) % c_.refresh;
     OrExit(cuda::Land(refresh_[size_t(before)].data(), int32_t(refresh_[size_t(before)].size()), stream_));
     want_params_.tasks = want_[size_t(phase)].data(), want_params_.num_tasks = int32_t(want_[size_t(phase)].size());
     OrExit(cuda::Choose(want_params_, stream_));
@@ -505,22 +530,32 @@ class Step {
                           .rows = s_.hidden, .cols = cols}, stream_));
   }
 
+  void AppendLayer(int l) {
+    OrExit(cuda::Append({.tasks = append_->data() + l * tasks_, .num_tasks = tasks_, .max_count = 1, .format = {.bits = c_.bits, .group_tokens = 64}, .head_dim = s_.d}, stream_));
+  }
+  void GateLayer(int l) {
+    OrExit(cuda::Gate({.tasks = gate_->data() + l * tasks_, .num_tasks = tasks_, .group = s_.group(), .head_dim = s_.d, .tau = c_.tau, .max_age = c_.max_age}, stream_));
+  }
+  void SelectLayer(int phase, int l) {
+    select_params_.tasks = select_->data() + size_t(phase) * size_t(units()) + l * tasks_;
+    OrExit(cuda::Select(select_params_, stream_));
+  }
+  void ResolveLayer(int l) { OrExit(cuda::Resolve(resolve_->data() + l * tasks_, tasks_, s_.group(), s_.d, stream_)); }
+  void AttendLayer(int l) {
+    attend_params_.tasks = attend_->data() + l * tasks_;
+    OrExit(cuda::Attend(attend_params_, stream_));
+  }
+
   void Layer(int phase, int l) {
     const LayerWeights& w = m_.layers[size_t(l)];
-    const int q_width = s_.heads * s_.d, kv_width = s_.kv_heads * s_.d, first_unit = l * tasks_;
+    const int q_width = s_.heads * s_.d, kv_width = s_.kv_heads * s_.d;
     Normed(w.qkv.data(), w.norm1.data(), qkv_.data(), q_width + 2 * kv_width, false);
     if (c_.kind != Case::Kind::kWeights) {
       OrExit(reference::RotateHeads({.qkv = qkv_.data(), .cos = angles_.data(), .sin = angles_.data() + angles_.size() / 2, .q = q_model_.data(), .k = k_.data(), .v = v_.data(),
                                  .tokens = c_.batch, .heads = s_.heads, .kv_heads = s_.kv_heads, .head_dim = s_.d}, stream_));
-      OrExit(cuda::Append({.tasks = append_->data() + first_unit, .num_tasks = tasks_, .max_count = 1, .format = {.bits = c_.bits, .group_tokens = 64}, .head_dim = s_.d}, stream_));
-      if (c_.kind == Case::Kind::kTwoClock) {
-        OrExit(cuda::Gate({.tasks = gate_->data() + first_unit, .num_tasks = tasks_, .group = s_.group(), .head_dim = s_.d, .tau = c_.tau, .max_age = c_.max_age}, stream_));
-        select_params_.tasks = select_->data() + size_t(phase) * size_t(units()) + first_unit;
-        OrExit(cuda::Select(select_params_, stream_));
-        OrExit(cuda::Resolve(resolve_->data() + first_unit, tasks_, s_.group(), s_.d, stream_));
-      }
-      attend_params_.tasks = attend_->data() + first_unit;
-      OrExit(cuda::Attend(attend_params_, stream_));
+      AppendLayer(l);
+      if (c_.kind == Case::Kind::kTwoClock) GateLayer(l), SelectLayer(phase, l), ResolveLayer(l);
+      AttendLayer(l);
     }
     Added(w.o.data(), c_.kind == Case::Kind::kWeights && c_.batch == 1 ? qkv_.data() : out_.data(), q_width);
     Normed(w.gate_up.data(), w.norm2.data(), nullptr, s_.intermediate, true);
@@ -672,6 +707,8 @@ int Main(int argc, char** argv) {
       good = false;
       std::fprintf(stderr, "decode_bench: %s: %s\n", which.name.c_str(), right ? "over its budget" : "WRONG OUTPUT");
     }
+    if (which.kind != Case::Kind::kWeights) row["parts_ms"] = step.Parts();
+    if (row.contains("parts_ms")) std::printf("  %s\n", row["parts_ms"].dump().c_str());
     file["cases"].push_back(row);
     WriteJson(file, out);
   }

@@ -1,11 +1,14 @@
 // How fast do chunks leave the device and come back, and which way is best for pieces of which size?
 //
-//   transfer_bench --out=FILE.json [--commit=ID] [--only=chunks,gather] [--pool-gib=32] [--repeats=7]
+//   transfer_bench --out=FILE.json [--commit=ID] [--only=pinning,chunks,gather] [--pool-gib=32] [--arena-gib=8] [--repeats=7]
 //
 // chunks: batches of 1 MiB and 4 MiB pieces through CudaTransferEngine, each way and both ways at once (two engines), beside one large
 // cudaMemcpyAsync each way: the copy engine's rate. Wall time from Post() to Wait(), so that the CPU's calls count.
 // gather: pieces of 256 B to 64 KiB from all over a pinned pool, in random and in rising order: by a kernel of 16 blocks (time of a graph), and
 // by CudaTransferEngine (wall time; up to 1 KiB it launches a kernel of its own, beyond it calls the copy engine for each piece).
+// pinning: a HostArena as the host tier has it, pinned extent by extent in the background while blocks are taken as fast as they come; beside
+// it the pool of this program, touched by all CPUs first and registered after that. "fresh" memory is given to the machine with its first
+// touch, "again" is a second arena after the first has gone.
 // Bytes are random; after every measurement some pieces are compared with their source.
 #include <algorithm>
 #include <cmath>
@@ -15,12 +18,15 @@
 #include <string>
 #include <vector>
 
+#include "base/cuda/host_registrar.h"
+#include "base/executor.h"
 #include "base/rng.h"
 #include "base/units.h"
 #include "bench/gpu/support.h"
 #include "bench/gpu/synthetic.h"
 #include "kernels/cuda/device_kernels.h"
 #include "transfer/cuda_transfer_engine.h"
+#include "transfer/host_arena.h"
 
 namespace prehoc {
 namespace {
@@ -30,6 +36,28 @@ std::vector<TransferPiece> Pieces(const std::byte* src, std::byte* dst, size_t b
   std::vector<TransferPiece> pieces;
   for (size_t i = 0; i < count; ++i) pieces.push_back({src + i * bytes, dst + i * bytes, bytes});
   return pieces;
+}
+
+Json Pinning(uint64_t bytes, uint64_t extent, bool fresh) {
+  const auto executor = OrExit(ThreadPool::Create({}));
+  CudaHostRegistrar registrar;
+  const double start = Seconds();
+  const auto arena = OrExit(HostArena::Create({.block_bytes = 4 * kMiB, .budget = bytes, .extent_bytes = extent, .registrar = &registrar}, executor.get()));
+  double first = 0;
+  for (int64_t i = 0; i < arena->capacity_blocks(); ++i) {
+    const BlockId block = OrExit(arena->Allocate());
+    if (i > 0) continue;
+    first = Seconds() - start;
+    cudaPointerAttributes attributes{};
+    Cuda(cudaPointerGetAttributes(&attributes, arena->block(block).data()), "attributes");
+    if (attributes.type != cudaMemoryTypeHost) Fail({StatusCode::kCorrupt, "arena: a block is not pinned"});
+  }
+  const double all = Seconds() - start;
+  std::printf("arena of %.0f GiB, extents of %.0f MiB, %s: first block after %.1f ms, all at %.2f GB/s\n", double(bytes) / double(kGiB), double(extent) / double(kMiB),
+              fresh ? "fresh" : "again", first * 1e3, double(bytes) / all / 1e9);
+  executor->Drain();
+  return {{"name", "arena pinned"}, {"bytes", bytes}, {"extent", extent}, {"memory", fresh ? "fresh" : "again"}, {"first_block_ms", first * 1e3}, {"seconds", all},
+          {"gb_per_s", double(bytes) / all / 1e9}};
 }
 
 class TransferBench {
@@ -62,19 +90,27 @@ class TransferBench {
     };
     large(true, false), large(false, true), large(true, true);
     for (const size_t bytes : {kMiB, 4 * kMiB}) {
-      const size_t count = kChunkBytes / bytes;
-      auto to_host = OrExit(engine_out_->Prepare(Pieces(a_.data(), down, bytes, count)));
-      auto to_device = OrExit(engine_in_->Prepare(Pieces(up, b_.data(), bytes, count)));
+      // Requests of 128 MiB, both ways in turns: the driver takes about a thousand calls before it makes a caller wait.
+      const size_t part = size_t{128} << 20;
+      std::vector<TransferRequest> to_host, to_device;
+      for (size_t at = 0; at < kChunkBytes; at += part) {
+        to_host.push_back(OrExit(engine_out_->Prepare(Pieces(a_.data() + at, down + at, bytes, part / bytes))));
+        to_device.push_back(OrExit(engine_in_->Prepare(Pieces(up + at, b_.data() + at, bytes, part / bytes))));
+      }
       for (const int ways : {1, 2, 3}) {
         const bool out = (ways & 1) != 0, in = (ways & 2) != 0;
         Cuda(cudaMemset(b_.data(), 0x5a, in ? kChunkBytes : 0), "poison");
         if (out) std::memset(down, 0x5a, kChunkBytes);
         Cuda(cudaDeviceSynchronize(), "poison");
         Wall([&] {
-          if (out) OrExit(to_host.Post());
-          if (in) OrExit(to_device.Post());
-          if (out) OrExit(to_host.Wait());
-          if (in) OrExit(to_device.Wait());
+          for (size_t i = 0; i < to_host.size(); ++i) {
+            if (out) OrExit(to_host[i].Post());
+            if (in) OrExit(to_device[i].Post());
+          }
+          for (size_t i = 0; i < to_host.size(); ++i) {
+            if (out) OrExit(to_host[i].Wait());
+            if (in) OrExit(to_device[i].Wait());
+          }
         }, "chunks", out, in, bytes, best_[ways - 1]);
         if (out) Same(a_.data(), down, kChunkBytes);
         if (in) Same(up, b_.data(), kChunkBytes);
@@ -175,11 +211,22 @@ class TransferBench {
 
 int Main(int argc, char** argv) {
   Flags flags("transfer_bench", argc, argv);
-  const std::string out = flags.Text("out", ""), commit = flags.Text("commit", "unknown"), only = "," + flags.Text("only", "chunks,gather") + ",";
-  const int pool_gib = flags.Int("pool-gib", 32), repeats = flags.Int("repeats", 7);
+  const std::string out = flags.Text("out", ""), commit = flags.Text("commit", "unknown"), only = "," + flags.Text("only", "pinning,chunks,gather") + ",";
+  const int pool_gib = flags.Int("pool-gib", 32), arena_gib = flags.Int("arena-gib", 8), repeats = flags.Int("repeats", 7);
   flags.Finish();
   if (pool_gib < 4) Fail({StatusCode::kInvalid, "--pool-gib=" + std::to_string(pool_gib) + "; use 4 or more"});
   Json file = Header("transfers", flags, commit);
+  Json pinned = Json::array();
+  if (only.find(",pinning,") != std::string::npos) {
+    const uint64_t bytes = uint64_t(arena_gib) << 30;
+    Cuda(cudaFree(nullptr), "context");  // not what is measured
+    for (const uint64_t extent : {64 * kMiB, 512 * kMiB}) {
+      pinned.push_back(Pinning(bytes, extent, extent == 64 * kMiB));
+      pinned.push_back(Pinning(bytes, extent, false));
+    }
+    file["pinning"] = pinned;
+    WriteJson(file, out);
+  }
   TransferBench bench(size_t(pool_gib) << 30, repeats);
   file["pool"] = bench.pool();
   if (only.find(",chunks,") != std::string::npos) bench.Chunks();
