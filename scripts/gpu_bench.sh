@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The GPU benchmarks, on a machine with a GPU: a JSON file each, with command, device, driver and commit. Packed by
 # scripts/gpu_suite.sh --pack DIR.
-#   DIR/gpu_bench.sh OUT_DIR                       all of them, about 8 minutes; 36 GiB of host memory, 90 GiB on the device
+#   DIR/gpu_bench.sh OUT_DIR                       all of them, about 8 minutes; 72 GiB of host memory, 60 GiB on the device
 #   DIR/gpu_bench.sh OUT_DIR --only=decode-128k,operator
 #   names: kernels torch-sdpa operator decode-128k decode-batch decode-long transfer prefill
 # Each has a time limit of its own and does not stop the others. Exit code 0 only if all did what they were asked to: an answer that is
@@ -50,7 +50,7 @@ ours decode-batch 150 decode_bench --steps=64 --host-pool-gib=32 --cases="$(case
   {scan4,gate4@0.8}/b4/n130048/f4/m14 {scan4,gate4@0.8}/b8/n32768/f3/m13 {scan2,gate2@0.8}/b8/n131072/f2/m16)"
 ours decode-long 120 decode_bench --steps=64 --host-pool-gib=32 \
   --cases="$(cases weights {scan4,gate4@0.8}/n524288/m12 {scan2,gate2@0.8}/n1048576/f3/m12)"
-ours transfer 120 transfer_bench --pool-gib=32
+ours transfer 150 transfer_bench --pool-gib=64
 ours prefill 120 prefill_bench
 if python3 -c 'import torch' 2>/dev/null; then
   bench torch-sdpa 120 python3 "$here/torch_baseline.py" "$out/torch-sdpa.json" --commit "$commit"

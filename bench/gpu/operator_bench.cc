@@ -4,7 +4,8 @@
 //
 // The grid of HShare's operator script: 32 heads without groups, head_dim 128, fp16, batch 8 and 16, 1K to 4K keys, a budget C of an eighth
 // of them: 8 sinks, 64 local, the rest chosen. All rows are on the device. 32 layers with K and V of their own, so nothing waits in L2.
-// A block is 16 steps of 32 layers in one CUDA graph with every launch that a step needs; `us` is its time a call, over 16 x 32.
+// A block is 16 steps of 32 layers in one CUDA graph with every launch that a step needs; `us` is its time a call, over 16 x 32, and
+// `us_without_graph` the same launched one by one.
 //
 //   dense             our dense attention
 //   cis exact         CIS, s = 16: at the block's start scores from K itself (score + choose, dilation m = k/3, r = 1), then gate at 0.8.
@@ -254,6 +255,9 @@ class Sparse {
     const double calls = double(kSteps) * double(cell_.units());
     attended /= calls, selected /= calls;
     const Spread all = block.Measure(stream_, repeats, 2);
+    const double launched = MeasureStream(stream_, [&] {
+      for (int step = 0; step < kSteps; ++step) Enqueue(step);
+    }, 3, 1).median / (kSteps * kLayers);
     const double us = all.median / (kSteps * kLayers), first = steps[0].Measure(stream_, repeats, 1).median / kLayers;
     // Step 0 leaves the state that step 1 finds in a block.
     std::vector<double> reuse;
@@ -270,7 +274,7 @@ class Sparse {
     row["queries"] = mode_.drift ? "drift" : "hold", row["k"] = k_, row["dilate_m"] = m_, row["attended"] = attended, row["rho"] = selected;
     if (!mode_.exact) row["bits"] = cell_.format.bits;
     row["us"] = us, row["us_least"] = all.least / (kSteps * kLayers), row["us_most"] = all.most / (kSteps * kLayers);
-    row["us_first_step"] = first, row["us_second_step"] = second;
+    row["us_without_graph"] = launched, row["us_first_step"] = first, row["us_second_step"] = second;
     row["launches_first"] = (mode_.exact ? 2 : 1) + 1 + moves + (mode_.block ? 0 : gate_launches), row["launches"] = 2 + gate_launches + moves;
     row["floor_us"] = floor, row["over_floor"] = us / floor, row["dense_over_this"] = dense_us / us, row["output_error_against_fp64"] = error;
     std::printf("%2dx%-5d %-18s %-8s %-5s %5.0f attended  rho %.3f %8.2f us (first step %.2f, second %.2f)  %5.2fx of its floor  %5.2fx faster than dense\n", cell_.batch,

@@ -110,19 +110,7 @@ class PrefillBench {
  private:
   size_t Of(int64_t width) const { return size_t(chunk_) * size_t(width); }
   cudaStream_t Stream() const { return stream_.get(); }
-  template <class Fn>
-  Spread Time(const Fn& run, int repeats) const {
-    const CudaEvent start = OrExit(CudaEvent::Create(CudaEvent::Timing::kOn)), end = OrExit(CudaEvent::Create(CudaEvent::Timing::kOn));
-    std::vector<double> us;
-    for (int i = repeats > 1 ? -1 : 0; i < repeats; ++i) {
-      OrExit(start.Record(Stream()));
-      run();
-      OrExit(end.Record(Stream()));
-      OrExit(end.Synchronize());
-      if (i >= 0) us.push_back(1000.0 * double(OrExit(end.MillisecondsSince(start))));
-    }
-    return SpreadOf(us);
-  }
+  Spread Time(const std::function<void()>& run, int repeats) const { return MeasureStream(Stream(), run, repeats, repeats > 1 ? 1 : 0); }
   void Report(const char* name, Json shape, const Spread& us, double flops) {
     Json row{{"name", name}};
     row.update(shape);

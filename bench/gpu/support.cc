@@ -77,12 +77,12 @@ Graph::Graph(cudaStream_t stream, const std::function<void()>& enqueue) {
 Graph::~Graph() {
   if (run_ != nullptr) CountCudaError(cudaGraphExecDestroy(run_));
 }
-Spread Graph::Measure(cudaStream_t stream, int repeats, int warm) const {
+Spread MeasureStream(cudaStream_t stream, const std::function<void()>& run, int repeats, int warm) {
   const CudaEvent start = OrExit(CudaEvent::Create(CudaEvent::Timing::kOn)), end = OrExit(CudaEvent::Create(CudaEvent::Timing::kOn));
   std::vector<double> times;
   for (int i = -warm; i < repeats; ++i) {
     OrExit(start.Record(stream));
-    Launch(stream);
+    run();
     OrExit(end.Record(stream));
     OrExit(end.Synchronize());
     if (i >= 0) times.push_back(1000.0 * static_cast<double>(OrExit(end.MillisecondsSince(start))));

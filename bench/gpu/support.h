@@ -86,6 +86,9 @@ struct Spread {
 };
 Spread SpreadOf(std::vector<double> values);
 
+// Microseconds between events around what `run` enqueues, `repeats` times after `warm` others.
+Spread MeasureStream(cudaStream_t stream, const std::function<void()>& run, int repeats, int warm);
+
 // What `enqueue` enqueues, as one graph.
 class Graph {
  public:
@@ -94,8 +97,9 @@ class Graph {
   ~Graph();
   void Launch(cudaStream_t stream) const { Cuda(cudaGraphLaunch(run_, stream), "launch"); }
   int nodes() const { return nodes_; }
-  // Microseconds between events around a launch.
-  Spread Measure(cudaStream_t stream, int repeats, int warm = 3) const;
+  Spread Measure(cudaStream_t stream, int repeats, int warm = 3) const {
+    return MeasureStream(stream, [&] { Launch(stream); }, repeats, warm);
+  }
 
  private:
   cudaGraphExec_t run_ = nullptr;
