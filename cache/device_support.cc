@@ -1,5 +1,7 @@
 // What a cache offers where its device tier is out of reach of host code: the CPU build's methods that read logits, page bounds or
 // labels there are refused by name rather than run on something else.
+#include <algorithm>
+#include <cstdint>
 #include <string>
 
 #include "cache/internal/cache_impl.h"
@@ -13,7 +15,17 @@ Status NotOffered(const std::string& what, const std::string& instead) {
 bool ChoosesAsCis(SelectorKind kind) {
   return kind == SelectorKind::kCis || kind == SelectorKind::kCpe;
 }
+
+// On an H200 a layer that chose took 70 us more than one that attended to all of 6,000 positions (bench/results/h200/README.md); in that time
+// dense attention reads so many bytes of K and V.
+constexpr int64_t kDenseBytes = int64_t{256} << 20;
 }  // namespace
+
+// In host memory choosing pays from a few hundred positions on, where budgets begin to leave something out.
+int32_t DenseBelow(const KvGeometry& geometry, const DeviceMemory& device) {
+  if (device.host_accessible()) return 0;
+  return static_cast<int32_t>(std::min<int64_t>(kDenseBytes / (geometry.kv_heads * static_cast<int64_t>(geometry.row_bytes())), INT32_MAX));
+}
 
 Status CheckOffered(const CacheShared& cache) {
   if (cache.resources.device->host_accessible()) return {};

@@ -85,7 +85,9 @@ Result<std::unique_ptr<KvCache>> KvCache::Impl::Create(const CacheOptions& optio
     return {StatusCode::kInvalid, "the store keeps records of " + std::to_string(own.store->chunk_bytes()) +
                                       " bytes, this geometry has blocks of " + std::to_string(options.geometry.block_bytes())};
   }
-  PREHOC_ASSIGN_OR_RETURN(impl->selector, Selector::Create(options.selector));
+  SelectorOptions& method = impl->options.selector;
+  if (method.tc.dense_below == TwoClockOptions::kAuto) method.tc.dense_below = DenseBelow(options.geometry, *own.device);
+  PREHOC_ASSIGN_OR_RETURN(impl->selector, Selector::Create(method));
   if (impl->selector->NeedsCodes() && options.selector.BoundInForce() == BoundKind::kStatistical && !options.codes.dither) {
     return {StatusCode::kInvalid, "bound=statistical: needs dithered codes (codes.dither, --codes 4/64+dither)"};
   }

@@ -262,6 +262,9 @@ std::vector<Knob> MakeKnobs() {
       Whole("tc.refresh", kTc, 1, [](auto& o) -> auto& { return o.tc.refresh; }),
       Whole("tc.pool", kTc, 1, [](auto& o) -> auto& { return o.tc.pool; }),
       Whole("tc.lag", kTc, 0, [](auto& o) -> auto& { return o.tc.lag; }),
+      WithWord("auto", Whole("tc.dense_below", kTc, 0, [](auto& o) -> auto& { return o.tc.dense_below; }), TwoClockOptions::kAuto,
+               [](const SelectorOptions& o) { return static_cast<double>(o.tc.dense_below); },
+               [](SelectorOptions& o, double) { o.tc.dense_below = TwoClockOptions::kAuto; }),
       Word("tc.stagger", kTc, [](auto& o) -> auto& { return o.tc.stagger; },
            Words<bool>{{"true", true}, {"false", false}}),
 

@@ -101,6 +101,10 @@ struct TwoClockOptions {
   int32_t pool = 16;         // tc.pool w, scans
   int32_t lag = 0;           // tc.lag: steps between deciding a fetch and its rows being used
   bool stagger = true;       // tc.stagger: layers and heads refresh at different steps
+  // tc.dense_below: while the device holds every row and fewer positions than this are visible, a step attends to all of them;
+  // auto: what pays on the cache's device (KvCache::Create), 0 where nobody says.
+  static constexpr int32_t kAuto = -1;
+  int32_t dense_below = kAuto;
 };
 struct SharedCandidatesOptions {
   double factor = 4;         // sc.factor

@@ -20,6 +20,7 @@ class TwoClock final : public Selector {
     rule.scope = tc.gate_scope;
     rule.max_age = tc.max_age;
     rule.theta = tc.theta;
+    if (context.complete && context.n < tc.dense_below) rule.attend_all = true;  // looking would cost more than it saves
     return rule;
   }
   ResidencyRule DoResidency() const override {

@@ -7,8 +7,8 @@
 
 namespace prehoc {
 
-// Pieces of one size up to 1 KiB that lie in pinned or device memory go in one launch of a gather kernel, which reads rows where they lie;
-// all others one by one through the copy engine, which also takes pageable memory (and then Post() may wait for it). Nothing on other streams
+// Pieces of one size below 256 KiB (a multiple of 64 bytes) that lie in pinned or device memory go in one launch of a gather kernel, which reads
+// them where they lie; all others one by one through the copy engine, which also takes pageable memory (and then Post() may wait for it). Nothing on other streams
 // orders the copies: the caller waits for who writes a source, and uses a destination once the request is done.
 class CudaTransferEngine final : public TransferEngine {
  public:

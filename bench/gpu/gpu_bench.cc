@@ -1,96 +1,36 @@
 // How close does each kernel of a decode step come to the bytes that it must move?
 //
-//   gpu_bench --out=FILE.json [--commit=ID] [--only=attend,select,dense,gather,append] [--repeats=N]
+//   gpu_bench --out=FILE.json [--commit=ID] [--only=attend,select,dense,gather,append] [--repeats=N] [--pool-gib=32]
 //
 // A case is a CUDA graph of its launches, one after the other, each on buffers of its own ("layers"); together they are larger than
 // the L2 cache, and every launch is counted. Time is that of the graph between two events, over its layers: the median of the
 // repeats, with the least and the most beside it. `floor_us` is the bytes over the copy rate of this device, measured first.
 // Numbers are random: keys normal, queries scaled so that the weights are heavy-tailed; chosen positions random and sorted.
-#include <cuda_runtime_api.h>
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstdio>
-#include <cstring>
 #include <functional>
-#include <nlohmann/json.hpp>
 #include <string>
-#include <thread>
 #include <vector>
 
-#include "base/cuda/buffer.h"
-#include "base/cuda/device.h"
-#include "base/cuda/error.h"
-#include "base/cuda/stream.h"
 #include "base/half.h"
 #include "base/rng.h"
-#include "bench/or_exit.h"
+#include "bench/gpu/support.h"
 #include "kernels/code_block.h"
 #include "kernels/cuda/device_kernels.h"
 
 namespace prehoc {
 namespace {
 
-using Json = nlohmann::ordered_json;
-
-template <class T>
-class Array {
- public:
-  explicit Array(size_t size, CudaPlace place = CudaPlace::kDevice)
-      : bytes_(OrExit(CudaBytes::Create(place, std::max<size_t>(size, 1) * sizeof(T)))), size_(size) {
-    OrExit(CudaStatus(cudaMemset(bytes_.data(), 0, bytes_.size()), "memset"));
-    OrExit(CudaStatus(cudaDeviceSynchronize(), "wait"));
-  }
-  explicit Array(const std::vector<T>& values) : Array(values.size()) { Write(values); }
-  void Write(const std::vector<T>& values) {
-    OrExit(CudaStatus(cudaMemcpy(bytes_.data(), values.data(), values.size() * sizeof(T), cudaMemcpyDefault), "copy"));
-    OrExit(CudaStatus(cudaDeviceSynchronize(), "wait"));
-  }
-  T* data() const { return reinterpret_cast<T*>(bytes_.data()); }
-  size_t size() const { return size_; }
-
- private:
-  CudaBytes bytes_;
-  size_t size_;
-};
-
-struct Times {
-  double median = 0, least = 0, most = 0;  // [us]
-};
-
 class Bench {
  public:
-  Bench(std::string only, int repeats) : only_(std::move(only)), repeats_(repeats), stream_(OrExit(CudaStream::Create())) {
-    device_ = OrExit(CurrentCudaDevice());
-  }
+  Bench(const std::string& only, int repeats) : only_("," + only + ","), repeats_(repeats), stream_(OrExit(CudaStream::Create())) {}
   cudaStream_t stream() const { return stream_.get(); }
-  const CudaDevice& device() const { return device_; }
-  bool Wants(const std::string& what) const { return only_.empty() || ("," + only_ + ",").find("," + what + ",") != std::string::npos; }
+  bool Wants(const std::string& what) const { return only_ == ",," || only_.find("," + what + ",") != std::string::npos; }
 
-  // Of what `enqueue` enqueues, as one graph.
-  Times Measure(const std::function<void()>& enqueue) {
-    cudaGraph_t graph = nullptr;
-    cudaGraphExec_t run = nullptr;
-    OrExit(CudaStatus(cudaStreamBeginCapture(stream(), cudaStreamCaptureModeThreadLocal), "begin capture"));
-    enqueue();
-    OrExit(CudaStatus(cudaStreamEndCapture(stream(), &graph), "end capture"));
-    OrExit(CudaStatus(cudaGraphInstantiate(&run, graph, 0), "instantiate"));
-    const auto start = OrExit(CudaEvent::Create(CudaEvent::Timing::kOn)), end = OrExit(CudaEvent::Create(CudaEvent::Timing::kOn));
-    std::vector<double> times;
-    for (int i = -3; i < repeats_; ++i) {
-      OrExit(start.Record(stream()));
-      OrExit(CudaStatus(cudaGraphLaunch(run, stream()), "launch"));
-      OrExit(end.Record(stream()));
-      OrExit(end.Synchronize());
-      if (i >= 0) times.push_back(1000.0 * static_cast<double>(OrExit(end.MillisecondsSince(start))));
-    }
-    OrExit(CudaStatus(cudaGraphExecDestroy(run), "destroy"));
-    OrExit(CudaStatus(cudaGraphDestroy(graph), "destroy"));
-    std::sort(times.begin(), times.end());
-    return {times[times.size() / 2], times.front(), times.back()};
-  }
+  // Of what `enqueue` enqueues, as one graph. [us]
+  Spread Measure(const std::function<void()>& enqueue) { return Graph(stream(), enqueue).Measure(stream(), repeats_); }
 
-  void Report(const std::string& name, const Json& shape, const Times& times, int layers, double bytes, double floor_rate, int launches) {
+  void Report(const std::string& name, const Json& shape, const Spread& times, int layers, double bytes, double floor_rate, int launches) {
     Json row{{"name", name}, {"shape", shape}};
     const double us = times.median / layers;
     row["us"] = us;
@@ -113,7 +53,6 @@ class Bench {
   std::string only_;
   int repeats_;
   CudaStream stream_;
-  CudaDevice device_;
   Json rows_ = Json::array();
 };
 
@@ -131,7 +70,7 @@ void FillHalves(Half* to, size_t count, Rng& rng) {
 void MeasureCopy(Bench& bench) {
   const size_t bytes = size_t{4} << 30;
   const Array<std::byte> from(bytes), to(bytes);
-  const Times t = bench.Measure([&] { OrExit(CudaStatus(cudaMemcpyAsync(to.data(), from.data(), bytes, cudaMemcpyDeviceToDevice, bench.stream()), "copy")); });
+  const Spread t = bench.Measure([&] { OrExit(CudaStatus(cudaMemcpyAsync(to.data(), from.data(), bytes, cudaMemcpyDeviceToDevice, bench.stream()), "copy")); });
   bench.rate = 2.0 * static_cast<double>(bytes) / t.median / 1e3;
   bench.Report("copy", {{"bytes", bytes}}, t, 1, 2.0 * static_cast<double>(bytes), bench.rate, 1);
 }
@@ -183,7 +122,7 @@ void AttendChosen(Bench& bench, int batch, int kv_heads, int group, int d, int32
   const double bytes = static_cast<double>(heads) * k * static_cast<double>(row) * 2;
   const Json shape{{"batch", batch}, {"kv_heads", kv_heads}, {"group", group}, {"head_dim", d}, {"k", k}, {"layers", layers}};
   for (const bool gate : {false, true}) {
-    const Times t = bench.Measure([&] {
+    const Spread t = bench.Measure([&] {
       for (int layer = 0; layer < layers; ++layer) {
         params.tasks = device_tasks.data() + layer * heads;
         if (gate) {
@@ -220,7 +159,7 @@ void Dense(Bench& bench, int batch, int kv_heads, int group, int d, int32_t n) {
   params.tasks = device_tasks.data();
   const Array<std::byte> workspace(OrExit(cuda::AttendWorkspaceBytes(params)));
   params.workspace = workspace.data(), params.workspace_bytes = workspace.size();
-  const Times t = bench.Measure([&] {
+  const Spread t = bench.Measure([&] {
     for (int layer = 0; layer < layers; ++layer) {
       params.tasks = device_tasks.data() + layer * heads;
       OrExit(cuda::Attend(params, bench.stream()));
@@ -274,7 +213,7 @@ void Select(Bench& bench, int kv_heads, int group, int d, int32_t n, int bits, i
       scans.push_back({.source = tasks[i].source, .z = z.data() + i * static_cast<size_t>(group * stride), .z_stride = stride});
     }
     const Array<cuda::ScanTask> device_scans(scans);
-    const Times t = bench.Measure([&] {
+    const Spread t = bench.Measure([&] {
       for (int layer = 0; layer < layers; ++layer) {
         OrExit(cuda::Scan({.tasks = device_scans.data() + layer * kv_heads, .num_tasks = kv_heads, .max_n = n, .format = format, .group = group,
                        .head_dim = d}, bench.stream()));
@@ -288,7 +227,7 @@ void Select(Bench& bench, int kv_heads, int group, int d, int32_t n, int bits, i
   params.tasks = device.data();
   const Array<std::byte> workspace(OrExit(cuda::SelectWorkspaceBytes(params)));
   params.workspace = workspace.data(), params.workspace_bytes = workspace.size();
-  const Times t = bench.Measure([&] {
+  const Spread t = bench.Measure([&] {
     for (int layer = 0; layer < layers; ++layer) {
       params.tasks = device.data() + layer * kv_heads;
       OrExit(cuda::Select(params, bench.stream()));
@@ -319,7 +258,7 @@ void Append(Bench& bench, int kv_heads, int d, bool encodes) {
                      .rows = rows.data() + i * 128 * static_cast<size_t>(2 * d), .ring_rows = 128, .count = 1, .blocks = blocks.data() + i * block * 2});
   }
   const Array<cuda::AppendTask> device(tasks);
-  const Times t = bench.Measure([&] {
+  const Spread t = bench.Measure([&] {
     for (int layer = 0; layer < kLayers; ++layer) {
       OrExit(cuda::Append({.tasks = device.data() + layer * kv_heads, .num_tasks = kv_heads, .max_count = 1, .format = format, .head_dim = d}, bench.stream()));
     }
@@ -327,39 +266,6 @@ void Append(Bench& bench, int kv_heads, int d, bool encodes) {
   const double bytes = kv_heads * (encodes ? 64.0 * 2 * d + static_cast<double>(block) : 4.0 * d);
   bench.Report(encodes ? "append + encode" : "append", {{"kv_heads", kv_heads}, {"head_dim", d}, {"layers", kLayers}}, t, kLayers, bytes, bench.rate, 1);
 }
-
-// Pinned memory at the speed of the machine: huge pages, touched by all CPUs, then registered.
-class PinnedPool {
- public:
-  explicit PinnedPool(size_t bytes) : bytes_(bytes) {
-    void* at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (at == MAP_FAILED) Fail({StatusCode::kOutOfSpace, "mmap of the pinned pool"});
-    static_cast<void>(madvise(at, bytes, MADV_HUGEPAGE));
-    data_ = static_cast<std::byte*>(at);
-    std::vector<std::thread> threads;
-    const size_t count = std::max(1u, std::thread::hardware_concurrency());
-    for (size_t t = 0; t < count; ++t) {
-      threads.emplace_back([this, t, count] {
-        const size_t part = bytes_ / count;
-        std::memset(data_ + t * part, static_cast<int>(0x31 + t), part);
-      });
-    }
-    for (std::thread& thread : threads) thread.join();
-    OrExit(CudaStatus(cudaHostRegister(data_, bytes_, cudaHostRegisterDefault), "cudaHostRegister"));
-  }
-  ~PinnedPool() {
-    CountCudaError(cudaHostUnregister(data_));
-    munmap(data_, bytes_);
-  }
-  PinnedPool(const PinnedPool&) = delete;
-  PinnedPool& operator=(const PinnedPool&) = delete;
-  std::byte* data() const { return data_; }
-  size_t size() const { return bytes_; }
-
- private:
-  size_t bytes_;
-  std::byte* data_ = nullptr;
-};
 
 void Gather(Bench& bench, const PinnedPool& pool, size_t footprint, int32_t piece, int32_t count, int blocks, bool sorted) {
   Rng rng(5);
@@ -382,7 +288,7 @@ void Gather(Bench& bench, const PinnedPool& pool, size_t footprint, int32_t piec
                      .to_piece = device_to.data() + int64_t{r} * count, .count = device_count.data(), .from_limit = limit, .to_limit = count});
   }
   const Array<cuda::GatherTask> device(tasks);
-  const Times t = bench.Measure([&] {
+  const Spread t = bench.Measure([&] {
     for (int r = 0; r < kRounds; ++r) {
       OrExit(cuda::Gather({.tasks = device.data() + r, .num_tasks = 1, .piece_bytes = piece, .max_blocks = blocks}, bench.stream()));
     }
@@ -391,17 +297,13 @@ void Gather(Bench& bench, const PinnedPool& pool, size_t footprint, int32_t piec
                {"sorted", sorted}}, t, kRounds, static_cast<double>(count) * piece, 54.8, 1);
 }
 
-std::string Argument(int argc, char** argv, const std::string& name, const std::string& otherwise) {
-  for (int i = 1; i < argc; ++i) {
-    const std::string text = argv[i];
-    if (text.rfind("--" + name + "=", 0) == 0) return text.substr(name.size() + 3);
-  }
-  return otherwise;
-}
-
 int Main(int argc, char** argv) {
-  const std::string path = Argument(argc, argv, "out", "");
-  Bench bench(Argument(argc, argv, "only", ""), std::stoi(Argument(argc, argv, "repeats", "21")));
+  Flags flags("gpu_bench", argc, argv);
+  const std::string path = flags.Text("out", ""), commit = flags.Text("commit", "unknown"), only = flags.Text("only", "");
+  const int repeats = flags.Int("repeats", 21), pool_gib = flags.Int("pool-gib", 32);
+  flags.Finish();
+  Json file = Header("kernels", flags, commit);
+  Bench bench(only, repeats);
   MeasureCopy(bench);
   if (bench.Wants("attend")) {
     for (const int32_t k : {256, 1024, 2048, 4096}) AttendChosen(bench, 1, 8, 4, 128, k, 8192, 32);
@@ -421,14 +323,15 @@ int Main(int argc, char** argv) {
     for (const int32_t batch : {8, 16}) {
       for (const int32_t n : {1024, 2048, 4096}) Dense(bench, batch, 32, 1, 128, n);
     }
-    for (const int32_t n : {8192, 32768, 131072, 1048576}) Dense(bench, 1, 8, 4, 128, n);
+    for (const int32_t n : {8192, 16384, 32768, 65536, 131072, 262144, 524288, 1048576}) Dense(bench, 1, 8, 4, 128, n);
   }
   if (bench.Wants("append")) {
     Append(bench, 8, 128, false);
     Append(bench, 8, 128, true);
   }
   if (bench.Wants("gather")) {
-    const PinnedPool pool(size_t{std::stoul(Argument(argc, argv, "pool-gib", "32"))} << 30);
+    const PinnedPool pool(static_cast<size_t>(pool_gib) << 30);
+    pool.Fill(bench.stream());
     for (const bool sorted : {false, true}) {
       for (const int32_t piece : {512, 1024, 2048, 8192}) Gather(bench, pool, pool.size(), piece, (64 << 20) / piece, 16, sorted);
       Gather(bench, pool, size_t{512} << 20, 512, 131072, 16, sorted);
@@ -437,21 +340,9 @@ int Main(int argc, char** argv) {
     }
     for (const int blocks : {4, 8, 32, 64}) Gather(bench, pool, pool.size(), 2048, 32768, blocks, true);
   }
-  if (!path.empty()) {
-    std::string command = "gpu_bench";  // where it lies and writes is nobody's business
-    for (int i = 1; i < argc; ++i) {
-      if (std::string(argv[i]).rfind("--out=", 0) != 0) command += " " + std::string(argv[i]);
-    }
-    const CudaDevice& card = bench.device();
-    const Json json{{"command", command}, {"commit", Argument(argc, argv, "commit", "unknown")}, {"device", card.name},
-                    {"multiprocessors", card.multiprocessors}, {"driver", card.driver_version}, {"runtime", card.runtime_version},
-                    {"copy_gb_per_s", bench.rate}, {"results", bench.rows()}};
-    std::FILE* file = std::fopen(path.c_str(), "w");
-    if (file == nullptr) Fail({StatusCode::kIoError, "cannot write " + path});
-    const std::string text = json.dump(1) + "\n";
-    std::fwrite(text.data(), 1, text.size(), file);
-    std::fclose(file);
-  }
+  file["copy_gb_per_s"] = bench.rate;
+  file["results"] = bench.rows();
+  WriteJson(file, path);
   return 0;
 }
 

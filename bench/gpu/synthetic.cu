@@ -44,7 +44,7 @@ __global__ void FillFloatKernel(const __grid_constant__ FloatArgs args) {
 }
 struct KeyArgs {
   Half* rows;
-  int64_t count;
+  int64_t first, count;
   int32_t head_dim;
   uint64_t seed;
 };
@@ -52,8 +52,8 @@ __global__ void KeyKernel(const __grid_constant__ KeyArgs args) {
   const int64_t d = args.head_dim, all = args.count * 2 * d;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < all; i += int64_t{gridDim.x} * kThreads) {
     const int64_t row = i / (2 * d), c = i % (2 * d);
-    const float x = Normal(args.seed, static_cast<uint64_t>(i));
-    const float factor = c < d ? __expf(0.5f * Normal(~args.seed, static_cast<uint64_t>(row))) : 1.0f;
+    const float x = Normal(args.seed, static_cast<uint64_t>(args.first * 2 * d + i));
+    const float factor = c < d ? __expf(0.5f * Normal(~args.seed, static_cast<uint64_t>(args.first + row))) : 1.0f;
     args.rows[i] = __half_as_ushort(__float2half_rn(factor * x));
   }
 }
@@ -103,8 +103,8 @@ Status FillNormal(uint16_t* to, int64_t count, float scale, uint64_t seed, cudaS
 Status FillNormal(float* to, int64_t count, float mean, float scale, uint64_t seed, cudaStream_t stream) {
   return LaunchKernel(FillFloatKernel, "fill", FloatArgs{to, count, mean, scale, seed}, kWhole, stream);
 }
-Status MakeKeys(Half* rows, int64_t count, int32_t head_dim, uint64_t seed, cudaStream_t stream) {
-  return LaunchKernel(KeyKernel, "keys", KeyArgs{rows, count, head_dim, seed}, kWhole, stream);
+Status MakeKeys(Half* rows, int64_t first, int64_t count, int32_t head_dim, uint64_t seed, cudaStream_t stream) {
+  return LaunchKernel(KeyKernel, "keys", KeyArgs{rows, first, count, head_dim, seed}, kWhole, stream);
 }
 Status MakeQueries(float* q, int32_t steps, int32_t units, int32_t unit_floats, const QueryStatistics& statistics, uint64_t seed, cudaStream_t stream) {
   const int64_t blocks = (int64_t{units} * unit_floats + kThreads - 1) / kThreads;

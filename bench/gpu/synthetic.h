@@ -13,8 +13,9 @@ namespace prehoc {
 Status FillNormal(uint16_t* to, int64_t count, float scale, uint64_t seed, cudaStream_t stream);
 Status FillNormal(float* to, int64_t count, float mean, float scale, uint64_t seed, cudaStream_t stream);
 
-// rows [count, 2, head_dim]: K normal times exp(0.5 normal) (one factor a row: heavy tails over positions), V normal.
-Status MakeKeys(Half* rows, int64_t count, int32_t head_dim, uint64_t seed, cudaStream_t stream);
+// rows [count, 2, head_dim], those from `first` on of an endless stream: K normal times exp(0.5 normal) (one factor a row: heavy tails over
+// positions), V normal.
+Status MakeKeys(Half* rows, int64_t first, int64_t count, int32_t head_dim, uint64_t seed, cudaStream_t stream);
 
 // q [steps, units, heads_per_unit, head_dim]: sqrt(s) m + sqrt(1 - s) a_t, times `scale`; m and a_t normal, a_t with correlation
 // `memory` from step to step. The share s that stays is one per unit, uniform in [least, most]: so queries of a head keep a cosine of

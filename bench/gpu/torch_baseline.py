@@ -3,10 +3,11 @@
 
     torch_baseline.py OUT.json [--commit ID]
 
-Shapes as in gpu_bench; as many copies of K and V as gpu_bench has layers, in one CUDA graph; median of 21 replays between events.
+The operator grid and long contexts at batch 1, as gpu_bench measures ours; as many copies of K and V as gpu_bench has layers, in one CUDA graph; median of 21 replays between events.
 """
 import json
 import statistics
+import subprocess
 import sys
 
 import torch
@@ -47,12 +48,20 @@ def measure(backend, batch, kv_heads, group, d, n):
     return {"us": us, "gb_per_s": layer_bytes / us / 1e3, "layers": layers}
 
 
+def driver():
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def main():
     out = sys.argv[1]
     commit = sys.argv[sys.argv.index("--commit") + 1] if "--commit" in sys.argv else "unknown"
     rows = []
     shapes = [(b, 32, 1, 128, n) for b in (8, 16) for n in (1024, 2048, 4096)]
-    shapes += [(1, 8, 4, 128, n) for n in (8192, 32768, 131072, 1048576)]
+    shapes += [(1, 8, 4, 128, n) for n in (8192, 16384, 32768, 65536, 131072, 262144, 524288, 1048576)]
     for shape in shapes:
         for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
             row = {"name": name, "shape": dict(zip(("batch", "kv_heads", "group", "head_dim", "n"), shape))}
@@ -63,11 +72,12 @@ def main():
             torch.cuda.empty_cache()
             rows.append(row)
             print(row, flush=True)
+    head = {"bench": "PyTorch SDPA", "command": "torch_baseline.py", "device": torch.cuda.get_device_name(), "driver": driver(),
+            "commit": commit, "torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     with open(out, "w") as file:
-        json.dump({"command": "bench/gpu/torch_baseline.py", "commit": commit, "device": torch.cuda.get_device_name(),
-                   "torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
-                   "results": rows}, file, indent=1)
-        file.write("\n")
+        lines = ["%s: %s" % (json.dumps(key), json.dumps(value)) for key, value in head.items()]
+        lines.append('"results": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]")
+        file.write("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

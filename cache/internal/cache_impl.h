@@ -30,6 +30,8 @@ struct CacheShared {
 // What needs host code in the device's memory, or kernels that only CPUs have: kUnsupported, naming the knob. OK where host code
 // reaches `resources.device`.
 Status CheckOffered(const CacheShared& cache);
+// tc.dense_below=auto: how many positions a step reads faster than it chooses among them.
+int32_t DenseBelow(const KvGeometry& geometry, const DeviceMemory& device);
 
 struct KvCache::Impl : CacheShared {
   static Result<std::unique_ptr<KvCache>> Create(const CacheOptions& options, const CacheResources& resources);

@@ -19,6 +19,7 @@
 #include "integrations/cli/named_models.h"
 #include "integrations/cli/output_file.h"
 #include "integrations/cli/prompt.h"
+#include "integrations/cli/gpu_speed.h"
 #include "integrations/cli/runs.h"
 #include "integrations/cli/session.h"
 #include "integrations/cli/table.h"
@@ -44,6 +45,7 @@ class AnswerJob {
  private:
   // In this order: what is cheap to refuse first.
   Status RunUntraced() {
+    if (!options_.cuda) options_.cuda = GpuIsThere();
     PREHOC_RETURN_IF_ERROR(CheckAnswerOptions(options_, environment_.memory_bytes));
     PREHOC_RETURN_IF_ERROR(SetKernels());
     PREHOC_RETURN_IF_ERROR(ReadPromise());

@@ -16,6 +16,7 @@
 #include "integrations/cli/disk_speed.h"
 #include "integrations/cli/exit_code.h"
 #include "integrations/cli/format.h"
+#include "integrations/cli/gpu_speed.h"
 #include "integrations/cli/machine.h"
 #include "integrations/cli/version.h"
 #include "integrations/cli/versions.h"
@@ -25,6 +26,13 @@
 namespace prehoc::cli {
 namespace {
 namespace fs = std::filesystem;
+
+#ifdef PREHOC_CUDA
+constexpr const char* kBuild = "CUDA";
+#else
+constexpr const char* kBuild = "CPU";
+#endif
+constexpr uint64_t kGpuProbe = 256 * kMiB;
 
 std::string Bytes(uint64_t bytes) { return FormatBytes(static_cast<double>(bytes)); }
 std::string Rate(double bytes_per_second) { return fmt::format("{:.2f} GB/s", bytes_per_second * 1e-9); }
@@ -52,7 +60,7 @@ class Doctor {
   void Machine() {
     utsname system = {};
     uname(&system);
-    Line("prehoc", fmt::format("{} (CPU build)", kVersion));
+    Line("prehoc", fmt::format("{} ({} build)", kVersion, kBuild));
     Line("system", fmt::format("{} {} {}", system.sysname, system.release, system.machine));
     Line("CPU", CpuName());
     Line("threads", fmt::format("{}: one per CPU that this process may use; fewer with --threads", executor_->concurrency()));
@@ -82,7 +90,16 @@ class Doctor {
         Line("GPU", model.substr(std::min(model.size(), model.find_first_not_of(" \t", model.find(':') + 1))));
       }
     }
-    Line("device tier", "host memory under its own budget: this is the CPU build, and no GPU is used");
+    auto speed = MeasureGpu(kGpuProbe, *executor_, clock_);
+    if (!speed.ok()) {
+      Line("device tier", "host memory under its own budget: " + speed.status().message());
+      return;
+    }
+    Line("device tier", fmt::format("{}, compute capability {}.{}, {} free of {}; the driver supports CUDA {}.{}", speed->name, speed->major, speed->minor,
+                                    Bytes(speed->free_bytes), Bytes(speed->memory_bytes), speed->driver_version / 1000, speed->driver_version % 1000 / 10));
+    Line("link", fmt::format("to the GPU {}, to the host {} (copies of 1 MiB, over {})", Rate(speed->to_device_rate), Rate(speed->to_host_rate), Bytes(kGpuProbe)));
+    Line("rows", fmt::format("{} by a kernel: {:.1f} million rows of 512 bytes a second, in no order", Rate(speed->row_rate), speed->rows_per_second * 1e-6));
+    Line("GPU pinning", fmt::format("mapped, touched and pinned at {}", Rate(speed->pin_rate)));
   }
 
   // Asks for the memory that a host tier would take, and looks at what came.
@@ -108,7 +125,7 @@ class Doctor {
     rlimit limit = {};
     getrlimit(RLIMIT_MEMLOCK, &limit);
     const std::string allowed = limit.rlim_cur == RLIM_INFINITY ? "unlimited" : Bytes(limit.rlim_cur);
-    Line("pinning", fmt::format("{} (limit: {}); the CPU build does not need it", locked ? "works" : "refused", allowed));
+    Line("pinning", fmt::format("{} (limit: {}); --device cpu does not need it", locked ? "works" : "refused", allowed));
     return {};
   }
 

@@ -66,7 +66,7 @@ void AddAnswerFlags(CLI::App& app, RawAnswer& raw) {
 
   const char* run = "How it runs";
   AddText(app, "--threads", raw.threads, "N", "default: one per CPU", run);
-  AddText(app, "--device", raw.device, "NAME", "cpu or cuda: where the model, the kernels and the device tier are; default: cpu", run);
+  AddText(app, "--device", raw.device, "NAME", "cpu or cuda: where the model, the kernels and the device tier are; default: cuda where a GPU is", run);
   AddText(app, "--kernels", raw.kernels, "NAME", "reference, avx2 or avx512; default: the fastest that runs here", run);
   AddText(app, "--compare", raw.compare, "dense", "run dense attention too, and compare", run);
   AddText(app, "--json", raw.json, "FILE", "write all figures there", run);
@@ -164,11 +164,12 @@ Result<AnswerOptions> ReadAnswer(const Flags& flags, const RawAnswer& raw) {
   if (flags.Given("--device")) {
     if (raw.device != "cpu" && raw.device != "cuda") return Bad("--device", raw.device, "cpu or cuda");
     options.cuda = raw.device == "cuda";
-    if (options.cuda && flags.Given("--kernels")) return Bad("--kernels", raw.kernels, "--device cpu: with --device cuda the kernels are CUDA's");
+    if (*options.cuda && flags.Given("--kernels")) return Bad("--kernels", raw.kernels, "--device cpu: with --device cuda the kernels are CUDA's");
   }
   if (flags.Given("--kernels")) {
     PREHOC_RETURN_IF_ERROR(CheckKernelsName(raw.kernels));
     options.kernels = raw.kernels;
+    options.cuda = false;
   }
   if (flags.Given("--codes")) {
     const Result<CodeFormat> codes = ParseCodes(raw.codes);
@@ -287,6 +288,7 @@ Status CheckAnswerOptions(const AnswerOptions& options, uint64_t memory_bytes) {
     return UsageError(std::string(flag) + " " + FormatBytes(static_cast<double>(budget)) +
                       ": this machine has " + memory + " of memory; give less");
   };
+  if (options.cuda.value_or(false)) return check("--host-budget", options.host_budget);
   PREHOC_RETURN_IF_ERROR(check("--device-budget", options.device_budget));
   PREHOC_RETURN_IF_ERROR(check("--host-budget", options.host_budget));
   if (options.device_budget + options.host_budget <= memory_bytes) return {};

@@ -1,6 +1,7 @@
 // The command line as data: read by ParseCommandLine(), checked as far as it can be without opening a file.
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -43,7 +44,7 @@ struct AnswerOptions {
   std::string tenant;
   int threads = 0;             // 0 = one per CPU
   std::string kernels;         // empty = the fastest that this CPU runs
-  bool cuda = false;           // --device cuda: model, kernels and device tier on the GPU
+  std::optional<bool> cuda;    // --device: model, kernels and device tier on the GPU; not given: where a GPU is, if no kernels are named
   bool compare_dense = false;
   std::string json;            // file; empty = none
   std::string trace;           // file of the run's spans (trace_log.h); empty = none

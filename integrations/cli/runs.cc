@@ -46,7 +46,7 @@ class Runs {
     session.max_tokens = figures_.prompt_tokens + task_.options.max_new_tokens;
     session.prompt_tokens = figures_.prompt_tokens;
     session.kernels = task_.kernels;
-    session.cuda = task_.options.cuda;
+    session.cuda = task_.options.cuda.value_or(false);
     session.threads = task_.options.threads;
     session.tracer = task_.tracer;
     return session;

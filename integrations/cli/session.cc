@@ -59,7 +59,7 @@ Status StoreError(const Status& status, const std::string& directory) {
 // The facade names its options.
 Status CreateError(const Status& status, const SessionOptions& options) {
   const std::string host = WithSize("--host-budget", options.host_budget);
-  if (status.code() == StatusCode::kUnsupported) return UsageError("--device cuda: " + status.message());
+  if (status.code() == StatusCode::kUnsupported) return UsageError("--device cuda: " + status.message() + ", or --device cpu");
   if (status.code() != StatusCode::kInvalid) return status.WithContext(host);
   if (status.message().find("host_budget") != std::string::npos) return UsageError(host + ": " + status.message());
   if (status.message().find("codes") != std::string::npos) return UsageError("--codes: " + status.message());

@@ -171,6 +171,9 @@ __device__ inline void AddLogits(Mass* mass, const float4& x) {
   }
   mass->sum += __expf(x.x - mass->most) + __expf(x.y - mass->most) + __expf(x.z - mass->most) + __expf(x.w - mass->most);
 }
+__device__ inline void AddLogits(Mass* mass, const float2& x) {
+  AddLogit(mass, x.x), AddLogit(mass, x.y);
+}
 __device__ inline Mass Join(Mass a, Mass b) {
   const float most = fmaxf(a.most, b.most);
   const float sum = (a.most == most ? a.sum : a.sum * __expf(a.most - most)) +

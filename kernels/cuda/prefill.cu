@@ -1,4 +1,8 @@
-// Causal attention of many queries, in fp32: tiles of queries and keys in shared memory, one pass with a running maximum.
+// Causal attention of many queries: tiles of queries and keys in shared memory, one pass with a running maximum.
+//
+// On the tensor cores queries and weights are sums of two halves of fp16 (errors of some 2^-21): a warp takes 16 queries, and what it needs of
+// the next keys arrives while it multiplies. A product with an infinite or NaN number shows in the output; such a tile is computed again in
+// fp32 by the plain way, in which a weight of 0 takes nothing.
 #include <algorithm>
 #include <cmath>
 
@@ -10,9 +14,20 @@
 namespace prehoc::cuda {
 namespace {
 
-constexpr int kThreads = 256;      // 16 x 16: thread (y, x) has queries 4 y .. 4 y + 3, keys x and x + 16, channels x + 16 i
-constexpr int kQueryTile = 64, kKeyTile = 32;
+// The plain way: 16 lanes take kRows queries, keys x and x + 16, channels x + 16 i.
+constexpr int kKeyTile = 32;
 constexpr int kRows = 4;
+
+template <int D>
+struct PrefillShape {
+  static constexpr int kWarps = D == 256 ? 4 : 8;
+  static constexpr int kThreads = kWarps * kWarp;
+  static constexpr int kQueries = 16 * kWarps;
+  static constexpr int kPlainQueries = kThreads / 16 * kRows;
+  static constexpr int kKeys = D == 256 ? 32 : 64;
+  static constexpr int kStride = D + 8;  // halves of a row: eight rows meet no bank twice
+  static_assert(kQueries % kPlainQueries == 0);
+};
 
 struct PrefillArgs {
   const RunPrefillTask* tasks;
@@ -21,14 +36,18 @@ struct PrefillArgs {
 };
 
 template <int D>
-struct Tiles {
+struct PlainTiles {
   // One float more a row: lanes that read down a column meet no bank twice.
-  float q[kQueryTile][D + 1];
+  float q[PrefillShape<D>::kPlainQueries][D + 1];
   float k[kKeyTile][D + 1];
   float v[kKeyTile][D + 1];
-  float p[kQueryTile][kKeyTile + 1];
-  int32_t start[kQueryTile];
-  int32_t least_start;
+  float p[PrefillShape<D>::kPlainQueries][kKeyTile + 1];
+};
+template <int D>
+struct Tiles {
+  using S = PrefillShape<D>;
+  uint16_t q[2][S::kQueries][S::kStride];     // most, rest
+  uint16_t kv[2][2][S::kKeys][S::kStride];    // of two tiles: keys, values
 };
 
 __device__ inline float Over16(float x, bool sum) {
@@ -40,54 +59,37 @@ __device__ inline float Over16(float x, bool sum) {
   return x;
 }
 
+__device__ inline bool Seen(const PrefillArgs& args, int32_t position, int32_t last, int32_t start) {
+  return position <= last && (position < args.sinks || position >= start);
+}
+
+// Queries [begin, begin + kPlainQueries) of `head` in fp32.
 template <int D>
-__device__ void LoadQueries(const PrefillArgs& args, const RunPrefillTask& task, int head, int begin, Tiles<D>& tiles) {
-  for (int i = threadIdx.x; i < kQueryTile * D; i += kThreads) {
+__device__ void PlainTile(const PrefillArgs& args, const RunPrefillTask& task, int head, int begin, const int32_t* starts, int32_t least_start,
+                          PlainTiles<D>& tiles) {
+  using S = PrefillShape<D>;
+  const int x = threadIdx.x % 16, y = threadIdx.x / 16;
+  const int keys = args.first + min(begin + S::kPlainQueries, args.queries);
+  __syncthreads();
+  for (int i = threadIdx.x; i < S::kPlainQueries * D; i += S::kThreads) {
     const int t = i / D, c = i % D;
     tiles.q[t][c] = begin + t < args.queries ? task.q[(begin + t) * task.q_stride + int64_t{head} * D + c] * args.scale : 0.0f;
   }
-  if (threadIdx.x == 0) tiles.least_start = 0x7fffffff;
-  __syncthreads();
-  if (threadIdx.x < kQueryTile && begin + static_cast<int>(threadIdx.x) < args.queries) {
-    const int32_t start = task.start != nullptr ? task.start[begin + threadIdx.x] : 0;
-    tiles.start[threadIdx.x] = start;
-    atomicMin(&tiles.least_start, start);
-  }
-  __syncthreads();
-}
-
-template <int D>
-__device__ void LoadKeys(const RunPrefillTask& task, int key, int keys, Tiles<D>& tiles) {
-  for (int i = threadIdx.x; i < kKeyTile * D; i += kThreads) {
-    const int j = i / D, c = i % D;
-    const bool there = key + j < keys;
-    const Half* const row = task.rows + int64_t{key + j} * 2 * D;
-    tiles.k[j][c] = there ? __half2float(__ushort_as_half(row[c])) : 0.0f;
-    tiles.v[j][c] = there ? __half2float(__ushort_as_half(row[D + c])) : 0.0f;
-  }
-}
-
-template <int D>
-__global__ void __launch_bounds__(kThreads) PrefillKernel(const __grid_constant__ PrefillArgs args) {
-  extern __shared__ __align__(16) char shared[];
-  Tiles<D>& tiles = *reinterpret_cast<Tiles<D>*>(shared);
-  WaitForEarlierWork();
-  LetLaterWorkLaunch();
-  const RunPrefillTask task = args.tasks[blockIdx.y];
-  const int head = blockIdx.z, x = threadIdx.x % 16, y = threadIdx.x / 16;
-  // The last queries see most: they begin first.
-  const int begin = (static_cast<int>(gridDim.x) - 1 - static_cast<int>(blockIdx.x)) * kQueryTile;
-  const int end = min(begin + kQueryTile, args.queries), keys = args.first + end;
-  LoadQueries(args, task, head, begin, tiles);
   float out[kRows][D / 16] = {}, most[kRows], sum[kRows] = {};
   for (float& m : most) m = -Infinity();
   for (int key = 0; key < keys; key += kKeyTile) {
-    if (key >= args.sinks && key + kKeyTile <= tiles.least_start) continue;  // nobody sees it
+    if (key >= args.sinks && key + kKeyTile <= least_start) continue;  // nobody sees it
     __syncthreads();
-    LoadKeys(task, key, keys, tiles);
+    for (int i = threadIdx.x; i < kKeyTile * D; i += S::kThreads) {
+      const int j = i / D, c = i % D;
+      const bool there = key + j < keys;
+      const Half* const row = task.rows + int64_t{key + j} * 2 * D;
+      tiles.k[j][c] = there ? __half2float(__ushort_as_half(row[c])) : 0.0f;
+      tiles.v[j][c] = there ? __half2float(__ushort_as_half(row[D + c])) : 0.0f;
+    }
     __syncthreads();
     float z[kRows][2] = {};
-#pragma unroll 8
+#pragma unroll 4
     for (int c = 0; c < D; ++c) {
       const float k0 = tiles.k[x][c], k1 = tiles.k[x + 16][c];
 #pragma unroll
@@ -99,11 +101,10 @@ __global__ void __launch_bounds__(kThreads) PrefillKernel(const __grid_constant_
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int t = y * kRows + r, last = args.first + begin + t;
+      const int t = y * kRows + r;
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const int position = key + x + 16 * j;
-        const bool seen = begin + t < args.queries && position <= last && (position < args.sinks || position >= tiles.start[t]);
+        const bool seen = begin + t < args.queries && Seen(args, key + x + 16 * j, args.first + begin + t, starts[t]);
         if (!seen) z[r][j] = -Infinity();
       }
       const float now = fmaxf(most[r], Over16(fmaxf(z[r][0], z[r][1]), false));
@@ -119,17 +120,14 @@ __global__ void __launch_bounds__(kThreads) PrefillKernel(const __grid_constant_
       for (int i = 0; i < D / 16; ++i) out[r][i] *= keep;
     }
     __syncwarp();  // a query's weights are written and read by the same 16 lanes
-#pragma unroll 4
+#pragma unroll 1
     for (int j = 0; j < kKeyTile; ++j) {
-      float v[D / 16];
-#pragma unroll
-      for (int i = 0; i < D / 16; ++i) v[i] = tiles.v[j][x + 16 * i];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const float p = tiles.p[y * kRows + r][j];
         // A weight of 0 takes nothing, not even from an infinite value.
 #pragma unroll
-        for (int i = 0; i < D / 16; ++i) out[r][i] += p != 0.0f ? p * v[i] : 0.0f;
+        for (int i = 0; i < D / 16; ++i) out[r][i] += p != 0.0f ? p * tiles.v[j][x + 16 * i] : 0.0f;
       }
     }
     __syncwarp();
@@ -143,6 +141,176 @@ __global__ void __launch_bounds__(kThreads) PrefillKernel(const __grid_constant_
     for (int i = 0; i < D / 16; ++i) to[x + 16 * i] = sum[r] == 0.0f ? 0.0f : out[r][i] / sum[r];
   }
 }
+
+__device__ inline uint32_t SharedAddress(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+__device__ inline void LoadMatrices(const uint16_t* row, uint32_t (&x)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(SharedAddress(row)));
+}
+__device__ inline void LoadTransposed(const uint16_t* row, uint32_t (&x)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(SharedAddress(row)));
+}
+
+// Asks for the rows of a tile; those from `keys` on are zero.
+template <int D>
+__device__ void AskForKeys(const RunPrefillTask& task, int key, int keys, uint16_t (&to)[2][PrefillShape<D>::kKeys][PrefillShape<D>::kStride]) {
+  using S = PrefillShape<D>;
+  constexpr int kPieces = D / 8;  // of 16 bytes, of a key or a value
+  for (int i = threadIdx.x; i < S::kKeys * 2 * kPieces; i += S::kThreads) {
+    const int row = i / (2 * kPieces), piece = i % (2 * kPieces), half = piece / kPieces;
+    const bool there = key + row < keys;
+    const Half* const from = task.rows + (there ? int64_t{key + row} * 2 * D + piece * 8 : 0);
+    const int bytes = there ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(SharedAddress(&to[half][row][piece % kPieces * 8])), "l"(from), "r"(bytes)
+                 : "memory");
+  }
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+template <int D>
+__global__ void __launch_bounds__(PrefillShape<D>::kThreads, 1) PrefillKernel(const __grid_constant__ PrefillArgs args) {
+  using S = PrefillShape<D>;
+  using Fp16 = Number<RowType::kF16>;
+  extern __shared__ __align__(16) char shared[];
+  __shared__ int32_t starts[S::kQueries];
+  __shared__ int32_t least_start, any_odd;
+  Tiles<D>& tiles = *reinterpret_cast<Tiles<D>*>(shared);
+  WaitForEarlierWork();
+  LetLaterWorkLaunch();
+  const RunPrefillTask task = args.tasks[blockIdx.y];
+  const int head = blockIdx.z, lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp, g = lane / 4, j = lane % 4;
+  // The last queries see most: they begin first.
+  const int begin = (static_cast<int>(gridDim.x) - 1 - static_cast<int>(blockIdx.x)) * S::kQueries;
+  const int keys = args.first + min(begin + S::kQueries, args.queries);
+  if (threadIdx.x == 0) least_start = 0x7fffffff, any_odd = 0;
+  __syncthreads();
+  for (int t = static_cast<int>(threadIdx.x); t < S::kQueries; t += S::kThreads) {
+    starts[t] = task.start != nullptr && begin + t < args.queries ? task.start[begin + t] : 0;
+    if (begin + t < args.queries) atomicMin(&least_start, starts[t]);
+  }
+  // exp(x) as 2^(x log2 e): the factor goes into the queries.
+  for (int i = static_cast<int>(threadIdx.x); i < S::kQueries * D / 2; i += S::kThreads) {
+    const int t = i / (D / 2), c = i % (D / 2) * 2;
+    float2 q{};
+    if (begin + t < args.queries) q = *reinterpret_cast<const float2*>(task.q + (begin + t) * task.q_stride + int64_t{head} * D + c);
+    const float by = args.scale * kLog2E;
+    SplitPair<RowType::kF16>(q.x * by, q.y * by, reinterpret_cast<uint32_t*>(&tiles.q[0][t][c]), reinterpret_cast<uint32_t*>(&tiles.q[1][t][c]));
+  }
+  __syncthreads();
+  const int32_t least = least_start;
+  const auto after = [&](int key) {  // the next tile that somebody sees
+    do key += S::kKeys;
+    while (key < keys && key >= args.sinks && key + S::kKeys <= least);
+    return key;
+  };
+  float out[D / 8][4] = {}, most[2] = {-Infinity(), -Infinity()}, sum[2] = {};
+  const int query = warp * 16 + g;  // and query + 8
+  const int32_t last[2] = {args.first + begin + query, args.first + begin + query + 8}, start[2] = {starts[query], starts[query + 8]};
+  int key = after(-S::kKeys), stage = 0;
+  if (key < keys) AskForKeys<D>(task, key, keys, tiles.kv[0]);
+  for (; key < keys; stage ^= 1) {
+    const int next = after(key);
+    if (next < keys) {
+      AskForKeys<D>(task, next, keys, tiles.kv[stage ^ 1]);
+      asm volatile("cp.async.wait_group 1;" ::: "memory");
+    } else {
+      asm volatile("cp.async.wait_group 0;" ::: "memory");
+    }
+    __syncthreads();
+    const auto& k_tile = tiles.kv[stage][0];
+    const auto& v_tile = tiles.kv[stage][1];
+    float z[S::kKeys / 8][4] = {};
+#pragma unroll
+    for (int c = 0; c < D; c += 16) {
+      uint32_t q_most[4], q_rest[4];
+      const int row = warp * 16 + lane % 16, col = c + lane / 16 * 8;
+      LoadMatrices(&tiles.q[0][row][col], q_most);
+      LoadMatrices(&tiles.q[1][row][col], q_rest);
+#pragma unroll
+      for (int n = 0; n < S::kKeys; n += 16) {
+        uint32_t b[4];
+        LoadMatrices(&k_tile[n + lane % 8 + lane / 16 * 8][c + lane / 8 % 2 * 8], b);
+        Fp16::Mma(z[n / 8], q_rest[0], q_rest[1], q_rest[2], q_rest[3], b[0], b[1]);
+        Fp16::Mma(z[n / 8 + 1], q_rest[0], q_rest[1], q_rest[2], q_rest[3], b[2], b[3]);
+        Fp16::Mma(z[n / 8], q_most[0], q_most[1], q_most[2], q_most[3], b[0], b[1]);
+        Fp16::Mma(z[n / 8 + 1], q_most[0], q_most[1], q_most[2], q_most[3], b[2], b[3]);
+      }
+    }
+    // Of a tile that everybody sees nothing is hidden.
+    const bool whole = key + S::kKeys <= args.first + begin + 1 && (key + S::kKeys <= args.sinks || task.start == nullptr);
+    if (!whole) {
+#pragma unroll
+      for (int n = 0; n < S::kKeys / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if (!Seen(args, key + n * 8 + 2 * j + e % 2, last[e / 2], start[e / 2])) z[n][e] = -Infinity();
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float now = most[r];
+#pragma unroll
+      for (int n = 0; n < S::kKeys / 8; ++n) now = fmaxf(now, fmaxf(z[n][2 * r], z[n][2 * r + 1]));
+      now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 1));
+      now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 2));
+      const float from = now == -Infinity() ? 0.0f : now, keep = Exp2(most[r] - from);
+      most[r] = now;
+      float part = 0;
+#pragma unroll
+      for (int n = 0; n < S::kKeys / 8; ++n) {
+        z[n][2 * r] = Exp2(z[n][2 * r] - from), z[n][2 * r + 1] = Exp2(z[n][2 * r + 1] - from);
+        part += z[n][2 * r] + z[n][2 * r + 1];
+      }
+      sum[r] = sum[r] * keep + part;  // of this lane's keys
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) out[n][2 * r] *= keep, out[n][2 * r + 1] *= keep;
+    }
+#pragma unroll
+    for (int n = 0; n < S::kKeys; n += 16) {
+      uint32_t p_most[4], p_rest[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float(&from)[4] = z[n / 8 + i / 2];
+        SplitPair<RowType::kF16>(from[2 * (i % 2)], from[2 * (i % 2) + 1], &p_most[i], &p_rest[i]);
+      }
+#pragma unroll
+      for (int c = 0; c < D; c += 16) {
+        uint32_t b[4];
+        LoadTransposed(&v_tile[n + lane % 16][c + lane / 16 * 8], b);
+        Fp16::Mma(out[c / 8], p_rest[0], p_rest[1], p_rest[2], p_rest[3], b[0], b[1]);
+        Fp16::Mma(out[c / 8 + 1], p_rest[0], p_rest[1], p_rest[2], p_rest[3], b[2], b[3]);
+        Fp16::Mma(out[c / 8], p_most[0], p_most[1], p_most[2], p_most[3], b[0], b[1]);
+        Fp16::Mma(out[c / 8 + 1], p_most[0], p_most[1], p_most[2], p_most[3], b[2], b[3]);
+      }
+    }
+    __syncthreads();  // all have read the tile that is overwritten next
+    key = next;
+  }
+  bool odd = false;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    sum[r] += __shfl_xor_sync(kAllLanes, sum[r], 1);
+    sum[r] += __shfl_xor_sync(kAllLanes, sum[r], 2);
+    const float by = sum[r] == 0.0f ? 0.0f : 1 / sum[r];
+    const int t = begin + query + 8 * r;
+    if (t >= args.queries) continue;
+    float* const to = task.out + t * task.out_stride + int64_t{head} * D + 2 * j;
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+      const float2 y = {out[n][2 * r] * by, out[n][2 * r + 1] * by};
+      odd = odd || !isfinite(y.x) || !isfinite(y.y);
+      *reinterpret_cast<float2*>(to + 8 * n) = y;
+    }
+  }
+  if (odd) any_odd = 1;
+  __syncthreads();
+  if (any_odd == 0) return;
+  for (int from = 0; from < S::kQueries; from += S::kPlainQueries) {
+    PlainTile<D>(args, task, head, begin + from, starts + from, least, *reinterpret_cast<PlainTiles<D>*>(shared));
+  }
+}
 }  // namespace
 
 Status PrefillRuns(const RunPrefillParams& params, cudaStream_t stream) {
@@ -151,10 +319,12 @@ Status PrefillRuns(const RunPrefillParams& params, cudaStream_t stream) {
   if (params.num_tasks == 0 || params.queries == 0) return {};
   const PrefillArgs args{params.tasks, params.queries, params.first, params.sinks, params.group,
                          1.0f / std::sqrt(static_cast<float>(params.head_dim))};
-  const dim3 grid(static_cast<unsigned>(CeilDiv(params.queries, kQueryTile)), static_cast<unsigned>(params.num_tasks),
-                  static_cast<unsigned>(params.group));
   return DispatchHeadDim(params.head_dim, [&](auto d) {
-    return LaunchKernel(PrefillKernel<d()>, "prefill", args, {.grid = grid, .threads = kThreads, .shared_bytes = sizeof(Tiles<d()>)}, stream);
+    using S = PrefillShape<d()>;
+    const dim3 grid(static_cast<unsigned>(CeilDiv(params.queries, S::kQueries)), static_cast<unsigned>(params.num_tasks),
+                    static_cast<unsigned>(params.group));
+    constexpr size_t kShared = std::max(sizeof(Tiles<d()>), sizeof(PlainTiles<d()>));
+    return LaunchKernel(PrefillKernel<d()>, "prefill", args, {.grid = grid, .threads = S::kThreads, .shared_bytes = kShared}, stream);
   });
 }
 

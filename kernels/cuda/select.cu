@@ -58,7 +58,7 @@ void MakeTeams(int tasks, int32_t max_n, const DeviceLimits& limits, Plan* plan)
 }
 
 // Each block keeps what fits in its shared memory.
-Status MakePlan(int32_t num_tasks, int32_t max_n, bool scans, size_t query_bytes, std::byte* workspace, Plan* plan) {
+Status MakePlan(int32_t num_tasks, int32_t max_n, bool scans, size_t code_bytes, std::byte* workspace, Plan* plan) {
   PREHOC_ASSIGN_OR_RETURN(const DeviceLimits limits, CurrentLimits());
   SelectArgs& args = plan->args;
   MakeTeams(std::max(num_tasks, 1), max_n, limits, plan);
@@ -66,14 +66,13 @@ Status MakePlan(int32_t num_tasks, int32_t max_n, bool scans, size_t query_bytes
   args.num_tasks = num_tasks;
   args.max_n = max_n;
   args.chunk = static_cast<int32_t>(std::max<int64_t>(1, CeilDiv(max_n, int64_t{64} * args.team_blocks)) * 64);
-  args.z_stride = args.chunk + 16;  // heads 64 bytes apart: a warp's stores of one page meet no bank twice
+  args.z_stride = args.chunk + 8;  // heads 32 bytes apart: a warp's stores of one piece meet no bank twice
   const auto chunk = static_cast<size_t>(args.chunk), group = static_cast<size_t>(args.group);
-  const size_t stages = static_cast<size_t>(args.stage_bytes) * kSelectWarps;
-  const size_t fixed = query_bytes + kBins * 4 + chunk / 32 * 8 + group * 8 + 16 + stages + 2048;  // and what the kernel declares itself
+  const size_t fixed = code_bytes + kBins * 4 + chunk / 32 * 8 + group * 8 + 16 + 2048;  // and what the kernel declares itself
   const size_t z_bytes = scans ? group * static_cast<size_t>(args.z_stride) * 4 : 0;
   const auto room = static_cast<size_t>(limits.block_shared_bytes);
   args.z_in_shared = fixed + z_bytes <= room;
-  args.keep_keys = chunk * 4 <= stages;
+  args.keep_keys = args.z_in_shared && fixed + z_bytes + chunk * 4 <= room;
   PREHOC_RETURN_IF_ERROR(Check("choose").That(fixed <= room, "max_n", max_n, "positions are too many for one launch; give fewer tasks",
                                               StatusCode::kUnsupported).Take());
 
@@ -113,14 +112,13 @@ Result<Plan> PlanOf(const SelectParams& params) {
   plan.args.select = params.tasks;
   plan.args.format = params.format;
   plan.args.layout = LayoutOf(params.format, params.head_dim);
-  // As Selector::kStaged.
-  if (params.head_dim * params.format.bits <= 1024) plan.args.stage_bytes = static_cast<int32_t>(plan.args.layout.bytes);
   plan.args.type = params.type;
   plan.args.group = params.group;
   plan.args.rule = params.rule;
   plan.args.dilate = params.dilate;
-  const size_t query_bytes = static_cast<size_t>(params.head_dim) / 8 * kWarp * sizeof(uint4);  // at most
-  PREHOC_RETURN_IF_ERROR(MakePlan(params.num_tasks, params.max_n, true, query_bytes, params.workspace, &plan));
+  // At most: the query, and of each warp the head of a code block.
+  const size_t code_bytes = static_cast<size_t>(params.head_dim) / 8 * (kWarp / 2) * sizeof(uint4) + size_t{4} * static_cast<size_t>(params.head_dim) * kSelectWarps;
+  PREHOC_RETURN_IF_ERROR(MakePlan(params.num_tasks, params.max_n, true, code_bytes, params.workspace, &plan));
   return plan;
 }
 

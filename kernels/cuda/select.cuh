@@ -12,7 +12,7 @@
 
 namespace prehoc::cuda {
 
-inline constexpr int kSelectThreads = 384;
+inline constexpr int kSelectThreads = 512;
 inline constexpr int kSelectWarps = kSelectThreads / kWarp;
 inline constexpr int kBins = 2048;
 inline constexpr float kBinsPerNat = 64;    // the bins reach 32 nats below the best weight: 1e-14 of it
@@ -49,8 +49,7 @@ struct SelectArgs {
   int32_t chunk;         // most positions of a block, a multiple of 64
   int64_t z_stride;      // [floats] of a head in the logits that this launch keeps
   bool z_in_shared;
-  bool keep_keys;        // in the place of the code blocks, once these are used up: they fit
-  int32_t stage_bytes;   // of shared memory for the code block that a warp takes next; 0: blocks are read where they lie
+  bool keep_keys;        // in shared memory: they fit
   Team* teams;           // [teams]
   Mass* parts;           // [teams, group, kMaxTeam]
   Mass* outside;         // [teams, group, kMaxTeam]
@@ -170,13 +169,14 @@ class Selector {
  public:
   static constexpr bool kScans = BITS != 0;
   static constexpr size_t kQueryBytes = QuerySize<D, BITS>::kBytes;
-  static constexpr bool kStaged = kScans && D * BITS <= 1024;  // blocks of up to 9 KiB
+  static constexpr size_t kHeaderBytes = size_t{4} * D;  // of the code block of a warp
   // Two per head, in whole pieces of 16 bytes: the logits behind them are stored by the piece.
   static __host__ __device__ int MassFloats(int group) { return (2 * group + 3) / 4 * 4; }
   // Shared memory: q steps, histogram or list, words of the chosen and of the class, masses, keys, logits.
   static size_t SharedBytes(const SelectArgs& args) {
     size_t bytes = kQueryBytes + kBins * 4 + static_cast<size_t>(args.chunk / 32) * 8 + static_cast<size_t>(MassFloats(args.group)) * 4;
-    bytes += static_cast<size_t>(args.stage_bytes) * kSelectWarps;
+    bytes += kHeaderBytes * kSelectWarps;
+    if (args.keep_keys) bytes += static_cast<size_t>(args.chunk) * 4;
     if (args.z_in_shared) bytes += static_cast<size_t>(args.group) * static_cast<size_t>(args.z_stride) * 4;
     return bytes;
   }
@@ -248,13 +248,13 @@ class Selector {
   __device__ uint32_t* class_words() const { return kept_words() + args_.chunk / 32; }             // [own / 32] the class of the last cut
   __device__ float* lse() const { return reinterpret_cast<float*>(class_words() + args_.chunk / 32); }  // [group]
   __device__ float* top() const { return lse() + args_.group; }                               // [group] largest logits
-  __device__ std::byte* stage() const {  // [stage_bytes] of this warp
-    return reinterpret_cast<std::byte*>(lse() + MassFloats(args_.group)) + warp() * args_.stage_bytes;
+  __device__ std::byte* header() const {  // [kHeaderBytes] of this warp
+    return reinterpret_cast<std::byte*>(lse() + MassFloats(args_.group)) + warp() * kHeaderBytes;
   }
-  __device__ uint32_t* keys() const { return reinterpret_cast<uint32_t*>(lse() + MassFloats(args_.group)); }  // [own], with keep_keys
-  __device__ float* kept_z_shared() const {
-    return reinterpret_cast<float*>(reinterpret_cast<std::byte*>(lse() + MassFloats(args_.group)) + kSelectWarps * args_.stage_bytes);
+  __device__ uint32_t* keys() const {  // [own], with keep_keys
+    return reinterpret_cast<uint32_t*>(reinterpret_cast<std::byte*>(lse() + MassFloats(args_.group)) + kSelectWarps * kHeaderBytes);
   }
+  __device__ float* kept_z_shared() const { return reinterpret_cast<float*>(keys() + (args_.keep_keys ? args_.chunk : 0)); }
   __device__ float* kept_z() const {  // [group, z_stride] of this launch
     if (args_.z_in_shared) return kept_z_shared();
     return args_.z + (int64_t{team_index_} * args_.team_blocks + block_) * args_.group * args_.z_stride;
@@ -294,10 +294,10 @@ class Selector {
         __syncthreads();
         Mass mass = tokens == 16 ? ScanTile<1>(first, coded_end, scale) : ScanTile<4>(first, coded_end, scale);
 #pragma unroll
-        for (int offset = 1; offset <= 2; offset *= 2) {
+        for (int offset = 4; offset < kWarp; offset *= 2) {
           mass = Join(mass, {__shfl_xor_sync(kAllLanes, mass.most, offset), __shfl_xor_sync(kAllLanes, mass.sum, offset)});
         }
-        if (lane() % 4 == 0) of_warps[warp()][lane() / 4] = mass;
+        if (lane() < kScanHeads) of_warps[warp()][lane()] = mass;
         __syncthreads();
         const int h = first + warp();
         if (warp() >= kScanHeads || h >= args_.group) continue;
@@ -311,46 +311,38 @@ class Selector {
     }
   }
 
-  // Blocks of PAGES pages for heads [first, first + 8): logits to kept_z; the mass of head first + lane / 4 as far as this lane has it.
+  // Blocks of PAGES pages for heads [first, first + 4): logits to kept_z; the mass of head first + lane % 4 as far as this lane has it.
   template <int PAGES>
   __device__ Mass ScanTile(int first, int32_t coded_end, const QueryScale& scale) {
     constexpr int32_t kTokens = PAGES * kCodePageTokens, kStride = kSelectWarps * kTokens;
-    const int j = lane() % 4, block_bytes = static_cast<int>(args_.layout.bytes), pages_at = static_cast<int>(args_.layout.pages);
-    const bool exists = first + lane() / 4 < args_.group;
-    float* const mine = kept_z() + (first + lane() / 4) * args_.z_stride - begin_ + 4 * j;
+    const int block_bytes = static_cast<int>(args_.layout.bytes);
+    const bool exists = first + lane() % 4 < args_.group;
+    float* const mine = kept_z() + (first + lane() % 4) * args_.z_stride - begin_;
     int32_t at = begin_ + warp() * kTokens;
     const std::byte* block = source_->blocks + int64_t{at / kTokens} * block_bytes;
-    const int64_t next = int64_t{kSelectWarps} * block_bytes;
     Mass mass = NoMass();
-    if (kStaged && at < coded_end) CopyBlock(stage(), block, block_bytes, lane());
-    if (at + kStride < coded_end) FetchBlock(block + next, block_bytes, lane());
-    for (; at < coded_end; at += kStride, block += next) {
-      if (at + 2 * kStride < coded_end) FetchBlock(block + 2 * next, block_bytes, lane());
+    if (at >= coded_end) return mass;
+    BlockScan<D, BITS, PAGES, false> scan(static_cast<int>(args_.layout.pages), steps(), scale, false, header(), lane());
+    scan.Start(block);
+#pragma unroll 1
+    for (; at < coded_end; at += kStride) {
+      const std::byte* const next = at + kStride < coded_end ? block + int64_t{kSelectWarps} * block_bytes : nullptr;
       const bool whole = at >= lo_ || at + kTokens <= sinks_;
-      const auto read = [&] {
-        if constexpr (kStaged) {
-          __syncwarp();
-          if (at + kStride < coded_end) CopyBlock(stage(), block + next, block_bytes, lane());
-        }
-      };
-      const auto emit = [&](int page, const float4& z) {
+      const auto emit = [&](int token, const auto& z) {
         if (!exists) return;
-        const int32_t i = at + kCodePageTokens * page;
-        *reinterpret_cast<float4*>(mine + i) = z;
+        const int32_t i = at + token;
+        *reinterpret_cast<std::decay_t<decltype(z)>*>(mine + i) = z;
         if (whole) {
           AddLogits(&mass, z);
         } else {
-          float4 left = z;
-#pragma unroll 1
-          for (int t = 0; t < 4; ++t) {
-            if (InSight(i + 4 * j + t)) AddLogit(&mass, left.x);
-            left = {left.y, left.z, left.w, 0};
+#pragma unroll
+          for (int t = 0; t < static_cast<int>(sizeof(z) / 4); ++t) {
+            if (InSight(i + t)) AddLogit(&mass, (&z.x)[t]);
           }
         }
       };
-      if constexpr (kStaged) CopyDone();
-      BlockScan<D, BITS, PAGES, false, kStaged>::Run(kStaged ? stage() : block, pages_at, steps(), scale, false, lane(), read, emit,
-                                                     [](int, const float4&) {});
+      scan.Run(block, next, emit, [](int, const auto&) {});
+      block = next;
     }
     return mass;
   }
@@ -423,8 +415,8 @@ class Selector {
     if (args_.rule == GroupRule::kMaxLogit) return z;
     return isnan(lse()[h]) ? -Infinity() : z - lse()[h];
   }
-  // Any rule, any numbers.
-  __device__ float Score(int32_t at) const {
+  // Any rule, any numbers. Out of the way: code that is run once costs the time to fetch it.
+  __device__ __noinline__ float Score(int32_t at) const {
     const float* const z = z_ + at;
     float most = -Infinity();
     for (int h = 0; h < args_.group; ++h) most = fmaxf(most, HeadScore(h, z[h * z_stride_]));
@@ -471,17 +463,17 @@ class Selector {
     for (int t = 0; t < 4; ++t) most = {most.y, most.z, most.w, Score(min(at + t, end_ - begin_ - 1))};
     return most;
   }
-  // The key of position i; 0 if it is no candidate.
-  __device__ uint32_t KeyAt(int32_t i, float score, const uint64_t* resident, float log_theta) const {
-    if (i < lo_ || i >= hi_) return 0;
-    if (resident != nullptr && ((resident[i / 64] >> (i % 64)) & 1) == 0 && !(score > log_theta)) return 0;
-    return KeyOf(score);
-  }
+  // Keys of four own positions; 0 where a position is no candidate. `at` is a multiple of 4.
   __device__ uint4 KeysAt(int32_t at, const float4& score, const uint64_t* resident, float log_theta) const {
     const int32_t i = begin_ + at;
-    if (i >= lo_ && i + 3 < hi_ && resident == nullptr) return {KeyOf(score.x), KeyOf(score.y), KeyOf(score.z), KeyOf(score.w)};
-    return {KeyAt(i, score.x, resident, log_theta), KeyAt(i + 1, score.y, resident, log_theta),
-            KeyAt(i + 2, score.z, resident, log_theta), KeyAt(i + 3, score.w, resident, log_theta)};
+    uint32_t in = resident != nullptr ? static_cast<uint32_t>(resident[i / 64] >> (i % 64)) : 15u;
+    if (resident != nullptr) {
+      in |= (score.x > log_theta ? 1u : 0) | (score.y > log_theta ? 2u : 0) | (score.z > log_theta ? 4u : 0) | (score.w > log_theta ? 8u : 0);
+    }
+    const uint32_t before = static_cast<uint32_t>(min(max(lo_ - i, 0), 4)), within = static_cast<uint32_t>(min(max(hi_ - i, 0), 4));
+    in &= (15u << before) & ((1u << within) - 1);
+    return {(in & 1) != 0 ? KeyOf(score.x) : 0, (in & 2) != 0 ? KeyOf(score.y) : 0, (in & 4) != 0 ? KeyOf(score.z) : 0,
+            (in & 8) != 0 ? KeyOf(score.w) : 0};
   }
   // As the first round of CountKeys found them.
   __device__ uint4 KeysAgain(int32_t at, const uint64_t* resident, float log_theta) const {
@@ -489,11 +481,22 @@ class Selector {
     return KeysAt(at, ScoreFour(at), resident, log_theta);
   }
   __device__ void Pool(int32_t at, const float4& score) const {
-    float* const pooled = rule_->pooled;
+    const int32_t i = begin_ + at;
+    float* const pooled = rule_->pooled + i;
+    const bool anew = rule_->pool_reset != 0;
+    if (i >= lo_ && i + 3 < hi_ && reinterpret_cast<uintptr_t>(pooled) % sizeof(float4) == 0) {
+      float4 x = score;
+      if (!anew) {
+        const float4 old = *reinterpret_cast<float4*>(pooled);
+        x = {fmaxf(old.x, x.x), fmaxf(old.y, x.y), fmaxf(old.z, x.z), fmaxf(old.w, x.w)};
+      }
+      *reinterpret_cast<float4*>(pooled) = x;
+      return;
+    }
     float4 left = score;
 #pragma unroll 1
-    for (int32_t i = begin_ + at; i < begin_ + at + 4; ++i) {
-      if (i >= lo_ && i < hi_) pooled[i] = rule_->pool_reset != 0 ? left.x : fmaxf(pooled[i], left.x);
+    for (int t = 0; t < 4; ++t) {
+      if (i + t >= lo_ && i + t < hi_) pooled[t] = anew ? left.x : fmaxf(pooled[t], left.x);
       left = {left.y, left.z, left.w, 0};
     }
   }
@@ -942,29 +945,37 @@ struct ScanArgs {
 inline constexpr int kScanThreads = 256;
 
 template <int D, int BITS, int PAGES, bool WITH_ERROR>
-__device__ inline void ScanBlocks(const ScanArgs& args, const ScanTask& task, int first, int32_t coded, const uint4* steps, const QueryScale& scale) {
+__device__ inline void ScanBlocks(const ScanArgs& args, const ScanTask& task, int first, int32_t coded, const uint4* steps, const QueryScale& scale,
+                                  std::byte* header) {
   constexpr int32_t kTokens = PAGES * kCodePageTokens;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp, j = lane % 4;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const int32_t warps = static_cast<int32_t>(gridDim.x) * (kScanThreads / kWarp), me = static_cast<int32_t>(blockIdx.x) * (kScanThreads / kWarp) + warp;
-  const int block_bytes = static_cast<int>(args.layout.bytes), pages_at = static_cast<int>(args.layout.pages);
-  const bool mine = first + lane / 4 < args.group;
-  const int64_t row = (first + lane / 4) * task.z_stride + 4 * j;
-  for (int64_t at = int64_t{me} * kTokens; at < coded; at += int64_t{warps} * kTokens) {
-    const std::byte* const block = task.source.blocks + at / kTokens * block_bytes;
-    if (at + int64_t{warps} * kTokens < coded) FetchBlock(block + int64_t{warps} * block_bytes, block_bytes, lane);
-    const auto emit = [&](int page, const float4& z) {
-      if (mine) *reinterpret_cast<float4*>(task.z + row + at + kCodePageTokens * page) = z;
+  const int block_bytes = static_cast<int>(args.layout.bytes);
+  const bool mine = first + lane % 4 < args.group;
+  const int64_t row = (first + lane % 4) * task.z_stride;
+  int64_t at = int64_t{me} * kTokens;
+  if (at >= coded) return;
+  const std::byte* block = task.source.blocks + at / kTokens * block_bytes;
+  BlockScan<D, BITS, PAGES, WITH_ERROR> scan(static_cast<int>(args.layout.pages), steps, scale, args.format.error_norms, header, lane);
+  scan.Start(block);
+#pragma unroll 1
+  for (; at < coded; at += int64_t{warps} * kTokens) {
+    const std::byte* const next = at + int64_t{warps} * kTokens < coded ? block + int64_t{warps} * block_bytes : nullptr;
+    const auto emit = [&](int token, const auto& z) {
+      if (mine) *reinterpret_cast<std::decay_t<decltype(z)>*>(task.z + row + at + token) = z;
     };
-    const auto emit_error = [&](int page, const float4& err) {
-      if (mine) *reinterpret_cast<float4*>(task.err + row + at + kCodePageTokens * page) = err;
+    const auto emit_error = [&](int token, const auto& err) {
+      if (mine) *reinterpret_cast<std::decay_t<decltype(err)>*>(task.err + row + at + token) = err;
     };
-    BlockScan<D, BITS, PAGES, WITH_ERROR, false>::Run(block, pages_at, steps, scale, args.format.error_norms, lane, [] {}, emit, emit_error);
+    scan.Run(block, next, emit, emit_error);
+    block = next;
   }
 }
 
 template <int D, int BITS>
 __global__ void __launch_bounds__(kScanThreads, 1) ScanKernel(const __grid_constant__ ScanArgs args) {
-  __shared__ uint4 steps[CodeShape<D, BITS>::kSteps * kWarp];
+  __shared__ __align__(16) std::byte step_bytes[CodeShape<D, BITS>::kQueryBytes];
+  __shared__ __align__(16) std::byte headers[kScanThreads / kWarp][CodeShape<D, BITS>::kHeaderBytes];
   __shared__ QueryScale scale;
   const ScanTask task = args.tasks[blockIdx.y];
   WaitForEarlierWork();
@@ -980,15 +991,16 @@ __global__ void __launch_bounds__(kScanThreads, 1) ScanKernel(const __grid_const
     }
     return;
   }
+  uint4* const steps = reinterpret_cast<uint4*>(step_bytes);
   if (warp == 0) PrepareQuery<D, BITS>(task.source.q, first, args.group, lane, steps, &scale);
   __syncthreads();
   const int32_t coded = n / tokens * tokens;
   if (task.err != nullptr) {
-    if (tokens == 16) ScanBlocks<D, BITS, 1, true>(args, task, first, coded, steps, scale);
-    if (tokens == 64) ScanBlocks<D, BITS, 4, true>(args, task, first, coded, steps, scale);
+    if (tokens == 16) ScanBlocks<D, BITS, 1, true>(args, task, first, coded, steps, scale, headers[warp]);
+    if (tokens == 64) ScanBlocks<D, BITS, 4, true>(args, task, first, coded, steps, scale, headers[warp]);
   } else {
-    if (tokens == 16) ScanBlocks<D, BITS, 1, false>(args, task, first, coded, steps, scale);
-    if (tokens == 64) ScanBlocks<D, BITS, 4, false>(args, task, first, coded, steps, scale);
+    if (tokens == 16) ScanBlocks<D, BITS, 1, false>(args, task, first, coded, steps, scale, headers[warp]);
+    if (tokens == 64) ScanBlocks<D, BITS, 4, false>(args, task, first, coded, steps, scale, headers[warp]);
   }
   const int32_t warps = static_cast<int32_t>(gridDim.x) * (kScanThreads / kWarp), me = static_cast<int32_t>(blockIdx.x) * (kScanThreads / kWarp) + warp;
   for (int32_t i = coded + me; i < n; i += warps) {

@@ -187,5 +187,27 @@ TEST_F(HarmTest, UnguardedEveryErrorIsTheCallers) {
   EXPECT_EQ(Counter("health.state"), -1);
 }
 
+// A method that does not pay yet is left alone: every step is what it is without one, and choosing begins where it was said to.
+TEST(SelectorHarmTest, AShortContextIsDense) {
+  constexpr int64_t kSteps = 6;
+  const Stream stream(SmallGeometry(), kPrompt + kSteps, 21);
+  std::vector<std::vector<Outputs>> all(2);
+  for (const bool chooses : {false, true}) {
+    WorldOptions options = WorldOptions::Default();
+    options.cache.selector.kind = chooses ? SelectorKind::kTwoClock : SelectorKind::kDense;
+    options.cache.selector.tc.dense_below = kPrompt + 4;  // the fourth step sees so many
+    World world(options);
+    auto sequence = world.cache().Open({.max_tokens = kPrompt + kSteps});
+    ASSERT_OK(sequence);
+    ASSERT_OK(PrefillAll(**sequence, stream, kPrompt, 64));
+    for (int64_t step = 1; step <= kSteps; ++step) {
+      ASSERT_OK(DecodeOne(**sequence, stream, &all[chooses].emplace_back()));
+      const SequenceReport report = (*sequence)->Report();
+      EXPECT_EQ(report.retrievals > 0, chooses && step >= 4) << "step " << step;
+    }
+  }
+  for (size_t step = 0; step < kSteps; ++step) EXPECT_EQ(all[1][step] == all[0][step], step < 3) << "step " << step + 1;
+}
+
 }  // namespace
 }  // namespace prehoc

@@ -80,6 +80,7 @@ const std::vector<KnobCase>& Cases() {
       {"tc.pool", "16", {"1"}, {"0"}, "tc"},
       {"tc.lag", "0", {"8"}, {"-1"}, "tc"},
       {"tc.stagger", "true", {"false"}, {"maybe"}, "tc"},
+      {"tc.dense_below", "auto", {"0", "65536"}, {"-1", "1/2"}, "tc"},
       {"sc.factor", "4", {"2", "8"}, {"0", "-4"}, "sc"},
       {"sc.refresh", "16", {"64"}, {"0"}, "sc"},
       {"sc.pool", "1", {"16"}, {"0"}, "sc"},

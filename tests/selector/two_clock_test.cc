@@ -99,6 +99,17 @@ TEST(TwoClock, ChoicesGrowOld) {
   EXPECT_FALSE(MustSelect(rule, 3));
 }
 
+TEST(TwoClock, ShortContextsThatTheDeviceHoldsAreDense) {
+  const auto all = [](const char* below, int64_t n, bool complete) {
+    return MakeSelector(Small({below}))->Rule({.layer = 0, .layers = 1, .step = 1, .n = n, .complete = complete}).attend_all;
+  };
+  EXPECT_TRUE(all("tc.dense_below=101", 100, true));
+  EXPECT_FALSE(all("tc.dense_below=100", 100, true));
+  EXPECT_FALSE(all("tc.dense_below=101", 100, false)) << "rows would come from elsewhere";
+  EXPECT_FALSE(all("tc.dense_below=auto", 100, true)) << "nobody says what pays";
+  EXPECT_FALSE(all("tc.dense_below=0", 100, true));
+}
+
 TEST(TwoClock, GateCanBeOff) {
   for (const char* off : {"tc.tau=off", "tc.tau=1", "tc.tau=7", "tc.max_age=0"}) {
     const auto selector = MakeSelector(Small({off}));

@@ -155,67 +155,83 @@ struct MatrixArgs {
   int32_t tokens, rows, cols;
   bool add;
 };
-constexpr int kTile = 64, kDeep = 32, kStride = kDeep + 8;  // halves: 16-byte rows, and fragments that meet no bank twice
-constexpr int kMatrixThreads = 128;                         // 4 warps of 32 x 32 outputs
+// A block makes 128 x 128 outputs, a warp 64 x 32 of them. Three slices of the operands are on their way or in use; activations are split as they
+// are loaded from shared memory.
+constexpr int kTile = 128, kDeep = 32, kStages = 3;
+constexpr int kXStride = kDeep + 8, kWStride = kDeep + 8;  // of rows: fragments meet no bank twice
+constexpr int kMatrixThreads = 256;
 
 struct MatrixTiles {
-  uint16_t most[kTile][kStride];
-  uint16_t rest[kTile][kStride];
-  uint16_t weights[kTile][kStride];
+  float x[kStages][kTile][kXStride];
+  uint16_t weights[kStages][kTile][kWStride];
 };
 
+// 16 bytes, or zeros, behind the work of the block.
+__device__ inline void AskFor(void* to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from),
+               "r"(there ? 16 : 0) : "memory");
+}
+
 template <RowType R>
-__global__ void __launch_bounds__(kMatrixThreads) MatrixKernel(const __grid_constant__ MatrixArgs args) {
-  __shared__ __align__(16) MatrixTiles tiles;
+__global__ void __launch_bounds__(kMatrixThreads, 2) MatrixKernel(const __grid_constant__ MatrixArgs args) {
+  extern __shared__ __align__(16) char shared[];
+  MatrixTiles& tiles = *reinterpret_cast<MatrixTiles*>(shared);
   WaitForEarlierWork();
   LetLaterWorkLaunch();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, j = lane % 4;
-  const int token0 = blockIdx.y * kTile, row0 = blockIdx.x * kTile, t0 = warp / 2 * 32, n0 = warp % 2 * 32;
-  float sum[2][4][4] = {};
+  const int token0 = blockIdx.x * kTile, row0 = blockIdx.y * kTile, t0 = warp % 2 * 64, n0 = warp / 2 * 32;
+  const auto ask = [&](int k, int stage) {
+    if (k < args.cols) {
+#pragma unroll
+      for (int i = threadIdx.x; i < kTile * kDeep / 4; i += kMatrixThreads) {
+        const int t = i / (kDeep / 4), c = i % (kDeep / 4) * 4;
+        const bool there = token0 + t < args.tokens && k + c < args.cols;
+        AskFor(&tiles.x[stage][t][c], args.x + (there ? int64_t{token0 + t} * args.cols + k + c : 0), there);
+      }
+#pragma unroll
+      for (int i = threadIdx.x; i < kTile * kDeep / 8; i += kMatrixThreads) {
+        const int n = i / (kDeep / 8), c = i % (kDeep / 8) * 8;
+        const bool there = row0 + n < args.rows && k + c < args.cols;
+        AskFor(&tiles.weights[stage][n][c], args.weights + (there ? int64_t{row0 + n} * args.cols + k + c : 0), there);
+      }
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  };
+  float sum[4][4][4] = {};
+  ask(0, 0);
+  ask(kDeep, 1);
+  int stage = 0;
   for (int k = 0; k < args.cols; k += kDeep) {
-    __syncthreads();
-    for (int i = threadIdx.x; i < kTile * kDeep / 4; i += kMatrixThreads) {
-      const int t = i / (kDeep / 4), c = i % (kDeep / 4) * 4;
-      float4 v{};
-      if (token0 + t < args.tokens && k + c < args.cols) v = *reinterpret_cast<const float4*>(args.x + int64_t{token0 + t} * args.cols + k + c);
-      uint2 most, rest;
-      cuda::SplitPair<R>(v.x, v.y, &most.x, &rest.x);
-      cuda::SplitPair<R>(v.z, v.w, &most.y, &rest.y);
-      *reinterpret_cast<uint2*>(&tiles.most[t][c]) = most;
-      *reinterpret_cast<uint2*>(&tiles.rest[t][c]) = rest;
-    }
-    for (int i = threadIdx.x; i < kTile * kDeep / 8; i += kMatrixThreads) {
-      const int n = i / (kDeep / 8), c = i % (kDeep / 8) * 8;
-      uint4 v{};
-      if (row0 + n < args.rows && k + c < args.cols) v = *reinterpret_cast<const uint4*>(args.weights + int64_t{row0 + n} * args.cols + k + c);
-      *reinterpret_cast<uint4*>(&tiles.weights[n][c]) = v;
-    }
-    __syncthreads();
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+    __syncthreads();  // the slice is there, and all have used up the one that is overwritten now
+    ask(k + 2 * kDeep, (stage + 2) % kStages);
 #pragma unroll
     for (int c = 0; c < kDeep; c += 16) {
-      const auto word = [&](const uint16_t(*tile)[kStride], int r, int at) { return *reinterpret_cast<const uint32_t*>(&tile[r][at]); };
-      uint32_t b[4][2];
+      uint32_t b[2][4];
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        b[n][0] = word(tiles.weights, n0 + 8 * n + g, c + 2 * j);
-        b[n][1] = word(tiles.weights, n0 + 8 * n + g, c + 2 * j + 8);
+      for (int n = 0; n < 2; ++n) {
+        const uint16_t* const from = &tiles.weights[stage][n0 + 16 * n + lane % 8 + lane / 16 * 8][c + lane / 8 % 2 * 8];
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(b[n][0]), "=r"(b[n][1]), "=r"(b[n][2]), "=r"(b[n][3]) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(from))));
       }
 #pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        const int r = t0 + 16 * m + g;
-        const auto multiply = [&](const uint16_t(*tile)[kStride]) {
-          const uint32_t a0 = word(tile, r, c + 2 * j), a1 = word(tile, r + 8, c + 2 * j), a2 = word(tile, r, c + 2 * j + 8),
-                         a3 = word(tile, r + 8, c + 2 * j + 8);
+      for (int m = 0; m < 4; ++m) {
+        uint32_t most[4], rest[4];
 #pragma unroll
-          for (int n = 0; n < 4; ++n) Number<R>::Mma(sum[m][n], a0, a1, a2, a3, b[n][0], b[n][1]);
-        };
-        multiply(tiles.rest);
-        multiply(tiles.most);
+        for (int i = 0; i < 4; ++i) {
+          const float2 x = *reinterpret_cast<const float2*>(&tiles.x[stage][t0 + 16 * m + g + i % 2 * 8][c + 2 * j + i / 2 * 8]);
+          cuda::SplitPair<R>(x.x, x.y, &most[i], &rest[i]);
+        }
+#pragma unroll
+        for (int n = 0; n < 4; ++n) Number<R>::Mma(sum[m][n], rest[0], rest[1], rest[2], rest[3], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+#pragma unroll
+        for (int n = 0; n < 4; ++n) Number<R>::Mma(sum[m][n], most[0], most[1], most[2], most[3], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
       }
     }
+    stage = (stage + 1) % kStages;
   }
 #pragma unroll
-  for (int m = 0; m < 2; ++m) {
+  for (int m = 0; m < 4; ++m) {
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
 #pragma unroll
@@ -332,7 +348,8 @@ Status MultiplyMatrix(const MatrixProduct& p, cudaStream_t stream) {
                              .That(p.cols >= 8 && p.cols % 8 == 0, "cols", p.cols, "use a multiple of 8").Take());
   if (p.tokens == 0 || p.rows == 0) return {};
   const MatrixArgs args{static_cast<const uint16_t*>(p.weights), p.x, p.bias, p.y, p.tokens, p.rows, p.cols, p.add};
-  const cuda::Shape shape{.grid = Grid(CeilDiv(p.rows, kTile), CeilDiv(p.tokens, kTile)), .threads = kMatrixThreads};
+  // Neighbouring blocks share weights, which are more than activations.
+  const cuda::Shape shape{.grid = Grid(CeilDiv(p.tokens, kTile), CeilDiv(p.rows, kTile)), .threads = kMatrixThreads, .shared_bytes = sizeof(MatrixTiles)};
   return LaunchKernel(p.type == DeviceNumber::kF16 ? MatrixKernel<RowType::kF16> : MatrixKernel<RowType::kBF16>, "matrix product", args, shape,
                       stream);
 }

@@ -229,8 +229,8 @@ TEST_F(CudaTableTest, AttendAgreesFromEveryMemory) {
 TEST_F(CudaTableTest, PrefillAgreesWithWindowsAndSinks) {
   Rng rng = SeededRng();
   for (const int32_t d : CudaHeadDims()) {
-    for (const int32_t first : {0, 1, 130}) {
-      for (const int32_t queries : {1, 31, 64, 65}) {
+    for (const int32_t first : {0, 1, 130, 400}) {
+      for (const int32_t queries : {1, 31, 64, 65, 140}) {
         const int32_t group = 2, heads = 4;
         const std::vector<Half> rows = MakeRows(rng, first + queries, d);
         const Scattered s = Scatter(rng, rows, d);
@@ -254,6 +254,34 @@ TEST_F(CudaTableTest, PrefillAgreesWithWindowsAndSinks) {
           // Logits of up to 256 normal products are some 1e-5 off, and a window of few keys weighs each.
           EXPECT_TRUE(AllClose(got, want, {1e-4, 1e-4}, {queries, heads, d})) << "d " << d << " first " << first << " windowed " << windowed;
         }
+      }
+    }
+  }
+}
+
+// What a query does not see, or gives no weight, cannot spoil its output; what it sees can.
+TEST_F(CudaTableTest, PrefillTakesInfiniteRowsAsTheReference) {
+  Rng rng = SeededRng();
+  const int32_t queries = 150, group = 2;
+  for (const int32_t d : CudaHeadDims()) {
+    for (const bool key : {false, true}) {
+      std::vector<Half> rows = MakeRows(rng, queries, d);
+      rows[static_cast<size_t>(100 * 2 * d + (key ? 3 : d + 3))] = 0x7c00;  // +inf in row 100
+      const std::vector<RowRun> same{{rows.data(), queries}};
+      const Scattered s = Scatter(rng, rows, d);
+      const std::vector<float> q = rng.Normals(static_cast<size_t>(queries * group * d));
+      std::vector<float> want(q.size(), kPoison), got = want;
+      const auto task = [&](const std::vector<RowRun>& runs, std::vector<float>& out) {
+        return std::vector<PrefillTask>{{.q = q.data(), .q_stride = group * d, .out = out.data(), .out_stride = group * d, .runs = runs}};
+      };
+      const auto a = task(same, want), b = task(s.runs, got);
+      ASSERT_OK(ReferenceKernels().prefill({.tasks = a, .queries = queries, .group = group, .head_dim = d}, {}));
+      ASSERT_OK(table().prefill({.tasks = b, .queries = queries, .group = group, .head_dim = d}, launch()));
+      const auto before = static_cast<size_t>(100 * group * d);
+      EXPECT_TRUE(AllClose(std::vector<float>(got.begin(), got.begin() + before), std::vector<float>(want.begin(), want.begin() + before), {1e-4, 1e-4}));
+      for (size_t i = before; i < got.size(); ++i) {
+        ASSERT_EQ(std::isnan(got[i]), std::isnan(want[i])) << "d " << d << " key " << key << " at " << i;
+        ASSERT_EQ(std::isinf(got[i]), std::isinf(want[i])) << "d " << d << " key " << key << " at " << i;
       }
     }
   }

@@ -32,7 +32,7 @@ TEST_F(CudaTransferTest, PiecesOfEverySizeThereAndBack) {
   auto engine = CudaTransferEngine::Create();
   ASSERT_OK(engine);
   Rng rng(3);
-  for (const size_t bytes : {size_t{1}, size_t{64}, size_t{512}, size_t{1024}, size_t{1088}, size_t{70000}}) {
+  for (const size_t bytes : {size_t{1}, size_t{64}, size_t{512}, size_t{1024}, size_t{1088}, size_t{4096}, size_t{16448}, size_t{70000}, size_t{300032}}) {
     constexpr size_t kPieces = 37;
     const size_t stride = (bytes + 63) / 64 * 64;
     std::vector<uint8_t> values(kPieces * stride);

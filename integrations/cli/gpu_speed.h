@@ -1,0 +1,29 @@
+// How fast a GPU is reached: copies by the copy engine, rows read by a kernel, pinning.
+#pragma once
+#include <cstdint>
+#include <string>
+
+#include "base/clock.h"
+#include "base/executor.h"
+#include "base/result.h"
+
+namespace prehoc::cli {
+
+struct GpuSpeed {
+  std::string name;
+  int major = 0, minor = 0;        // compute capability
+  int driver_version = 0;          // 13000 = 13.0, as the driver supports
+  uint64_t memory_bytes = 0, free_bytes = 0;
+  double pin_rate = 0;             // [bytes/s] host memory mapped, touched and pinned
+  double to_device_rate = 0, to_host_rate = 0;  // [bytes/s] pieces of 1 MiB by the copy engine
+  double row_rate = 0, rows_per_second = 0;     // [bytes/s] rows of 512 bytes all over the pinned memory, by a kernel, to the device
+};
+
+// Whether --device cuda has a GPU to run on.
+bool GpuIsThere();
+
+// With `bytes` (a multiple of 1 MiB) of host memory, and as much on the first GPU. kUnsupported in a build without CUDA; kNotFound without a
+// device; kUnsupported if it or its driver is too old; kCuda or kOutOfSpace.
+Result<GpuSpeed> MeasureGpu(uint64_t bytes, Executor& executor, const Clock& clock);
+
+}  // namespace prehoc::cli
