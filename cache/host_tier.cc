@@ -20,6 +20,10 @@ Status HostTier::Options::Validate() const {
     return {StatusCode::kInvalid, "host tier: read_deadline_nanos=" + std::to_string(read_deadline_nanos) +
                                       "; use 0 (none), or more with a reader"};
   }
+  if (write_deadline_nanos < 0 || (write_deadline_nanos > 0 && reader == nullptr)) {
+    return {StatusCode::kInvalid, "host tier: write_deadline_nanos=" + std::to_string(write_deadline_nanos) +
+                                      "; use 0 (none), or more with a reader"};
+  }
   return {};
 }
 
@@ -191,7 +195,8 @@ Status HostTier::Flush() {
     size_t busy = 0;  // of `todo`, moved to its front
     Status stall;
     for (Block* block : todo) {
-      const Status status = impl_->WriteNow(block);
+      // After a deadline was missed nothing more is asked.
+      const Status status = first.code() == StatusCode::kDeadline ? first : impl_->WriteNow(block);
       if (status.code() == StatusCode::kBusy) {
         stall = status;
         todo[busy++] = block;
@@ -201,7 +206,7 @@ Status HostTier::Flush() {
       MutexLock lock(impl_->mutex);
       impl_->EndJobLocked(block);
     }
-    note(impl_->FlushStore());
+    if (first.code() != StatusCode::kDeadline) note(impl_->FlushStore());
     const bool helped = !again || busy < todo.size();
     todo.resize(busy);
     if (!todo.empty() && helped) continue;

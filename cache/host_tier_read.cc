@@ -54,7 +54,6 @@ Result<std::span<std::byte>> HostTier::Impl::HoldUnchecked(Block* block, bool* l
 }
 
 bool HostTier::Impl::AwaitLocked(Block* block, BlockLoad* load) {
-  constexpr int64_t kLook = 5'000'000;  // the clock may be one that a test moves
   while (!load->done) {
     if (options.read_deadline_nanos == 0) {
       load->ended.Wait(mutex);

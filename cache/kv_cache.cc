@@ -106,6 +106,7 @@ Result<std::unique_ptr<KvCache>> KvCache::Impl::Create(const CacheOptions& optio
   }
   host.health = impl->health.get();
   host.read_deadline_nanos = own.store != nullptr ? options.read_deadline_nanos : 0;
+  host.write_deadline_nanos = own.store != nullptr ? options.write_deadline_nanos : 0;
   host.reader = own.io;
   PREHOC_ASSIGN_OR_RETURN(impl->host, HostTier::Create(host, own.executor, own.background, own.store));
   return std::unique_ptr<KvCache>(new KvCache(std::move(impl)));

@@ -49,6 +49,7 @@ struct CacheOptions {
   TierHealth::Options health;
   int64_t read_deadline_nanos = 0;  // [ns] that anybody waits for one read of the store; 0 = as long as it takes. Read by jobs
                                     // of CacheResources::io, which needs a job thread for each that may hang
+  int64_t write_deadline_nanos = 0; // [ns] that anybody waits for one write of the store, or for its flush; likewise
   int64_t audit_every = 64;  // decode steps between audits with exact scores; 0 = never
   bool persist_decode = true;  // chunks that hold generated tokens go to the store too (under a key of their own)
   Status Validate() const;

@@ -54,6 +54,8 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     int refusals = 0;
     bool stalled = false;  // the store said kBusy
     bool flushed = false;
+    int64_t patience_ends = 0;  // clock; of waiting for others, once that has begun
+    bool hung = false;          // it has ended
     Status refusal;        // the last one
   };
   struct Counters {
@@ -267,11 +269,12 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
         if (victim != nullptr) {
           if (store == nullptr) return EvictLocked(victim);
           write = BeginWriteLocked(victim);
+          ++In(victim).jobs;  // known until this has looked at it again
         } else {
           if (frees != frees_before) continue;
-          if (demand && transit > 0) {
+          if (demand && transit > 0 && !turn.hung && WorthWaitingLocked()) {
             ++reclaimers;
-            changed.Wait(mutex);
+            turn.hung = !AwaitChangeLocked(&turn.patience_ends);
             --reclaimers;
             continue;
           }
@@ -282,25 +285,48 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
         FlushAndBeginAnew(&turn);
         continue;
       }
-      const WriteResult result = Write(write);
+      const WriteResult result = WriteInTime(victim, write);
       MutexLock lock(mutex);
-      EndWriteLocked(victim, result);
-      if (result.damaged) continue;
-      BlockData& data = In(victim);
-      if (!result.status.ok()) {
-        data.refused_in = std::max(data.refused_in, turn.id);
-        turn.refusal = result.status;
-        turn.stalled |= result.status.code() == StatusCode::kBusy;
-        ++turn.refusals;
-      }
-      if (data.pins == 0 && (result.status.ok() || data.handles == 0)) return EvictLocked(victim);
+      if (!result.damaged && !result.status.ok()) NoteRefusalLocked(victim, result.status, &turn);
+      const BlockData& data = In(victim);
+      const bool may_go = data.pins == 0 && !data.writing && data.memory.valid() && !data.damaged;
+      BlockId freed;
+      if (may_go && (result.status.ok() || data.handles == 0)) freed = EvictLocked(victim);
+      EndJobLocked(victim);
+      if (freed.valid()) return freed;
     }
   }
 
-  Status FlushStore() noexcept {
-    TraceScope trace(options.tracer, "store flush");
-    return WithinMemory([&] { return store->Flush(); });
+  void NoteRefusalLocked(Block* victim, const Status& status, Turn* turn) PREHOC_REQUIRES(mutex) {
+    In(victim).refused_in = std::max(In(victim).refused_in, turn->id);
+    turn->refusal = status;
+    turn->stalled |= status.code() == StatusCode::kBusy;
+    turn->hung |= status.code() == StatusCode::kDeadline;
+    ++turn->refusals;
   }
+
+  // With a deadline nobody waits for the writes of others while the store is known to hang.
+  bool WorthWaitingLocked() const PREHOC_REQUIRES(mutex) {
+    return options.write_deadline_nanos == 0 || options.health == nullptr || options.health->Available();
+  }
+
+  // Waits for `changed`, but not after *ends, which is set by the first call: false, and the store's health has been told.
+  bool AwaitChangeLocked(int64_t* ends) PREHOC_REQUIRES(mutex) {
+    if (options.write_deadline_nanos == 0) {
+      changed.Wait(mutex);
+      return true;
+    }
+    const int64_t now = clock->NowNanos();
+    if (*ends == 0) *ends = now + options.write_deadline_nanos;
+    if (now >= *ends) {
+      if (options.health != nullptr) options.health->End({StatusCode::kDeadline, {}});
+      return false;
+    }
+    changed.WaitFor(mutex, std::min(*ends - now, kLook));
+    return true;
+  }
+
+  Status FlushStore() noexcept;
 
   // Every block that could go was refused, some because the store would have stalled: a flush ends that.
   void FlushAndBeginAnew(Turn* turn) {
@@ -329,6 +355,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
 
   // ---- writing (host_tier_write.cc) ----
 
+  struct StoreCall;
   struct PendingWrite {
     ChunkKey key;
     ChunkOrigin origin;
@@ -344,7 +371,26 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   PendingWrite BeginWriteLocked(Block* block) PREHOC_REQUIRES(mutex);
 
   // The block is marked as being written, so this throws nothing.
-  WriteResult Write(const PendingWrite& write) const noexcept PREHOC_EXCLUDES(mutex);
+  // `call`: whose wait this is; null = nobody's.
+  WriteResult Write(const PendingWrite& write, StoreCall* call = nullptr) const noexcept PREHOC_EXCLUDES(mutex);
+
+  // Write() and EndWriteLocked(), here or, with a deadline, in a job of the reader: kDeadline if that is late, and goes on. The caller
+  // keeps the block known.
+  WriteResult WriteInTime(Block* block, const PendingWrite& write) noexcept PREHOC_EXCLUDES(mutex);
+
+  // What somebody waits for, with a deadline. Guarded by the mutex.
+  struct StoreCall {
+    explicit StoreCall(int64_t now) : began(now) {}
+    const int64_t began;  // clock; when somebody began to wait
+    bool done = false;
+    bool late = false;  // whoever waited has been told
+    CondVar ended;
+    WriteResult result;
+  };
+  static constexpr int64_t kLook = 5'000'000;  // between two looks at a clock that may be one that a test moves
+  // True if `call` was done in time; else it is late from now on, and the store's health has been told.
+  bool AwaitCall(StoreCall* call) PREHOC_EXCLUDES(mutex);
+  Status LateCall() const noexcept;
 
   // A block that was found damaged, and that nobody pins, is gone after this.
   void EndWriteLocked(Block* block, const WriteResult& result) PREHOC_REQUIRES(mutex);
