@@ -5,7 +5,7 @@
 // chunks: batches of 1 MiB and 4 MiB pieces through CudaTransferEngine, each way and both ways at once (two engines), beside one large
 // cudaMemcpyAsync each way: the copy engine's rate. Wall time from Post() to Wait(), so that the CPU's calls count.
 // gather: pieces of 256 B to 64 KiB from all over a pinned pool, in random and in rising order: by a kernel of 16 blocks (time of a graph), and
-// by CudaTransferEngine (wall time; up to 1 KiB it launches a kernel of its own, beyond it calls the copy engine for each piece).
+// by CudaTransferEngine (wall time, its choice of kernel or copy engine and its lists included).
 // pinning: a HostArena as the host tier has it, pinned extent by extent in the background while blocks are taken as fast as they come; beside
 // it the pool of this program, touched by all CPUs first and registered after that. "fresh" memory is given to the machine with its first
 // touch, "again" is a second arena after the first has gone.

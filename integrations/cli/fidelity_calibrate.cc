@@ -122,7 +122,7 @@ class Calibrator {
     GenerateRequest request;
     request.prompt = prompt;
     request.restored = session->sequence().restored();
-    request.piece_tokens = kPieceTokens;
+    request.piece_tokens = session->piece_tokens();
     request.max_new_tokens = steps + 1;  // the first decision is prefill's
     request.vocab = task_.loaded.model->config.vocab;
     GenerateHooks hooks;

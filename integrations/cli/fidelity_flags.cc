@@ -121,6 +121,7 @@ void AddFidelityFlags(CLI::App& app, RawFidelity& raw) {
   AddText(app, "--max-minutes", raw.max_minutes, "N", "refuses to start what is expected to take longer; default 60", run);
   AddText(app, "--seed", raw.seed, "N", "of everything drawn at random; default 1", run);
   AddText(app, "--threads", raw.threads, "N", "default: one per CPU", run);
+  AddText(app, "--device", raw.device, "NAME", "cpu or cuda; default: cpu, which has every method and bound", run);
   AddText(app, "--kernels", raw.kernels, "NAME", "reference, avx2 or avx512; default: the fastest that runs here", run);
   AddText(app, "--json", raw.json, "FILE", "all figures; what it already holds of the same command is not run again", run);
   AddText(app, "--html", raw.html, "FILE", "one page with plots; needs no network", run);
@@ -132,6 +133,11 @@ Result<FidelityOptions> ReadFidelity(const Flags& flags, const RawFidelity& raw)
   PREHOC_RETURN_IF_ERROR(ReadNumbers(flags, raw, &options));
   PREHOC_RETURN_IF_ERROR(ReadLists(flags, raw, &options));
   PREHOC_RETURN_IF_ERROR(ReadCalibrate(flags, raw, &options));
+  if (flags.Given("--device")) {
+    if (raw.device != "cpu" && raw.device != "cuda") return Bad("--device", raw.device, "cpu or cuda");
+    options.cuda = raw.device == "cuda";
+    if (options.cuda && flags.Given("--kernels")) return Bad("--kernels", raw.kernels, "--device cpu: with --device cuda the kernels are CUDA's");
+  }
   if (flags.Given("--kernels")) {
     PREHOC_RETURN_IF_ERROR(CheckKernelsName(raw.kernels));
     options.kernels = raw.kernels;

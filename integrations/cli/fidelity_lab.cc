@@ -105,6 +105,7 @@ Status FidelityLab::Prepare() {
 SessionOptions LabSession(const LabTask& task, const FidelityRun& run, int64_t prompt_tokens, int64_t new_tokens) {
   SessionOptions session;
   session.selector = run.selector;
+  if (run.selector.tc.dense_below == TwoClockOptions::kAuto) session.selector.tc.dense_below = 0;  // the method is what is measured
   session.codes = run.codes;
   session.max_tokens = prompt_tokens + new_tokens;
   session.prompt_tokens = prompt_tokens;
@@ -118,6 +119,7 @@ SessionOptions LabSession(const LabTask& task, const FidelityRun& run, int64_t p
   session.persist_decode = false;
   session.audit_every = 0;
   session.kernels = task.kernels;
+  session.cuda = task.options.cuda;
   session.threads = task.options.threads;
   return session;
 }
@@ -145,7 +147,7 @@ Result<std::optional<FidelityLab::Passed>> FidelityLab::RunPass(const FidelityRu
   GenerateRequest request;
   request.prompt = pass.prompt;
   request.restored = session->sequence().restored();
-  request.piece_tokens = kPieceTokens;
+  request.piece_tokens = session->piece_tokens();
   request.max_new_tokens = decisions;
   request.vocab = task_.loaded.model->config.vocab;
   request.forced = pass.forced;
@@ -337,7 +339,7 @@ Result<FidelityLab::Estimate> FidelityLab::EstimateSeconds(const std::vector<Fid
   PREHOC_RETURN_IF_ERROR(session->Open(pilot.prompt));
   GenerateRequest request;
   request.prompt = pilot.prompt;
-  request.piece_tokens = kPieceTokens;
+  request.piece_tokens = session->piece_tokens();
   request.max_new_tokens = kPilotSteps;
   request.vocab = task_.loaded.model->config.vocab;
   PREHOC_ASSIGN_OR_RETURN(const Generated generated, Generate(request, session->forward(), {}, task_.clock));

@@ -50,6 +50,7 @@ struct FidelityOptions {
   uint64_t seed = 1;
   int threads = 0;
   std::string kernels, json, html;
+  bool cuda = false;  // --device cuda
 };
 
 struct FidelityRun {

@@ -82,7 +82,7 @@ class Runs {
     GenerateRequest request;
     request.prompt = task_.prompt.tokens;
     request.restored = session.sequence().restored();
-    request.piece_tokens = kPieceTokens;
+    request.piece_tokens = session.piece_tokens();
     request.max_new_tokens = task_.options.max_new_tokens;
     request.vocab = task_.model->config.vocab;
     request.forced = forced;

@@ -129,7 +129,7 @@ Status Session::CreateEngine() {
   reference::EngineOptions engine;
   engine.executor = executor_.get();
   engine.max_tokens = options_.max_tokens;
-  engine.max_batch_tokens = kPieceTokens;
+  engine.max_batch_tokens = piece_tokens();
   engine.keep_q_pre_rope = selector->NeedsPreRope() || options_.observer;
   engine.make_decoder = device_.make_decoder;
   auto created = reference::Engine::Create(model_, engine);

@@ -19,8 +19,9 @@
 
 namespace prehoc::cli {
 
-// Prefill goes in pieces of this many tokens: a multiple of the cache's chunk, short enough for Ctrl-C to be answered soon.
-inline constexpr int64_t kPieceTokens = 512;
+// Prefill goes in pieces of this many tokens: a multiple of the cache's chunk, short enough for Ctrl-C to be answered soon. A GPU has more
+// multiprocessors than a short piece has work.
+inline constexpr int64_t kPieceTokens = 512, kGpuPieceTokens = 2048;
 
 struct SessionOptions {
   SelectorOptions selector;
@@ -65,6 +66,7 @@ class Session {
   std::map<std::string, double> Counters() const;
   std::string_view kernels_name() const { return cache_->kernels().name; }
   int threads() const { return executor_->concurrency(); }
+  int64_t piece_tokens() const { return options_.cuda ? kGpuPieceTokens : kPieceTokens; }
 
  private:
   Session(std::shared_ptr<const reference::Model> model, const SessionOptions& options);

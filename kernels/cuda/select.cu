@@ -71,8 +71,8 @@ Status MakePlan(int32_t num_tasks, int32_t max_n, bool scans, size_t code_bytes,
   const size_t fixed = code_bytes + kBins * 4 + chunk / 32 * 8 + group * 8 + 16 + 2048;  // and what the kernel declares itself
   const size_t z_bytes = scans ? group * static_cast<size_t>(args.z_stride) * 4 : 0;
   const auto room = static_cast<size_t>(limits.block_shared_bytes);
-  args.z_in_shared = fixed + z_bytes <= room;
-  args.keep_keys = args.z_in_shared && fixed + z_bytes + chunk * 4 <= room;
+  args.z_in_shared = scans && fixed + z_bytes <= room;
+  args.keep_keys = fixed + (args.z_in_shared ? z_bytes : 0) + chunk * 4 <= room;
   PREHOC_RETURN_IF_ERROR(Check("choose").That(fixed <= room, "max_n", max_n, "positions are too many for one launch; give fewer tasks",
                                               StatusCode::kUnsupported).Take());
 

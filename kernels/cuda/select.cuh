@@ -27,7 +27,7 @@ struct Team {
   uint32_t finished;
   uint32_t list_size;
   uint32_t floor;  // bins below it are not fully counted
-  uint32_t histogram[3][kBins];  // of a round, the one before (being cleared), the next one
+  alignas(16) uint32_t histogram[3][kBins];  // of a round, the one before (being cleared), the next one
   uint32_t list_key[kListRoom];
   int32_t list_position[kListRoom];
   uint32_t above[kMaxTeam];
@@ -88,25 +88,25 @@ __device__ inline void LeaveTeam(Team* team, int blocks, bool cluster) {
 
 // --- sums over the block ---------------------------------------------------------------------------------------------------------
 
-// Exclusive prefix of `value` over the threads; *total is that of the block. `scratch` [kSelectWarps + 1].
+// Exclusive prefix of `value` over the threads; *total is that of the block. `scratch` [kSelectWarps].
 __device__ inline uint32_t BlockPrefix(uint32_t value, uint32_t* scratch, uint32_t* total) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  uint32_t sum = value;
+  const auto up_to = [&](uint32_t x) {  // the sum of the lanes up to this one
 #pragma unroll
-  for (int offset = 1; offset < kWarp; offset *= 2) {
-    const uint32_t below = __shfl_up_sync(kAllLanes, sum, offset);
-    if (lane >= offset) sum += below;
-  }
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      const uint32_t below = __shfl_up_sync(kAllLanes, x, offset);
+      if (lane >= offset) x += below;
+    }
+    return x;
+  };
+  const uint32_t sum = up_to(value);
   __syncthreads();
   if (lane == kWarp - 1) scratch[warp] = sum;
   __syncthreads();
-  uint32_t before = 0, all = 0;
-  for (int w = 0; w < kSelectWarps; ++w) {
-    if (w < warp) before += scratch[w];
-    all += scratch[w];
-  }
-  *total = all;
-  return before + sum - value;
+  const uint32_t warps = up_to(lane < kSelectWarps ? scratch[lane] : 0);
+  *total = __shfl_sync(kAllLanes, warps, kWarp - 1);
+  const uint32_t before = __shfl_sync(kAllLanes, warps, max(warp - 1, 0));
+  return (warp > 0 ? before : 0) + sum - value;
 }
 
 // --- keys ------------------------------------------------------------------------------------------------------------------------
@@ -141,6 +141,7 @@ __device__ inline Cut NoneOf() { return {0xffffffffu, 0xffffffffu, 0, 0, 0}; }
 // The smallest key whose bin is at least `bin`; of a whole warp. Keys and bins have the same order, so that 7 steps of 32 ways find it.
 __device__ inline uint32_t FirstKeyOf(int bin, float best, int lane) {
   uint32_t from = 0x007fffffu;  // the key of -inf; below it, and above that of +inf, are NaN
+#pragma unroll 1
   for (int width = 30; width >= 0; width -= 5) {
     const uint64_t probe = uint64_t{from} + (static_cast<uint64_t>(lane) << width);
     const bool at_least = probe >= 0xff800001u || BinOf(ScoreOf(static_cast<uint32_t>(probe)), best) >= bin;
@@ -506,9 +507,9 @@ class Selector {
   // thread, so that loads do not wait for each other. The first round also pools. It counts most of what lies far below rank k only as
   // one number, in bin 0: adding to bins is what a round costs.
   __device__ void CountKeys(uint32_t k, const Cut& cut, bool refines, int shift) {
-    __shared__ uint32_t scratch[kSelectWarps + 1];
+    __shared__ uint32_t scratch[kSelectWarps];
     __shared__ int shared_floor;
-    for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kSelectThreads) own_bins()[i] = 0;
+    reinterpret_cast<uint4*>(own_bins())[threadIdx.x] = uint4{};
     if (threadIdx.x == 0) shared_floor = 0;
     __syncthreads();
     const int32_t own = end_ - begin_, middle = hi_ - lo_;
@@ -549,7 +550,7 @@ class Selector {
       const uint32_t enough = static_cast<uint32_t>(4.0f * static_cast<float>(k) * kSample / static_cast<float>(max(middle, 1))) + 64;
       const int top = TopOfThread();
       uint32_t mine = 0, total;
-      for (int i = 0; i < kThreadBins && top - i >= 0; ++i) mine += own_bins()[top - i];
+      for (int i = 0; i < kThreadBins; ++i) mine += own_bins()[top - i];
       uint32_t before = BlockPrefix(mine, scratch, &total);
       if (before < enough && enough <= before + mine) {
         int i = 0;
@@ -566,14 +567,15 @@ class Selector {
     }
     __syncthreads();
   }
-  static constexpr int kThreadBins = (kBins + kSelectThreads - 1) / kSelectThreads;
+  static constexpr int kThreadBins = kBins / kSelectThreads;
+  static_assert(kThreadBins == 4 && kBins % kSelectThreads == 0, "a thread's bins are one piece");
   // Each thread takes kThreadBins bins, from this one down.
   __device__ static int TopOfThread() { return kBins - 1 - static_cast<int>(threadIdx.x) * kThreadBins; }
 
   // Adds up what the blocks counted, and finds the bin of rank `target` (from 1, from the top), and how many are above and inside. False if there
   // are fewer; `candidates_` are all.
   __device__ bool FindBin(uint32_t target, int* bin, uint32_t* above, uint32_t* inside) {
-    __shared__ uint32_t scratch[kSelectWarps + 1];
+    __shared__ uint32_t scratch[kSelectWarps];
     __shared__ uint32_t found[3];
     uint32_t* const histogram = team_->histogram[round_ % 3];
     for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kSelectThreads) {
@@ -582,11 +584,9 @@ class Selector {
     Wait();
     // Thread t sums bins from the top.
     const int top = TopOfThread();
-    uint32_t count[kThreadBins], mine = 0;
-#pragma unroll
-    for (int i = 0; i < kThreadBins; ++i) count[i] = top - i >= 0 ? __ldcg(histogram + top - i) : 0;
-#pragma unroll
-    for (int i = 0; i < kThreadBins; ++i) mine += count[i];
+    const uint4 piece = __ldcg(reinterpret_cast<const uint4*>(histogram + top + 1 - kThreadBins));
+    const uint32_t count[kThreadBins] = {piece.w, piece.z, piece.y, piece.x};
+    const uint32_t mine = (piece.x + piece.y) + (piece.z + piece.w);
     uint32_t total;
     uint32_t before = BlockPrefix(mine, scratch, &total);
     if (before < target && target <= before + mine) {
@@ -650,7 +650,7 @@ class Selector {
   // --- 4
   // Adds what `cut` keeps of the own part to kept_words(); *offset: how many the blocks before keep.
   __device__ void Keep(const Cut& cut, uint32_t* offset) {
-    __shared__ uint32_t scratch[kSelectWarps + 1];
+    __shared__ uint32_t scratch[kSelectWarps];
     __shared__ uint32_t before, own_in, own_class, in_before, class_before;
     const int32_t own = end_ - begin_, words = (own + 31) / 32;
     if (threadIdx.x == 0) before = own_in = own_class = 0;
@@ -795,7 +795,7 @@ class Selector {
   }
   // ... and join what rank k kept. The waits of the second cut lie between; one more for the counts.
   __device__ void TakeSpread(uint32_t* offset, uint32_t* count) {
-    __shared__ uint32_t scratch[kSelectWarps + 1];
+    __shared__ uint32_t scratch[kSelectWarps];
     uint32_t* const bitmap = Bitmap() + begin_ / 32;
     uint32_t mine = 0, total;
     for (int w = threadIdx.x; w < (end_ - begin_ + 31) / 32; w += kSelectThreads) {
@@ -817,7 +817,7 @@ class Selector {
   __device__ uint32_t* Bitmap() const { return args_.bitmaps + int64_t{team_index_} * ((args_.max_n + 31) / 32); }
 
   __device__ void Write(uint32_t offset, uint32_t count) {
-    __shared__ uint32_t scratch[kSelectWarps + 1];
+    __shared__ uint32_t scratch[kSelectWarps];
     const bool fits = static_cast<int64_t>(count) <= rule_->room;
     if (Leads() && threadIdx.x == 0) *rule_->count = fits ? static_cast<int32_t>(count) : -1;
     if (!fits) return;
@@ -886,11 +886,11 @@ class Selector {
       if (lane() == 0) rule_->lse_out[h] = LogOf(mass);
     }
   }
-  // True in one block, once all have written.
+  // True in the last block that is here: all have written then.
   __device__ bool LastOfTeam() {
-    if (args_.cluster || args_.team_blocks == 1) {
-      Wait();
-      return Leads();
+    if (args_.team_blocks == 1) {
+      __syncthreads();
+      return true;
     }
     __shared__ bool last;
     __syncthreads();

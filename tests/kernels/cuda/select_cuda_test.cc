@@ -415,7 +415,7 @@ TEST_F(SelectCudaTest, SelectIsScanThenChoose) {
 TEST_F(SelectCudaTest, LongContextsAndManyTasks) {
   SeededRng rng;
   const CodeFormat format{4, 64, false};
-  for (const auto& [n, tasks_wanted] : {std::pair{200'000, 70}, std::pair{1000, 300}}) {
+  for (const auto& [n, tasks_wanted] : {std::pair{200'000, 70}, std::pair{30'000, 150}, std::pair{1000, 300}}) {
     constexpr int32_t kDim = 64, kGroup = 4;
     CodedRows coded(rng, cuda::RowType::kF16, n, kDim, format, KeyKind::kNormal);
     coded.SetQuery(rng.Normals(kGroup * kDim));
@@ -439,6 +439,19 @@ TEST_F(SelectCudaTest, LongContextsAndManyTasks) {
     const std::vector<float> logits = z.Read();
     CheckChoice(results.front().Read(), HostTask(logits, n, stride, rule, nullptr, GroupRule::kMaxWeight), kGroup, false);
     const Outcome first = results.front().Read();
+    for (const Results& other : results) ASSERT_EQ(other.Read().chosen, first.chosen);
+
+    // The same from logits in memory.
+    std::vector<cuda::ChooseTask> chooses;
+    for (int t = 0; t < tasks_wanted; ++t) {
+      chooses.push_back({.z = z.data(), .z_stride = stride, .n = coded.Source().n, .rule = results[static_cast<size_t>(t)].Into(rule)});
+    }
+    const CudaArray<cuda::ChooseTask> device_chooses(chooses);
+    cuda::ChooseParams choose{.tasks = device_chooses.data(), .num_tasks = tasks_wanted, .max_n = n, .group = kGroup};
+    const auto choose_workspace = Workspace(cuda::ChooseWorkspaceBytes(choose));
+    choose.workspace = choose_workspace.data(), choose.workspace_bytes = choose_workspace.size();
+    ASSERT_OK(cuda::Choose(choose, stream()));
+    ASSERT_OK(Wait());
     for (const Results& other : results) ASSERT_EQ(other.Read().chosen, first.chosen);
   }
 }
