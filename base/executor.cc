@@ -60,6 +60,7 @@ struct ThreadPool::Impl {
   alignas(64) std::atomic<int64_t> remaining{0};
   alignas(64) std::atomic<int64_t> done{0};
   std::atomic<bool> caller_sleeps{false};
+  std::atomic<bool> failed{false};  // a body had no memory; the rest of the loop is passed over
 
   // Who found nothing to do for a while sleeps here: workers until there is work, a caller until the last body is done.
   alignas(64) std::atomic<int> sleepers{0};
@@ -84,7 +85,11 @@ struct ThreadPool::Impl {
       if (!remaining.compare_exchange_weak(left, left - 1, std::memory_order_acquire, std::memory_order_relaxed)) {
         continue;
       }
-      (*body)(count - left);
+      try {
+        if (!failed.load(std::memory_order_relaxed)) (*body)(count - left);
+      } catch (const std::bad_alloc&) {
+        failed.store(true, std::memory_order_relaxed);  // counted in `done` like any other, and so seen by the caller
+      }
       ++taken;
       left = remaining.load(std::memory_order_relaxed);
     }
@@ -180,6 +185,8 @@ Result<std::unique_ptr<ThreadPool>> ThreadPool::Create(const Options& options) {
   } catch (const std::system_error& error) {  // the pool's end joins those that were started
     return {StatusCode::kOutOfSpace, std::string("ThreadPool: the system gives no more threads: ") + error.what() +
                                          "; lower loop_threads or job_threads"};
+  } catch (const std::bad_alloc&) {
+    return OutOfMemory();
   }
   return pool;
 }
@@ -222,7 +229,9 @@ void ThreadPool::DoParallelFor(int64_t count, LoopBody body) {
   impl.remaining.store(count, std::memory_order_seq_cst);
   impl.WakeWorkers(count - 1);
   impl.WaitForOthers(count - impl.TakeBodies());
+  const bool failed = impl.failed.exchange(false, std::memory_order_relaxed);
   impl.busy.store(false, std::memory_order_release);
+  if (failed) throw std::bad_alloc();
 }
 
 void ThreadPool::DoDrain() {

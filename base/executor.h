@@ -5,6 +5,7 @@
 #include <functional>
 #include <memory>
 #include <type_traits>
+#include <utility>
 
 #include "base/mutex.h"
 #include "base/result.h"
@@ -31,11 +32,15 @@ class Executor {
   virtual ~Executor() = default;
 
   // Queues `job`; it runs once, on some thread, in any order with others. Jobs must not throw.
-  // Returns kBusy if the queue is full or closed: the job was not taken.
-  Status Post(std::function<void()> job) { return DoPost(std::move(job)); }
+  // Returns kBusy if the queue is full or closed, kOutOfSpace if there is no memory for it: the job was not taken.
+  template <class Job>
+  Status Post(Job&& job) {
+    return WithinMemory([&] { return DoPost(std::function<void()>(std::forward<Job>(job))); });
+  }
 
   // Runs body(0) .. body(count - 1), in any order and possibly at once; returns when all are done. The
-  // caller's thread works too. Safe from any thread, from inside a body as well. Bodies must not throw.
+  // caller's thread works too. Safe from any thread, from inside a body as well. Bodies throw nothing but std::bad_alloc: it
+  // comes out of this call, when all bodies that had begun have ended; others may not have run.
   void ParallelFor(int64_t count, LoopBody body) {
     if (count == 1) body(0);
     if (count > 1) DoParallelFor(count, body);

@@ -1,5 +1,7 @@
 #include "base/status.h"
 
+#include <array>
+
 #include "base/check.h"
 
 namespace prehoc {
@@ -21,10 +23,33 @@ std::string_view StatusCodeName(StatusCode code) {
   return "unknown";
 }
 
-Status::Status(StatusCode code, std::string message) {
-  PREHOC_CHECK(code != StatusCode::kOk);
-  rep_ = std::make_shared<const Rep>(Rep{code, std::move(message)});
+// What is said without memory is made when there still is some.
+struct Status::Prepared {
+  std::array<std::shared_ptr<const Rep>, static_cast<size_t>(StatusCode::kUnsupported) + 1> reps;
+  Prepared() {
+    for (size_t i = 0; i < reps.size(); ++i) reps[i] = std::make_shared<const Rep>(Rep{static_cast<StatusCode>(i), "out of memory"});
+  }
+  static const Prepared& Get() {
+    static const Prepared prepared;
+    return prepared;
+  }
+};
+namespace {
+[[maybe_unused]] const Status kFirst = OutOfMemory();  // before main()
 }
+
+Status::Status(StatusCode code, std::string message) noexcept {
+  PREHOC_CHECK(code != StatusCode::kOk);
+  if (!message.empty()) {
+    try {
+      rep_ = std::make_shared<const Rep>(Rep{code, std::move(message)});
+    } catch (const std::bad_alloc&) {
+    }
+  }
+  if (rep_ == nullptr) rep_ = Prepared::Get().reps[static_cast<size_t>(code)];
+}
+
+Status OutOfMemory() noexcept { return {StatusCode::kOutOfSpace, {}}; }
 
 const std::string& Status::message() const {
   static const std::string kEmpty;

@@ -1,6 +1,7 @@
 // Status: the outcome of anything that may fail. Small when OK, a code and a sentence otherwise.
 #pragma once
 #include <memory>
+#include <new>
 #include <ostream>
 #include <string>
 #include <string_view>
@@ -30,7 +31,8 @@ std::string_view StatusCodeName(StatusCode code);
 class [[nodiscard]] Status {
  public:
   Status() = default;
-  Status(StatusCode code, std::string message);  // requires code != kOk
+  // Requires code != kOk. Where the system has no memory for the words, the code alone is kept, with "out of memory".
+  Status(StatusCode code, std::string message) noexcept;
 
   bool ok() const { return rep_ == nullptr; }
   StatusCode code() const { return rep_ ? rep_->code : StatusCode::kOk; }
@@ -48,10 +50,33 @@ class [[nodiscard]] Status {
     StatusCode code;
     std::string message;
   };
+  struct Prepared;
   std::shared_ptr<const Rep> rep_;  // null = OK
 };
 
 inline Status OkStatus() { return {}; }
+// kOutOfSpace, "out of memory"; takes none.
+Status OutOfMemory() noexcept;
+
+// What `fn` returns, or OutOfMemory() where it (or what it calls) got no memory from the system: the way from std::bad_alloc to a
+// Status. For functions that return a Status or a Result and leave everything as it was, or as their contract says, if they throw.
+template <class Fn>
+auto WithinMemory(Fn&& fn) noexcept -> decltype(fn()) {
+  try {
+    return fn();
+  } catch (const std::bad_alloc&) {
+    return OutOfMemory();
+  }
+}
+// As WithinMemory(), but for words alone: what it is without them is `code`.
+template <class Fn>
+Status WithWords(StatusCode code, Fn&& fn) noexcept {
+  try {
+    return fn();
+  } catch (const std::bad_alloc&) {
+    return {code, {}};
+  }
+}
 std::ostream& operator<<(std::ostream& os, const Status& status);
 
 #define PREHOC_RETURN_IF_ERROR(expr)                        \

@@ -51,6 +51,8 @@ AuditedUnit Sequence::Impl::Audited(const FastStep& s, size_t index) const {
 
 Status Sequence::Impl::Audit(FastStep& s) {
   ScopedTimer timer(*cache->resources.clock, &step_report.times.audit);
+  TraceScope trace(tracer(), "audit");
+  trace.Say("layer", s.layer);
   LayerState& layer = layers[static_cast<size_t>(s.layer)];
   if (s.rule.attend_all) {  // nothing was dropped
     for (size_t i = 0; observer && i < layer.units.size(); ++i) observer->OnUnit(Audited(s, i));

@@ -52,6 +52,8 @@ Status Sequence::Impl::Attend(int32_t layer_index, const LayerInput& in) {
   s.rule = selector().Rule({.layer = layer_index, .layers = geometry().layers, .step = step, .n = visible(), .complete = complete()});
   {
     ScopedTimer timer(clock, &step_report.times.append);
+    TraceScope trace(tracer(), "append");
+    trace.Say("layer", layer_index);
     PREHOC_RETURN_IF_ERROR(EnsureTails(layer, visible()));
     PREHOC_RETURN_IF_ERROR(AppendRows(layer_index, in, first, 1));
     s.blocks.emplace(cache->host.get(), geometry(), layer.blocks, BlockUse::kKeep);
@@ -110,6 +112,8 @@ Status Sequence::Impl::FirstSelection(int32_t layer_index, const float* q, const
 void Sequence::Impl::Gate(FastStep& s) {
   std::vector<Unit>& units = layers[static_cast<size_t>(s.layer)].units;
   ScopedTimer timer(*cache->resources.clock, &step_report.times.gate);
+  TraceScope trace(tracer(), "gate");
+  trace.Say("layer", s.layer);
   for (size_t i = 0; i < units.size(); ++i) {
     units[i].cosine = -2;
     if (s.rule.attend_all) s.units[i].way = Way::kEverything;

@@ -42,6 +42,8 @@ void Sequence::Impl::NoteAttended(FastStep& s, size_t index) {
 Status Sequence::Impl::Fetch(FastStep& s) {
   LayerState& layer = layers[static_cast<size_t>(s.layer)];
   ScopedTimer timer(*cache->resources.clock, &step_report.times.fetch);
+  TraceScope trace(tracer(), "fetch");
+  trace.Say("layer", s.layer);
   for (size_t i = 0; i < layer.units.size(); ++i) {
     if (!s.units[i].attended) NoteAttended(s, i);
   }
@@ -91,6 +93,8 @@ Status Sequence::Impl::AttendUnits(FastStep& s) {
     }
   }
   ScopedTimer timer(*cache->resources.clock, &step_report.times.attend);
+  TraceScope trace(tracer(), "attend");
+  trace.Say("layer", s.layer);
   const int64_t dim = geometry().head_dim;
   s.attend.clear();
   for (size_t i = 0; i < layer.units.size(); ++i) {

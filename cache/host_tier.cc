@@ -20,6 +20,10 @@ Status HostTier::Options::Validate() const {
     return {StatusCode::kInvalid, "host tier: read_deadline_nanos=" + std::to_string(read_deadline_nanos) +
                                       "; use 0 (none), or more with a reader"};
   }
+  if (write_deadline_nanos < 0 || (write_deadline_nanos > 0 && reader == nullptr)) {
+    return {StatusCode::kInvalid, "host tier: write_deadline_nanos=" + std::to_string(write_deadline_nanos) +
+                                      "; use 0 (none), or more with a reader"};
+  }
   return {};
 }
 
@@ -96,28 +100,32 @@ HostTier::~HostTier() {
 }
 
 Result<BlockRef> HostTier::NewTail() {
+  BlockRef ref;
+  {
+    auto block = std::make_unique<Block>();
+    MutexLock lock(impl_->mutex);
+    ref = impl_->RefLocked(block.get());
+    block.release();
+  }
   PREHOC_ASSIGN_OR_RETURN(const BlockId memory, impl_->TakeMemory(/*demand=*/true));
   const std::span<std::byte> bytes = impl_->BytesOf(memory);
   std::memset(bytes.data(), 0, bytes.size());
-  auto block = std::make_unique<Block>();
   MutexLock lock(impl_->mutex);
-  impl_->In(block.get()).memory = memory;
+  impl_->In(ref.get()).memory = memory;
   ++impl_->tails;
-  return impl_->RefLocked(block.release());
+  return ref;
 }
 
 BlockRef HostTier::Seal(BlockRef tail, const ChunkKey& key, const ChunkOrigin& origin) {
   PREHOC_CHECK(tail != nullptr);
-  Block* canonical = nullptr;
   bool post = false;
   BlockRef result;
   const std::array<uint64_t, 2> seal = Impl::SealOf(key, impl_->BytesOfTail(tail.get()));
   {
     MutexLock lock(impl_->mutex);
-    post = impl_->SealLocked(tail.get(), key, origin, seal, &canonical);
-    result = impl_->RefLocked(canonical);
+    post = impl_->SealLocked(tail.get(), key, origin, seal, &result);
   }
-  if (post) impl_->PostWriteBehind(canonical);
+  if (post) impl_->PostWriteBehind(result.get());
   return result;
 }
 
@@ -180,24 +188,27 @@ Status HostTier::Flush() {
   const auto note = [&](const Status& status) {
     if (first.ok()) first = status;
   };
-  std::vector<Block*> todo = impl_->TakeUnwritten();
+  TraceScope trace(impl_->options.tracer, "flush");
+  std::vector<Block*> todo = impl_->TakeUnwritten();  // nothing below allocates: each has a job that must end
+  trace.Say("blocks", static_cast<int64_t>(todo.size()));
   for (bool again = false;; again = true) {
-    std::vector<Block*> busy;
+    size_t busy = 0;  // of `todo`, moved to its front
     Status stall;
     for (Block* block : todo) {
-      const Status status = impl_->WriteNow(block);
+      // After a deadline was missed nothing more is asked.
+      const Status status = first.code() == StatusCode::kDeadline ? first : impl_->WriteNow(block);
       if (status.code() == StatusCode::kBusy) {
         stall = status;
-        busy.push_back(block);
+        todo[busy++] = block;
         continue;
       }
       note(status);
       MutexLock lock(impl_->mutex);
       impl_->EndJobLocked(block);
     }
-    note(impl_->store->Flush());
-    const bool helped = !again || busy.size() < todo.size();
-    todo = std::move(busy);
+    if (first.code() != StatusCode::kDeadline) note(impl_->FlushStore());
+    const bool helped = !again || busy < todo.size();
+    todo.resize(busy);
     if (!todo.empty() && helped) continue;
     if (!todo.empty()) note(stall);
     break;

@@ -14,6 +14,7 @@
 #include "base/executor.h"
 #include "base/ids.h"
 #include "base/result.h"
+#include "base/trace.h"
 #include "cache/tier_health.h"
 #include "transfer/chunk_store.h"
 #include "transfer/host_arena.h"
@@ -72,6 +73,7 @@ class HostTier {
     HostRegistrar* registrar = nullptr;  // pins the memory for a device; or null. Outlives the tier and both executors' jobs
     int32_t max_queued_writes = 64;  // write-behind jobs under way; beyond it a block waits for its eviction or for Flush()
     const Clock* clock = nullptr;    // of load_nanos and deadlines; null = SteadyClock
+    Tracer* tracer = nullptr;        // of the store's reads and writes; null = nobody
     // With `health` the store is asked only while it works: else, and when a read fails, its blocks count as lost and are made
     // anew (kNotFound in the place of kIoError and kDeadline), and nothing is found in it. Outlives the tier; null = always asked.
     TierHealth* health = nullptr;
@@ -79,6 +81,9 @@ class HostTier {
     // keeps its memory. Needs `reader`, whose jobs read: as many threads as reads may hang at once. Outlives the tier.
     int64_t read_deadline_nanos = 0;
     Executor* reader = nullptr;
+    // The same for one write that somebody waits for, and for a flush of the store; a write that is late goes on, and its block stays in
+    // memory until then. 0 = as long as it takes.
+    int64_t write_deadline_nanos = 0;
     Status Validate() const;         // kInvalid, naming the field and its value
   };
   // `executor` touches memory; `background` runs write-behind and prefetches (null = `executor`); `store` may be null.
@@ -120,7 +125,7 @@ class HostTier {
 
   // Writes everything sealed so far that the store did not take yet, oldest first, waits for it, then flushes the store.
   // kBusy from the store is tried again after the store's flush, as long as that helps. Returns the first error; the
-  // other blocks are written all the same. Without a store there is nothing to do.
+  // other blocks are written all the same, unless a deadline was missed (kDeadline): then nothing more is asked of the store. Without a store there is nothing to do.
   Status Flush();
 
   size_t block_bytes() const;

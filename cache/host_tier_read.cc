@@ -54,7 +54,6 @@ Result<std::span<std::byte>> HostTier::Impl::HoldUnchecked(Block* block, bool* l
 }
 
 bool HostTier::Impl::AwaitLocked(Block* block, BlockLoad* load) {
-  constexpr int64_t kLook = 5'000'000;  // the clock may be one that a test moves
   while (!load->done) {
     if (options.read_deadline_nanos == 0) {
       load->ended.Wait(mutex);
@@ -76,7 +75,9 @@ void HostTier::Impl::GiveUpLocked(Block* block, BlockLoad* load) {
   ++counters.late;
   ++counters.lost;
   data.stored = false;
-  const Status why(StatusCode::kDeadline, "the store took more than " + std::to_string(options.read_deadline_nanos / 1'000'000) + " ms");
+  const Status why = WithWords(StatusCode::kDeadline, [&]() -> Status {
+    return {StatusCode::kDeadline, "the store took more than " + std::to_string(options.read_deadline_nanos / 1'000'000) + " ms"};
+  });
   data.lost = load->status = Lost(load->key, options.health != nullptr ? GivenUp(why) : why);
   if (options.health != nullptr) options.health->End(why);
   load->ended.NotifyAll();
@@ -121,7 +122,7 @@ void HostTier::Impl::Load(Block* block, const std::shared_ptr<BlockLoad>& load, 
   // A prefetch waits for nobody, so others may wait for it from here on; a demand may itself be waiting for memory.
   if (!demand) BeginTransit();
   PREHOC_TEST_POINT("host_tier.reserve");
-  const Result<BlockId> memory = TakeMemory(demand);
+  const Result<BlockId> memory = WithinMemory([&] { return TakeMemory(demand); });
   if (demand && memory.ok()) BeginTransit();
   if (!memory.ok()) {
     MutexLock lock(mutex);
@@ -169,10 +170,13 @@ void HostTier::Impl::FinishRead(Block* block, BlockLoad* load, BlockId memory, i
     MutexLock lock(mutex);
     late = load->late;
   }
-  Status status(StatusCode::kDeadline, "nobody waits for it any more");
+  Status status(StatusCode::kDeadline, {});  // nobody waits for it any more
   if (!late) {
     PREHOC_TEST_POINT("host_tier.load");
-    status = store->Get(load->key, BytesOf(memory));
+    TraceScope trace(options.tracer, "store read");
+    trace.Say("layer", load->key.layer).Say("bytes", static_cast<int64_t>(options.block_bytes));
+    status = WithinMemory([&] { return store->Get(load->key, BytesOf(memory)); });
+    trace.Say("code", static_cast<int64_t>(status.code()));
   }
   const int64_t nanos = clock->NowNanos() - start;
   {
@@ -187,7 +191,7 @@ void HostTier::Impl::FinishRead(Block* block, BlockLoad* load, BlockId memory, i
   if (status.ok()) {
     status = CompareSeal(block, SealOf(load->key, BytesOf(memory)));
     // A record that is not what was written goes, or it would keep the right one from being written.
-    if (!status.ok()) store->Delete(load->key).IgnoreError();
+    if (!status.ok()) WithinMemory([&] { return store->Delete(load->key); }).IgnoreError();
   }
   MutexLock lock(mutex);
   if (!late) --transit;
@@ -219,7 +223,9 @@ Status HostTier::Impl::CompareSeal(Block* block, const std::array<uint64_t, 2>& 
   if (data.seal == seal) return {};
   data.store_sealed = false;
   ++counters.corrupt;
-  return {StatusCode::kCorrupt, "host tier: chunk " + data.key.ToString() + ": the store gave other bytes than were sealed"};
+  return WithWords(StatusCode::kCorrupt, [&]() -> Status {
+    return {StatusCode::kCorrupt, "host tier: chunk " + data.key.ToString() + ": the store gave other bytes than were sealed"};
+  });
 }
 
 void HostTier::Impl::FinishLoadLocked(Block* block, BlockLoad* load, BlockId memory, Status status) {
@@ -287,7 +293,11 @@ void HostTier::Impl::RunPrefetch(Block* block) {
     if (data.handles == 0 || data.memory.valid() || data.load != nullptr || !data.lost.ok()) {
       return EndJobLocked(block);
     }
-    load = BeginLoadLocked(block);
+    const Status begun = WithinMemory([&]() PREHOC_NO_TSA -> Status {
+      load = BeginLoadLocked(block);
+      return {};
+    });
+    if (!begun.ok()) return EndJobLocked(block);
     ++counters.prefetches;
     ++running;
   }

@@ -16,18 +16,127 @@ HostTier::Impl::PendingWrite HostTier::Impl::BeginWriteLocked(Block* block) {
   return {data.key, data.origin, data.seal, BytesOf(data.memory)};
 }
 
-HostTier::Impl::WriteResult HostTier::Impl::Write(const PendingWrite& write) const {
+HostTier::Impl::WriteResult HostTier::Impl::Write(const PendingWrite& write, StoreCall* call) const noexcept {
   PREHOC_TEST_POINT("host_tier.write");
   // Asked each time: a bounded store may have shed what it once took.
   if (store->Contains(write.key)) return {};
   if (options.health != nullptr && !options.health->Begin()) {
-    return {.status = LeftAlone().WithContext("host tier")};
+    return {.status = LeftAlone()};
   }
+  TraceScope trace(options.tracer, "store write");
+  trace.Say("layer", write.key.layer).Say("bytes", static_cast<int64_t>(options.block_bytes));
   // Or the store would give damage a checksum that holds.
   const bool damaged = SealOf(write.key, write.bytes) != write.seal;
-  const Status status = damaged ? Damaged(write.key) : store->Put(write.key, write.bytes, write.origin);
-  if (options.health != nullptr) options.health->End(status);
+  const Status status = damaged ? Damaged(write.key) : WithinMemory([&] { return store->Put(write.key, write.bytes, write.origin); });
+  trace.Say("code", static_cast<int64_t>(status.code()));
+  bool late = false;
+  if (call != nullptr) {
+    MutexLock lock(mutex);
+    late = call->late;
+  }
+  if (options.health != nullptr && !late) options.health->End(status);
   return {.status = status, .wrote = !damaged, .damaged = damaged};
+}
+
+Status HostTier::Impl::LateCall() const noexcept {
+  return WithWords(StatusCode::kDeadline, [&]() -> Status {
+    return {StatusCode::kDeadline,
+            "host tier: the store took more than " + std::to_string(options.write_deadline_nanos / 1'000'000) + " ms to write or flush"};
+  });
+}
+
+bool HostTier::Impl::AwaitCall(StoreCall* call) {
+  MutexLock lock(mutex);
+  while (!call->done) {
+    const int64_t left = call->began + options.write_deadline_nanos - clock->NowNanos();
+    if (left <= 0) {
+      call->late = true;
+      ++counters.late;
+      if (options.health != nullptr) options.health->End({StatusCode::kDeadline, {}});
+      return false;
+    }
+    call->ended.WaitFor(mutex, std::min(left, kLook));
+  }
+  return true;
+}
+
+HostTier::Impl::WriteResult HostTier::Impl::WriteInTime(Block* block, const PendingWrite& write) noexcept {
+  std::shared_ptr<StoreCall> call;
+  const auto run = [this, block, write](StoreCall* of) {
+    const WriteResult result = Write(write, of);
+    MutexLock lock(mutex);
+    EndWriteLocked(block, result);
+    return result;
+  };
+  Status posted(StatusCode::kBusy, {});
+  if (options.write_deadline_nanos > 0 && !store->Contains(write.key)) {  // what is there already takes no time
+    if (options.health != nullptr && !options.health->Available()) {
+      const WriteResult refused{.status = LeftAlone()};
+      MutexLock lock(mutex);
+      EndWriteLocked(block, refused);
+      return refused;
+    }
+    {
+      MutexLock lock(mutex);
+      ++running;  // the tier waits for it before it goes
+      ++In(block).jobs;
+    }
+    posted = WithinMemory([&] {
+      call = std::make_shared<StoreCall>(clock->NowNanos());
+      return options.reader->Post([this, block, run, call] {
+        const WriteResult result = run(call.get());
+        MutexLock lock(mutex);
+        call->result = result;
+        call->done = true;
+        call->ended.NotifyAll();
+        --running;
+        changed.NotifyAll();
+        EndJobLocked(block);
+      });
+    });
+    if (!posted.ok()) {
+      MutexLock lock(mutex);
+      --running;
+      --In(block).jobs;  // the caller's own keeps it, or the list does
+    }
+  }
+  if (!posted.ok()) return run(nullptr);
+  if (!AwaitCall(call.get())) return {.status = LateCall()};
+  MutexLock lock(mutex);
+  return call->result;
+}
+
+Status HostTier::Impl::FlushStore() noexcept {
+  TraceScope trace(options.tracer, "store flush");
+  const auto flush = [this] { return WithinMemory([&] { return store->Flush(); }); };
+  if (options.write_deadline_nanos == 0) return flush();
+  std::shared_ptr<StoreCall> call;
+  {
+    MutexLock lock(mutex);
+    ++running;
+  }
+  const Status posted = WithinMemory([&] {
+    call = std::make_shared<StoreCall>(clock->NowNanos());
+    return options.reader->Post([this, flush, call] {
+      const Status status = flush();
+      MutexLock lock(mutex);
+      call->result.status = status;
+      call->done = true;
+      call->ended.NotifyAll();
+      --running;
+      changed.NotifyAll();
+    });
+  });
+  if (!posted.ok()) {
+    {
+      MutexLock lock(mutex);
+      --running;
+    }
+    return flush();
+  }
+  if (!AwaitCall(call.get())) return LateCall();
+  MutexLock lock(mutex);
+  return call->result.status;
 }
 
 void HostTier::Impl::EndWriteLocked(Block* block, const WriteResult& result) {
@@ -90,7 +199,10 @@ void HostTier::Impl::RunWriteBehind(Block* block) {
     write = BeginWriteLocked(block);
     ++running;
   }
-  const WriteResult result = Write(write);
+  const WriteResult result = [&] {
+    TraceScope trace(options.tracer, "write behind");
+    return Write(write);
+  }();
   MutexLock lock(mutex);
   EndWriteLocked(block, result);
   --queued_writes;
@@ -102,20 +214,22 @@ Status HostTier::Impl::WriteNow(Block* block) {
   PendingWrite write;
   {
     MutexLock lock(mutex);
-    while (In(block).writing) changed.Wait(mutex);
+    for (int64_t patience_ends = 0; In(block).writing;) {
+      if (!AwaitChangeLocked(&patience_ends)) return LateCall();
+    }
     if (!WantsWriteLocked(block)) return {};
     write = BeginWriteLocked(block);
   }
-  const WriteResult result = Write(write);
-  MutexLock lock(mutex);
-  EndWriteLocked(block, result);
-  return result.status;
+  return WriteInTime(block, write).status;
 }
 
 std::vector<Block*> HostTier::Impl::TakeUnwritten() {
   std::vector<std::pair<uint64_t, Block*>> found;
+  std::vector<Block*> blocks;
   {
     MutexLock lock(mutex);
+    found.reserve(map.size());
+    blocks.reserve(map.size());
     for (const auto& [key, block] : map) {
       BlockData& data = In(block.get());
       if (!data.memory.valid() || data.stored || data.damaged) continue;
@@ -124,8 +238,6 @@ std::vector<Block*> HostTier::Impl::TakeUnwritten() {
     }
   }
   std::sort(found.begin(), found.end());
-  std::vector<Block*> blocks;
-  blocks.reserve(found.size());
   for (const auto& [order, block] : found) blocks.push_back(block);
   return blocks;
 }

@@ -50,7 +50,14 @@ Status CodesNotOffered(const CodeFormat& codes, const KernelTable& kernels, int3
 }
 }  // namespace
 
+// --- Every call of the facade that can need memory goes through WithinMemory(): below it std::bad_alloc may be thrown, and leaves things
+// as the contract says of an error; no caller sees it. Jobs have a boundary of their own, where they call the store.
+
 Result<std::unique_ptr<KvCache>> KvCache::Create(const CacheOptions& options, const CacheResources& resources) {
+  return WithinMemory([&]() -> Result<std::unique_ptr<KvCache>> { return Impl::Create(options, resources); });
+}
+
+Result<std::unique_ptr<KvCache>> KvCache::Impl::Create(const CacheOptions& options, const CacheResources& resources) {
   PREHOC_RETURN_IF_ERROR(options.Validate());
   if (resources.executor == nullptr || resources.device == nullptr) {
     return {StatusCode::kInvalid, "a cache needs an executor and device memory"};
@@ -92,27 +99,36 @@ Result<std::unique_ptr<KvCache>> KvCache::Create(const CacheOptions& options, co
   host.verify_pins = options.verify_pins;
   host.registrar = own.registrar;
   host.clock = own.clock;
+  host.tracer = own.tracer;
   if (own.store != nullptr && options.guard_store) {
     PREHOC_RETURN_IF_ERROR(options.health.Validate());
     impl->health = std::make_unique<TierHealth>(options.health, own.clock);
   }
   host.health = impl->health.get();
   host.read_deadline_nanos = own.store != nullptr ? options.read_deadline_nanos : 0;
+  host.write_deadline_nanos = own.store != nullptr ? options.write_deadline_nanos : 0;
   host.reader = own.io;
   PREHOC_ASSIGN_OR_RETURN(impl->host, HostTier::Create(host, own.executor, own.background, own.store));
   return std::unique_ptr<KvCache>(new KvCache(std::move(impl)));
 }
 
 Result<std::unique_ptr<Sequence>> KvCache::Open(const SequenceOptions& options) {
-  PREHOC_ASSIGN_OR_RETURN(auto impl, Sequence::Impl::Open(impl_.get(), options));
-  return std::unique_ptr<Sequence>(new Sequence(std::move(impl)));
+  return WithinMemory([&]() -> Result<std::unique_ptr<Sequence>> {
+    PREHOC_ASSIGN_OR_RETURN(auto impl, Sequence::Impl::Open(impl_.get(), options));
+    return std::unique_ptr<Sequence>(new Sequence(std::move(impl)));
+  });
 }
 
 Result<std::unique_ptr<Sequence>> KvCache::OpenWithPrefix(const SequenceOptions& options, std::span<const int32_t> tokens) {
+  return WithinMemory([&] { return RestoreAndOpen(options, tokens); });
+}
+
+Result<std::unique_ptr<Sequence>> KvCache::RestoreAndOpen(const SequenceOptions& options, std::span<const int32_t> tokens) {
   if (static_cast<int64_t>(tokens.size()) > options.max_tokens) {
     return {StatusCode::kInvalid, "a prompt of " + std::to_string(tokens.size()) + " tokens with max_tokens = " +
                                       std::to_string(options.max_tokens)};
   }
+  TraceScope trace(impl_->resources.tracer, "open with prefix");
   PREHOC_ASSIGN_OR_RETURN(auto impl, Sequence::Impl::Open(impl_.get(), options));
   const Status restored = impl->RestorePrefix(tokens);
   if (!restored.ok()) {
@@ -124,10 +140,13 @@ Result<std::unique_ptr<Sequence>> KvCache::OpenWithPrefix(const SequenceOptions&
     impl->report.corrupt_chunks = corrupt;
     impl->report.missing_chunks = missing;
   }
+  trace.Say("restored_tokens", impl->restored_tokens);
   return std::unique_ptr<Sequence>(new Sequence(std::move(impl)));
 }
 
-Status KvCache::Flush() { return impl_->host->Flush(); }
+Status KvCache::Flush() {
+  return WithinMemory([&] { return impl_->host->Flush(); });
+}
 bool KvCache::FlipIdleBitForTest(uint64_t pick, uint64_t bit) { return impl_->host->FlipIdleBitForTest(pick, bit); }
 const CacheOptions& KvCache::options() const { return impl_->options; }
 const Selector& KvCache::selector() const { return *impl_->selector; }
@@ -157,23 +176,35 @@ std::span<const int32_t> Sequence::tokens() const {
   return std::span(impl_->tokens).first(static_cast<size_t>(impl_->length));
 }
 
-Status Sequence::Begin(std::span<const int32_t> tokens, int64_t prompt_tokens) { return impl_->Begin(tokens, prompt_tokens); }
+Status Sequence::Begin(std::span<const int32_t> tokens, int64_t prompt_tokens) {
+  return WithinMemory([&] { return impl_->Begin(tokens, prompt_tokens); });
+}
 PrefillRule Sequence::FreezeRule(LayerId layer) const {
   return impl_->decoding() ? PrefillRule{} : impl_->RuleOfPrefill(layer.value());
 }
 Status Sequence::Prefill(LayerId layer, const LayerInput& input) {
-  PREHOC_RETURN_IF_ERROR(impl_->CheckCall(layer, false));
-  return impl_->Prefill(layer.value(), input);
+  return WithinMemory([&]() -> Status {
+    PREHOC_RETURN_IF_ERROR(impl_->CheckCall(layer, false));
+    return impl_->Prefill(layer.value(), input);
+  });
 }
 Status Sequence::Attend(LayerId layer, const LayerInput& input) {
-  PREHOC_RETURN_IF_ERROR(impl_->CheckCall(layer, true));
-  return impl_->Attend(layer.value(), input);
+  return WithinMemory([&]() -> Status {
+    PREHOC_RETURN_IF_ERROR(impl_->CheckCall(layer, true));
+    return impl_->Attend(layer.value(), input);
+  });
 }
-Status Sequence::End() { return impl_->End(); }
+Status Sequence::End() {
+  return WithinMemory([&] { return impl_->End(); });
+}
 void Sequence::Rollback() { impl_->Rollback(); }
 std::vector<ChunkIndex> Sequence::LostChunks() const { return impl_->LostChunks(); }
-Status Sequence::BeginRepair(ChunkIndex chunk) { return impl_->BeginRepair(chunk); }
-Status Sequence::EndRepair() { return impl_->EndRepair(); }
+Status Sequence::BeginRepair(ChunkIndex chunk) {
+  return WithinMemory([&] { return impl_->BeginRepair(chunk); });
+}
+Status Sequence::EndRepair() {
+  return WithinMemory([&] { return impl_->EndRepair(); });
+}
 const SequenceReport& Sequence::Report() const { return impl_->report; }
 Status Sequence::CheckInvariants() const { return impl_->CheckInvariants(); }
 
@@ -201,10 +232,14 @@ Result<Sequence::HeadView> Sequence::LastStep(LayerId layer, KvHeadId head) cons
     return {StatusCode::kInvalid, "layer " + std::to_string(layer.value()) + ", KV head " + std::to_string(head.value()) +
                                       " of " + std::to_string(geometry.layers) + " and " + std::to_string(geometry.kv_heads)};
   }
+  return WithinMemory([&] { return impl_->LastStep(layer.value(), head.value()); });
+}
+
+Result<Sequence::HeadView> Sequence::Impl::LastStep(int32_t layer, int32_t kv_head) const {
   HeadView view;
   view.cosine = 2;
-  for (const Unit& unit : impl_->layers[static_cast<size_t>(layer.value())].units) {
-    if (unit.kv_head != head.value()) continue;
+  for (const Unit& unit : layers[static_cast<size_t>(layer)].units) {
+    if (unit.kv_head != kv_head) continue;
     const std::vector<int32_t> positions = unit.attended.Positions();
     view.attended.insert(view.attended.end(), positions.begin(), positions.end());
     view.selected |= unit.selected;

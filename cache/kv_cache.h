@@ -23,6 +23,7 @@
 #include "base/host_registrar.h"
 #include "base/ids.h"
 #include "base/result.h"
+#include "base/trace.h"
 #include "cache/report.h"
 #include "cache/tier_health.h"
 #include "kernels/function_table.h"
@@ -48,6 +49,7 @@ struct CacheOptions {
   TierHealth::Options health;
   int64_t read_deadline_nanos = 0;  // [ns] that anybody waits for one read of the store; 0 = as long as it takes. Read by jobs
                                     // of CacheResources::io, which needs a job thread for each that may hang
+  int64_t write_deadline_nanos = 0; // [ns] that anybody waits for one write of the store, or for its flush; likewise
   int64_t audit_every = 64;  // decode steps between audits with exact scores; 0 = never
   bool persist_decode = true;  // chunks that hold generated tokens go to the store too (under a key of their own)
   Status Validate() const;
@@ -67,6 +69,7 @@ struct CacheResources {
   TransferEngine* transfer = nullptr;  // copies that run behind the steps; null = on `background`; required with tc.lag > 0 where
                                        // host code cannot reach `device`
   const Clock* clock = nullptr;        // null = SteadyClock
+  Tracer* tracer = nullptr;            // told what runs when, from every thread (docs/cli.md, --trace); null = nobody
 };
 
 // One unit (query heads that choose together) of one audited step, with the truth beside what was done. Everything is
@@ -178,7 +181,9 @@ class Sequence {
   std::unique_ptr<Impl> impl_;
 };
 
-// Safe from any thread. Outlives its sequences.
+// Safe from any thread. Outlives its sequences. Memory that the system does not give is kOutOfSpace, "out of memory", from every
+// call here and of Sequence that returns a Status or a Result, and leaves things as any other error does; nothing throws but LostChunks(),
+// whose list may find no memory (std::bad_alloc), with nothing changed.
 class KvCache {
  public:
   // kInvalid names the option; kOutOfSpace if the host budget cannot be had; kUnsupported names what is not offered where host code
@@ -206,6 +211,7 @@ class KvCache {
  private:
   struct Impl;
   explicit KvCache(std::unique_ptr<Impl> impl);
+  Result<std::unique_ptr<Sequence>> RestoreAndOpen(const SequenceOptions& options, std::span<const int32_t> tokens);
   std::unique_ptr<Impl> impl_;
 };
 

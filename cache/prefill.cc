@@ -14,6 +14,8 @@ PrefillRule Sequence::Impl::RuleOfPrefill(int32_t layer) const {
 
 Status Sequence::Impl::Prefill(int32_t layer_index, const LayerInput& in) {
   ScopedTimer timer(*cache->resources.clock, &step_report.times.prefill);
+  TraceScope trace(tracer(), "prefill layer");
+  trace.Say("layer", layer_index);
   LayerState& layer = layers[static_cast<size_t>(layer_index)];
   const int64_t size = geometry().chunk_tokens;
   if (in.q_skip < 0 || in.q_skip > count) {
@@ -186,6 +188,8 @@ Status Sequence::Impl::AddKeysToBalls(int32_t layer_index, LayerBlocks& rows, in
 
 Status Sequence::Impl::AttendPrefill(int32_t layer_index, LayerBlocks& rows, const LayerInput& in, int64_t begin,
                                      int64_t queries) {
+  TraceScope trace(tracer(), "attend");
+  trace.Say("layer", layer_index).Say("queries", queries);
   const PrefillRule rule = RuleOfPrefill(layer_index);
   const int64_t size = geometry().chunk_tokens;
   const int32_t dim = geometry().head_dim, group = geometry().group();

@@ -145,20 +145,23 @@ Status Sequence::Impl::BeginRepair(ChunkIndex chunk) {
   if (!chunk.valid() || (chunk.value() + 1) * size > length) {
     return {StatusCode::kInvalid, "chunk " + std::to_string(chunk.value()) + " is not a whole chunk of this sequence"};
   }
-  repair_pins.clear();
-  repair_blocks.clear();
+  std::vector<BlockRef> blocks;
+  std::vector<BlockPin> pins;
   for (int32_t l = 0; l < geometry().layers; ++l) {
     PREHOC_ASSIGN_OR_RETURN(BlockRef block, cache->host->NewTail());
     PREHOC_ASSIGN_OR_RETURN(BlockPin pin, cache->host->Pin(block));
-    repair_blocks.push_back(std::move(block));
-    repair_pins.push_back(std::move(pin));
+    blocks.push_back(std::move(block));
+    pins.push_back(std::move(pin));
   }
+  repair_pins = std::move(pins);
+  repair_blocks = std::move(blocks);
   first = chunk.value() * size;
   count = size;
   prompt = std::max(last_prompt, first + count);
   next_layer = 0;
   step_report = SequenceReport{};
   repairing = chunk;
+  call_trace.emplace(tracer(), TraceWord("repair")).Say("first", first).Say("tokens", count);
   open = true;
   return {};
 }
@@ -179,6 +182,7 @@ Status Sequence::Impl::EndRepair() {
                               chain.Origin(*repairing));
   }
   ++report.recomputed_chunks;
+  call_trace.reset();
   repairing.reset();
   repair_pins.clear();
   repair_blocks.clear();

@@ -43,6 +43,8 @@ bool Chooses(const UnitStep& unit) { return unit.way == Way::kSelect || unit.way
 Status Sequence::Impl::Select(FastStep& s) {
   const bool any = std::any_of(s.units.begin(), s.units.end(), Chooses);
   if (!any) return {};
+  TraceScope trace(tracer(), "select");
+  trace.Say("layer", s.layer);
   {
     ScopedTimer timer(*cache->resources.clock, &step_report.times.score);
     PREHOC_RETURN_IF_ERROR(Score(s));
@@ -399,7 +401,7 @@ void Sequence::Impl::Keep(FastStep& s, size_t index) {
   const auto dim = static_cast<size_t>(geometry().head_dim);
   const auto of_unit = [&](const float* q) { return q + static_cast<size_t>(unit.first_head) * dim; };
   const size_t size = static_cast<size_t>(unit.heads) * dim;
-  unit.has_choice = true;
+  unit.has_choice = false;  // until it is whole
   unit.chosen_at = s.u;
   unit.local_left = s.n - s.rule.local;
   unit.anchor.assign(of_unit(s.in.q), of_unit(s.in.q) + size);
@@ -418,6 +420,7 @@ void Sequence::Impl::Keep(FastStep& s, size_t index) {
       unit.lse_dropped[static_cast<size_t>(h)] = LseOutside(s, index, h, s.n - s.rule.local + leaving, unit.chosen);
     }
   }
+  unit.has_choice = true;
 }
 
 // Over what is in sight and not chosen, up to `end`; local positions before `end` count as outside. +inf if a logit or its

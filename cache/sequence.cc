@@ -191,6 +191,12 @@ Status Sequence::Impl::Begin(std::span<const int32_t> new_tokens, int64_t prompt
     method = MethodOf(prompt_length);
     chain = next_chain = ChunkKeyChain(cache->KeyRoot(method));
   }
+  if (std::exchange(unsealed, false)) {
+    for (int32_t l = 0; l < geometry().layers; ++l) {
+      const LayerState& layer = layers[static_cast<size_t>(l)];
+      SealChunks(l, static_cast<int64_t>(layer.blocks.size() - layer.tail_pins.size()), chain.size());
+    }
+  }
   first = length;
   count = added;
   prompt = prompt_length;
@@ -219,6 +225,11 @@ Status Sequence::Impl::Begin(std::span<const int32_t> new_tokens, int64_t prompt
   ring_begin = ring_end;
   if (decoding()) ++step;
   began_at = cache->resources.clock->NowNanos();
+  if (decoding()) {
+    call_trace.emplace(tracer(), TraceWord("step")).Say("step", step).Say("position", first);
+  } else {
+    call_trace.emplace(tracer(), TraceWord("prefill")).Say("first", first).Say("tokens", count);
+  }
   open = true;
   return {};
 }
@@ -251,6 +262,8 @@ Status Sequence::Impl::CheckCall(LayerId layer, bool decode) const {
 Status Sequence::Impl::EnsureTails(LayerState& layer, int64_t end) {
   const int64_t size = geometry().chunk_tokens;
   while (static_cast<int64_t>(layer.blocks.size()) * size < end) {
+    layer.blocks.reserve(layer.blocks.size() + 1);  // both lists grow, or none
+    layer.tail_pins.reserve(layer.tail_pins.size() + 1);
     PREHOC_ASSIGN_OR_RETURN(BlockRef block, cache->host->NewTail());
     PREHOC_ASSIGN_OR_RETURN(BlockPin pin, cache->host->Pin(block));
     layer.blocks.push_back(std::move(block));
@@ -274,7 +287,14 @@ void Sequence::Impl::SealChunks(int32_t layer_index, int64_t first_chunk, int64_
     layer.tail_pins.erase(layer.tail_pins.begin());
     BlockRef& block = layer.blocks[static_cast<size_t>(chunk)];
     const ChunkIndex index(static_cast<int32_t>(chunk));
-    block = cache->host->Seal(std::move(block), next_chain.Key(index, LayerId(layer_index)), next_chain.Origin(index));
+    const ChunkKeyChain& keys = chunk < chain.size() ? chain : next_chain;
+    try {
+      block = cache->host->Seal(block, keys.Key(index, LayerId(layer_index)), keys.Origin(index));
+    } catch (const std::bad_alloc&) {  // stays a tail, too, until the next call seals it
+      unsealed = true;
+      layer.tail_pins.insert(layer.tail_pins.begin(), std::move(*cache->host->TryPin(block)));
+      return;
+    }
   }
 }
 
@@ -346,15 +366,18 @@ Status Sequence::Impl::End() {
       if (prompt_done) layer.queries.clear();  // for the maps of this prompt alone
     }
   }
-  chain = next_chain;
+  if (visible() / size > length / size) std::swap(chain, next_chain);  // Begin() made it anew; a copy might find no memory
   length = visible();
   report.Merge(step_report);
+  call_trace.reset();
   open = false;
   return {};
 }
 
 void Sequence::Impl::Rollback() {
   if (!open) return;
+  if (call_trace) call_trace->Say("rolled_back", 1);
+  call_trace.reset();
   if (decoding() && !repairing) --step;
   // Blocks that began with the announced tokens go; the one that was there keeps its earlier rows.
   const auto kept = static_cast<size_t>(CeilDiv(length, geometry().chunk_tokens));
@@ -373,7 +396,6 @@ void Sequence::Impl::Rollback() {
     }
   }
   tokens.resize(static_cast<size_t>(length));
-  next_chain = chain;
   repairing.reset();
   scratch->blocks.reset();
   repair_pins.clear();

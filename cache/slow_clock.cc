@@ -11,6 +11,8 @@ namespace prehoc {
 Status Sequence::Impl::SlowClock() {
   if (complete() || layout.slots == 0) return {};
   ScopedTimer timer(*cache->resources.clock, decoding() ? &step_report.times.slow_clock : &step_report.times.prefill);
+  TraceScope trace(tracer(), "slow clock");
+  trace.Say("step", step);
   const ResidencyRule rule = selector().Residency();
   const bool residents_only = cache->options.selector.kind == SelectorKind::kSharedCandidates;
   for (int32_t l = 0; l < geometry().layers; ++l) {
@@ -48,6 +50,8 @@ Status Sequence::Impl::FillAtStart(int32_t layer_index, int32_t kv_head) {
 }
 
 Status Sequence::Impl::Refresh(int32_t layer_index, int32_t kv_head, int64_t lag) {
+  TraceScope trace(tracer(), "refresh");
+  trace.Say("layer", layer_index).Say("kv_head", kv_head);
   LayerState& layer = layers[static_cast<size_t>(layer_index)];
   const ResidencyRule rule = selector().Residency();
   float* pooled = nullptr;
@@ -173,10 +177,12 @@ Result<int64_t> Sequence::Impl::BringIn(int32_t layer_index, int32_t kv_head, La
   std::vector<int32_t>& slots = scratch->slots;
   copies.clear();
   slots.clear();
+  copies.reserve(landed);
+  slots.reserve(landed);  // a slot that was taken out is on a list
   for (const int32_t position : positions.first(landed)) {
     const Half* source = position >= ring_begin ? head.ring + position % layout.ring * row : nullptr;
     if (source == nullptr) {
-      auto found = rows.Row(position, kv_head);
+      auto found = WithinMemory([&] { return rows.Row(position, kv_head); });
       if (!found.ok()) {
         for (const int32_t slot : slots) head.residency.GiveBack(slot);
         return std::move(found).status();
@@ -186,7 +192,7 @@ Result<int64_t> Sequence::Impl::BringIn(int32_t layer_index, int32_t kv_head, La
     slots.push_back(head.residency.Reserve());
     copies.push_back({source, head.slots + slots.back() * row});
   }
-  const Status copied = kernels().gather({.rows = copies, .head_dim = geometry().head_dim}, cache->launch());
+  const Status copied = WithinMemory([&] { return kernels().gather({.rows = copies, .head_dim = geometry().head_dim}, cache->launch()); });
   if (!copied.ok()) {
     for (const int32_t slot : slots) head.residency.GiveBack(slot);
     return copied;
@@ -216,14 +222,16 @@ Status Sequence::Impl::PostBehind(int32_t layer_index, int32_t kv_head, LayerBlo
     }
     pieces.push_back({reinterpret_cast<const std::byte*>(source), nullptr, geometry().row_bytes()});
   }
+  fetch.positions.assign(positions.begin(), positions.end());
+  fetch.slots.reserve(pieces.size());
+  layer.pending.reserve(layer.pending.size() + 1);
   for (TransferPiece& piece : pieces) {
     fetch.slots.push_back(head.residency.Reserve());
     piece.dst = reinterpret_cast<std::byte*>(head.slots + fetch.slots.back() * row);
   }
-  fetch.positions.assign(positions.begin(), positions.end());
-  auto request = cache->resources.transfer->Prepare(std::move(pieces));
+  auto request = WithinMemory([&] { return cache->resources.transfer->Prepare(std::move(pieces)); });
   Status status = request.status();
-  if (status.ok()) status = request->Post();
+  if (status.ok()) status = WithinMemory([&] { return request->Post(); });
   if (!status.ok()) {
     for (const int32_t slot : fetch.slots) head.residency.GiveBack(slot);
     return status;
@@ -245,6 +253,8 @@ Status Sequence::Impl::LandPending(int32_t layer_index) {
     const Status status = fetch->request.Wait();
     // A step may have fetched some of them meanwhile.
     std::vector<int32_t> positions, slots;
+    positions.reserve(fetch->positions.size());
+    slots.reserve(fetch->positions.size());
     for (size_t i = 0; i < fetch->positions.size(); ++i) {
       if (!status.ok() || residency.SlotOf(fetch->positions[i]) >= 0) {
         residency.GiveBack(fetch->slots[i]);

@@ -91,6 +91,17 @@ struct HostArena::Impl {
 
   int64_t NextExtentLocked() const PREHOC_REQUIRES(mutex) { return std::min(extent_blocks, capacity - ready); }
 
+  // So that neither publishing blocks nor Free() allocates.
+  Status MakeListRoom(int64_t blocks) {
+    return WithinMemory([&]() -> Status {
+      MutexLock lock(mutex);
+      free.reserve(static_cast<size_t>(blocks));
+      in_use.reserve(static_cast<size_t>(blocks));
+      registered.reserve(registered.size() + 1);
+      return {};
+    });
+  }
+
   // Maps, touches and publishes the next extent. Requires that this thread set `growing`; clears it.
   Status Grow(bool parallel) {
     int64_t first = 0, count = 0;
@@ -100,6 +111,13 @@ struct HostArena::Impl {
       count = NextExtentLocked();
       mapped = ready + count;
       peak_bytes = std::max(peak_bytes, static_cast<uint64_t>(mapped) * stride);
+    }
+    if (Status room = MakeListRoom(first + count); !room.ok()) {
+      MutexLock lock(mutex);
+      growing = false;
+      mapped = first;
+      grown.NotifyAll();
+      return room;
     }
     std::byte* const data = base + static_cast<uint64_t>(first) * stride;
     const uint64_t bytes = static_cast<uint64_t>(count) * stride;

@@ -98,8 +98,10 @@ Status MemoryChunkStore::DoPut(const ChunkKey& key, std::span<const std::byte> d
                                          FormatBytes(static_cast<double>(record_bytes()))};
   }
   if (index_.contains(key)) return {};  // another thread stored the same chunk meanwhile
-  lru_.push_front({key, std::move(record)});
-  index_.emplace(key, lru_.begin());
+  Lru fresh;
+  fresh.push_front({key, std::move(record)});
+  index_.emplace(key, fresh.begin());  // may throw; what follows does not
+  lru_.splice(lru_.begin(), fresh);
   ++counters_.puts;
   counters_.written_bytes += data.size();
   return {};

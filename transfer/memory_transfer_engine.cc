@@ -57,6 +57,7 @@ class MemoryTransferEngine::CopyOperation final : public TransferEngine::Operati
 Result<std::unique_ptr<TransferEngine::Operation>> MemoryTransferEngine::DoPost(std::span<const TransferPiece> pieces) {
   auto copy = std::make_shared<Copy>();
   copy->pieces = pieces;
+  auto operation = std::make_unique<CopyOperation>(copy);  // before a job knows the pieces
   uint64_t bytes = 0;
   for (const TransferPiece& piece : pieces) bytes += piece.bytes;
   requests_.fetch_add(1, std::memory_order_relaxed);
@@ -66,7 +67,7 @@ Result<std::unique_ptr<TransferEngine::Operation>> MemoryTransferEngine::DoPost(
     inline_.fetch_add(1, std::memory_order_relaxed);
     copy->RunIfWaiting();
   }
-  return std::unique_ptr<Operation>(std::make_unique<CopyOperation>(std::move(copy)));
+  return std::unique_ptr<Operation>(std::move(operation));
 }
 
 void MemoryTransferEngine::DoVisitCounters(const CounterVisitor& visit) const {

@@ -167,6 +167,7 @@ Status RocksDbStore::Impl::OpenDb() {
   while (true) {
     rocksdb::Options db_options =
         MakeRocksDbOptions({segment_bytes, ManifestBytes(options.budget), direct_io, shape.aligned});
+    if (options.env != nullptr) db_options.env = options.env;
     // RocksDB shares ownership of listeners; the store closes the database before it dies, so it need not.
     db_options.listeners.push_back(std::shared_ptr<rocksdb::EventListener>(std::shared_ptr<void>(), this));
     rocksdb::DB* opened = nullptr;

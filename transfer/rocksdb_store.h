@@ -8,6 +8,10 @@
 #include "transfer/record_format.h"
 #include "transfer/record_tap.h"
 
+namespace rocksdb {
+class Env;
+}
+
 namespace prehoc {
 
 // Survives restarts and crashes; what was put since the last flush is lost with a crash (there is no log).
@@ -36,6 +40,8 @@ class RocksDbStore final : public ChunkStore {
     bool second_chance = true;   // off: strictly oldest first
     bool verify = true;          // off: only the header is compared (for measuring what verification costs)
     RecordTap* tap = nullptr;    // faults on purpose; outlives the store. Costs a copy of each record written
+    rocksdb::Env* env = nullptr;  // through which RocksDB writes its files, for disks that fail on purpose; null = the system's.
+                                  // Outlives the store
     Status Validate() const;     // kInvalid, naming the field and its value
   };
 

@@ -41,9 +41,10 @@ Status TransferRequest::Post() {
   if (state_ == State::kPosted && Poll().code() == StatusCode::kBusy) {
     return {StatusCode::kBusy, "transfer: the request is still under way"};
   }
+  auto work = std::make_unique<Work>();  // before anything runs that nobody could wait for
   auto operation = engine_->DoPost(pieces_);
   if (!operation.ok()) return operation.status();
-  work_ = std::make_unique<Work>();
+  work_ = std::move(work);
   work_->operation = std::move(*operation);
   state_ = State::kPosted;
   return {};

@@ -33,6 +33,8 @@ Status CheckOffered(const CacheShared& cache);
 // tc.dense_below=auto: how many positions a step reads faster than it chooses among them.
 int32_t DenseBelow(const KvGeometry& geometry, const DeviceMemory& device);
 
-struct KvCache::Impl : CacheShared {};
+struct KvCache::Impl : CacheShared {
+  static Result<std::unique_ptr<KvCache>> Create(const CacheOptions& options, const CacheResources& resources);
+};
 
 }  // namespace prehoc

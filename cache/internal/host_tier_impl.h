@@ -35,12 +35,17 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     const uint64_t seed = Hash64(std::as_bytes(std::span(key.chain)), static_cast<uint64_t>(key.layer));
     return Hash128(bytes, seed);
   }
-  static Status Damaged(const ChunkKey& key) {
-    return {StatusCode::kCorrupt, "host tier: chunk " + key.ToString() + ": memory no longer holds what was sealed"};
+  // Words never fail: a state that has to be told may not get lost for want of them.
+  static Status Damaged(const ChunkKey& key) noexcept {
+    return WithWords(StatusCode::kCorrupt, [&]() -> Status {
+      return {StatusCode::kCorrupt, "host tier: chunk " + key.ToString() + ": memory no longer holds what was sealed"};
+    });
   }
-  static Status LeftAlone() { return {StatusCode::kIoError, "the store failed of late and is not asked for now"}; }
-  static Status Lost(const ChunkKey& key, const Status& why) {
-    return why.WithContext("host tier: chunk " + key.ToString() + " is lost");
+  static Status LeftAlone() noexcept {
+    return WithWords(StatusCode::kIoError, []() -> Status { return {StatusCode::kIoError, "host tier: the store failed of late and is not asked for now"}; });
+  }
+  static Status Lost(const ChunkKey& key, const Status& why) noexcept {
+    return WithWords(why.code(), [&] { return why.WithContext("host tier: chunk " + key.ToString() + " is lost"); });
   }
 
   // What one eviction has learnt so far.
@@ -49,6 +54,8 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     int refusals = 0;
     bool stalled = false;  // the store said kBusy
     bool flushed = false;
+    int64_t patience_ends = 0;  // clock; of waiting for others, once that has begun
+    bool hung = false;          // it has ended
     Status refusal;        // the last one
   };
   struct Counters {
@@ -59,8 +66,10 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     uint64_t verified = 0, corrupt = 0;  // checks of bytes in memory; and those that found damage
   };
   struct Releaser {
-    Impl* impl;
-    void operator()(Block* block) const { impl->Released(block); }
+    Impl* impl = nullptr;
+    void operator()(Block* block) const {
+      if (impl != nullptr) impl->Released(block);
+    }
   };
 
   // Constant after Create().
@@ -102,9 +111,11 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   BlockRef RefLocked(Block* block) PREHOC_REQUIRES(mutex) {
     BlockData& data = In(block);
     if (BlockRef ref = data.self.lock()) return ref;
-    // The last reference may be dying right now, on its way to Released(): a second family of them begins.
+    // The last reference may be dying right now, on its way to Released(): a second family of them begins. Without memory for
+    // its count shared_ptr calls the releaser, which does nothing yet.
+    BlockRef ref(block, Releaser{});
+    std::get_deleter<Releaser>(ref)->impl = this;
     ++data.handles;
-    BlockRef ref(block, Releaser{this});
     data.self = ref;
     return ref;
   }
@@ -210,7 +221,9 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     --resident;
     ++counters.evicted;
     if (!data.stored) {
-      data.lost = Lost(data.key, {StatusCode::kNotFound, "it left memory before any store took it"});
+      data.lost = WithWords(StatusCode::kNotFound, [&] {
+        return Lost(data.key, {StatusCode::kNotFound, "it left memory before any store took it"});
+      });
       ++counters.forgotten;
     }
     ForgetIfUnusedLocked(block);
@@ -256,11 +269,12 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
         if (victim != nullptr) {
           if (store == nullptr) return EvictLocked(victim);
           write = BeginWriteLocked(victim);
+          ++In(victim).jobs;  // known until this has looked at it again
         } else {
           if (frees != frees_before) continue;
-          if (demand && transit > 0) {
+          if (demand && transit > 0 && !turn.hung && WorthWaitingLocked()) {
             ++reclaimers;
-            changed.Wait(mutex);
+            turn.hung = !AwaitChangeLocked(&turn.patience_ends);
             --reclaimers;
             continue;
           }
@@ -271,24 +285,52 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
         FlushAndBeginAnew(&turn);
         continue;
       }
-      const WriteResult result = Write(write);
+      const WriteResult result = WriteInTime(victim, write);
       MutexLock lock(mutex);
-      EndWriteLocked(victim, result);
-      if (result.damaged) continue;
-      BlockData& data = In(victim);
-      if (!result.status.ok()) {
-        data.refused_in = std::max(data.refused_in, turn.id);
-        turn.refusal = result.status;
-        turn.stalled |= result.status.code() == StatusCode::kBusy;
-        ++turn.refusals;
-      }
-      if (data.pins == 0 && (result.status.ok() || data.handles == 0)) return EvictLocked(victim);
+      if (!result.damaged && !result.status.ok()) NoteRefusalLocked(victim, result.status, &turn);
+      const BlockData& data = In(victim);
+      const bool may_go = data.pins == 0 && !data.writing && data.memory.valid() && !data.damaged;
+      BlockId freed;
+      if (may_go && (result.status.ok() || data.handles == 0)) freed = EvictLocked(victim);
+      EndJobLocked(victim);
+      if (freed.valid()) return freed;
     }
   }
 
+  void NoteRefusalLocked(Block* victim, const Status& status, Turn* turn) PREHOC_REQUIRES(mutex) {
+    In(victim).refused_in = std::max(In(victim).refused_in, turn->id);
+    turn->refusal = status;
+    turn->stalled |= status.code() == StatusCode::kBusy;
+    turn->hung |= status.code() == StatusCode::kDeadline;
+    ++turn->refusals;
+  }
+
+  // With a deadline nobody waits for the writes of others while the store is known to hang.
+  bool WorthWaitingLocked() const PREHOC_REQUIRES(mutex) {
+    return options.write_deadline_nanos == 0 || options.health == nullptr || options.health->Available();
+  }
+
+  // Waits for `changed`, but not after *ends, which is set by the first call: false, and the store's health has been told.
+  bool AwaitChangeLocked(int64_t* ends) PREHOC_REQUIRES(mutex) {
+    if (options.write_deadline_nanos == 0) {
+      changed.Wait(mutex);
+      return true;
+    }
+    const int64_t now = clock->NowNanos();
+    if (*ends == 0) *ends = now + options.write_deadline_nanos;
+    if (now >= *ends) {
+      if (options.health != nullptr) options.health->End({StatusCode::kDeadline, {}});
+      return false;
+    }
+    changed.WaitFor(mutex, std::min(*ends - now, kLook));
+    return true;
+  }
+
+  Status FlushStore() noexcept;
+
   // Every block that could go was refused, some because the store would have stalled: a flush ends that.
   void FlushAndBeginAnew(Turn* turn) {
-    const Status flushed = store->Flush();
+    const Status flushed = FlushStore();
     MutexLock lock(mutex);
     turn->id = ++turns;
     turn->refusals = 0;
@@ -313,6 +355,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
 
   // ---- writing (host_tier_write.cc) ----
 
+  struct StoreCall;
   struct PendingWrite {
     ChunkKey key;
     ChunkOrigin origin;
@@ -327,7 +370,27 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
 
   PendingWrite BeginWriteLocked(Block* block) PREHOC_REQUIRES(mutex);
 
-  WriteResult Write(const PendingWrite& write) const PREHOC_EXCLUDES(mutex);
+  // The block is marked as being written, so this throws nothing.
+  // `call`: whose wait this is; null = nobody's.
+  WriteResult Write(const PendingWrite& write, StoreCall* call = nullptr) const noexcept PREHOC_EXCLUDES(mutex);
+
+  // Write() and EndWriteLocked(), here or, with a deadline, in a job of the reader: kDeadline if that is late, and goes on. The caller
+  // keeps the block known.
+  WriteResult WriteInTime(Block* block, const PendingWrite& write) noexcept PREHOC_EXCLUDES(mutex);
+
+  // What somebody waits for, with a deadline. Guarded by the mutex.
+  struct StoreCall {
+    explicit StoreCall(int64_t now) : began(now) {}
+    const int64_t began;  // clock; when somebody began to wait
+    bool done = false;
+    bool late = false;  // whoever waited has been told
+    CondVar ended;
+    WriteResult result;
+  };
+  static constexpr int64_t kLook = 5'000'000;  // between two looks at a clock that may be one that a test moves
+  // True if `call` was done in time; else it is late from now on, and the store's health has been told.
+  bool AwaitCall(StoreCall* call) PREHOC_EXCLUDES(mutex);
+  Status LateCall() const noexcept;
 
   // A block that was found damaged, and that nobody pins, is gone after this.
   void EndWriteLocked(Block* block, const WriteResult& result) PREHOC_REQUIRES(mutex);
@@ -371,7 +434,9 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   void Load(Block* block, const std::shared_ptr<BlockLoad>& load, bool demand);
 
   // What an error of the store means where it is not asked to try again.
-  static Status GivenUp(const Status& why) { return {StatusCode::kNotFound, why.message() + "; it is made anew instead"}; }
+  static Status GivenUp(const Status& why) noexcept {
+    return WithWords(StatusCode::kNotFound, [&]() -> Status { return {StatusCode::kNotFound, why.message() + "; it is made anew instead"}; });
+  }
 
   void FinishRead(Block* block, BlockLoad* load, BlockId memory, int64_t start);
 
@@ -396,7 +461,9 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   void MergeTailLocked(Block* tail, Block* canonical) PREHOC_REQUIRES(mutex) {
     BlockData& data = In(canonical);
     const BlockId memory = std::exchange(In(tail).memory, BlockId());
-    In(tail).lost = {StatusCode::kNotFound, "host tier: this tail was a duplicate; use the block that Seal() returned"};
+    In(tail).lost = WithWords(StatusCode::kNotFound, []() -> Status {
+      return {StatusCode::kNotFound, "host tier: this tail was a duplicate; use the block that Seal() returned"};
+    });
     ++counters.duplicates;
     if (data.memory.valid()) return FreeLocked(memory);
     // Computed twice, bytes may differ in their last bits; what the store has stays what this block is.
@@ -408,15 +475,18 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     AdoptLocked(canonical, memory);
   }
 
-  // True if the caller has to post RunWriteBehind(*canonical).
+  // True if the caller has to post RunWriteBehind(canonical->get()). What may throw comes first.
   bool SealLocked(Block* tail, const ChunkKey& key, const ChunkOrigin& origin, const std::array<uint64_t, 2>& seal,
-                  Block** canonical) PREHOC_REQUIRES(mutex) {
+                  BlockRef* canonical) PREHOC_REQUIRES(mutex) {
     BlockData& data = In(tail);
     PREHOC_CHECK(!data.known && data.memory.valid() && data.pins == 0);
+    auto entry = map.find(key);
+    const bool inserted = entry == map.end();
+    *canonical = RefLocked(inserted ? tail : entry->second.get());
+    if (inserted) entry = map.try_emplace(key).first;
     --tails;
     data.seal = seal;
     data.sealed = true;
-    const auto [entry, inserted] = map.try_emplace(key);
     if (inserted) {
       entry->second.reset(tail);
       data.key = key;
@@ -427,9 +497,8 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     } else {
       MergeTailLocked(tail, entry->second.get());
     }
-    *canonical = entry->second.get();
-    In(*canonical).origin = origin;
-    return QueueWriteLocked(*canonical);
+    In(canonical->get()).origin = origin;
+    return QueueWriteLocked(canonical->get());
   }
 
   // Fills `ref` if the map alone can answer.
@@ -441,18 +510,27 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   }
 
   BlockRef FindStoredLocked(const ChunkKey& key) PREHOC_REQUIRES(mutex) {
-    const auto [entry, inserted] = map.try_emplace(key);
+    auto entry = map.find(key);
+    const bool inserted = entry == map.end();
     if (inserted) {
-      entry->second = std::make_unique<Block>();
-      In(entry->second.get()).key = key;
-      In(entry->second.get()).known = true;
+      auto block = std::make_unique<Block>();
+      In(block.get()).key = key;
+      In(block.get()).known = true;
+      entry = map.try_emplace(key, std::move(block)).first;
     }
     BlockData& data = In(entry->second.get());
+    BlockRef ref;
+    try {
+      ref = RefLocked(entry->second.get());
+    } catch (const std::bad_alloc&) {
+      if (inserted) map.erase(entry);
+      throw;
+    }
     if (!data.memory.valid()) {
       data.stored = true;
       data.lost = {};
     }
-    return RefLocked(entry->second.get());
+    return ref;
   }
 
   Status CheckLocked() const PREHOC_REQUIRES(mutex);

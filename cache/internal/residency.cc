@@ -6,9 +6,8 @@ namespace prehoc {
 
 HeadResidency::HeadResidency(uint64_t* slotted, uint64_t* resident, int64_t max_tokens, int32_t slots)
     : slotted_(slotted), resident_(resident), total_(slots), ranks_(static_cast<size_t>((max_tokens + 63) / 64), 0) {
-  positions_.reserve(static_cast<size_t>(slots));
-  slots_.reserve(static_cast<size_t>(slots));
-  free_.reserve(static_cast<size_t>(slots));
+  // All that will ever be: no later call allocates.
+  for (std::vector<int32_t>* list : {&positions_, &slots_, &free_, &merged_positions_, &merged_slots_}) list->reserve(static_cast<size_t>(slots));
   for (int32_t slot = slots - 1; slot >= 0; --slot) free_.push_back(slot);
 }
 

@@ -112,6 +112,7 @@ struct Sequence::Impl {
   void Carve(const DeviceRequest& request);
   Status CheckCall(LayerId layer, bool decode) const;
   Status CheckInvariants() const;
+  Result<HeadView> LastStep(int32_t layer, int32_t kv_head) const;  // kv_cache.cc
 
   // prefill.cc
   Status Prefill(int32_t layer, const LayerInput& in);
@@ -238,6 +239,7 @@ struct Sequence::Impl {
   float* err(int32_t head) const { return err_ ? err_ + static_cast<int64_t>(head) * layout.stride : nullptr; }
   int64_t visible() const { return first + count; }
   bool decoding() const { return prompt == 0; }
+  Tracer* tracer() const { return cache->resources.tracer; }
 
   CacheShared* const cache;
   const DeviceLayout layout;
@@ -259,9 +261,11 @@ struct Sequence::Impl {
   bool open = false;
   int64_t first = 0, count = 0;
   int64_t began_at = 0;      // clock, of the open call
+  std::optional<TraceScope> call_trace;  // of the open call
   int64_t prompt = 0;        // whole prompt's length; 0 = decode
   int32_t next_layer = 0;
   int64_t step = 0;          // u of the open or last call
+  bool unsealed = false;     // whole chunks are still tails: there was no memory to seal them
   std::optional<ChunkIndex> repairing;
   std::vector<BlockRef> repair_blocks;  // [layers]
   std::vector<BlockPin> repair_pins;

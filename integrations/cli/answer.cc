@@ -13,7 +13,9 @@
 #include "integrations/cli/interrupt.h"
 #include "integrations/cli/json.h"
 #include "integrations/cli/load.h"
+#include "integrations/cli/log.h"
 #include "integrations/cli/machine.h"
+#include "integrations/cli/metrics.h"
 #include "integrations/cli/named_models.h"
 #include "integrations/cli/output_file.h"
 #include "integrations/cli/prompt.h"
@@ -21,6 +23,7 @@
 #include "integrations/cli/runs.h"
 #include "integrations/cli/session.h"
 #include "integrations/cli/table.h"
+#include "integrations/cli/trace_log.h"
 
 namespace prehoc::cli {
 namespace {
@@ -28,10 +31,20 @@ namespace {
 class AnswerJob {
  public:
   AnswerJob(const AnswerOptions& options, const Environment& environment, std::ostream& out, std::ostream& err, const Clock& clock)
-      : options_(options), environment_(environment), out_(out), err_(err), clock_(clock) {}
+      : options_(options), environment_(environment), out_(out), err_(err), clock_(clock), log_(err, options.log, clock) {}
 
-  // In this order: what is cheap to refuse first. An interruption is no error.
+  // An interruption is no error. The trace is of most use where something failed.
   Status Run() {
+    const Status status = RunUntraced();
+    if (!status.ok()) log_.Error("failed", {{"code", std::string_view(StatusCodeName(status.code()))}, {"message", std::string_view(status.message())}});
+    if (!trace_file_) return status;
+    const Status written = (*trace_file_)->Commit(trace_->Json());
+    return status.ok() ? written : status;
+  }
+
+ private:
+  // In this order: what is cheap to refuse first.
+  Status RunUntraced() {
     if (!options_.cuda) options_.cuda = GpuIsThere();
     PREHOC_RETURN_IF_ERROR(CheckAnswerOptions(options_, environment_.memory_bytes));
     PREHOC_RETURN_IF_ERROR(SetKernels());
@@ -39,20 +52,28 @@ class AnswerJob {
     PREHOC_ASSIGN_OR_RETURN(const ModelPaths paths, ResolveModel(options_.model, options_.lora, environment_));
     PREHOC_ASSIGN_OR_RETURN(const Document document, ReadDocument(options_.document, environment_));
     if (!options_.json.empty()) {
-      PREHOC_ASSIGN_OR_RETURN(json_, OpenJson());
+      PREHOC_ASSIGN_OR_RETURN(json_, OpenFile("--json", options_.json));
+    }
+    if (!options_.metrics.empty()) {
+      PREHOC_ASSIGN_OR_RETURN(metrics_, MetricsFile::Create(options_.metrics, &clock_));
+    }
+    if (!options_.trace.empty()) {
+      PREHOC_ASSIGN_OR_RETURN(trace_file_, OpenFile("--trace", options_.trace));
+      trace_.emplace(&clock_);
     }
     PREHOC_RETURN_IF_ERROR(LoadModel(paths));
     PREHOC_RETURN_IF_ERROR(CheckPromisedModel());
     PREHOC_RETURN_IF_ERROR(MakePrompt(document));
     DescribePromise();
-    PREHOC_RETURN_IF_ERROR(RunAll({options_, environment_, loaded_.model, *loaded_.tokenizer, prompt_, kernels_, out_, err_, clock_}, &figures_));
+    const RunTask task = {options_, environment_, loaded_.model, *loaded_.tokenizer, prompt_, kernels_, out_, err_, clock_, log_,
+                          trace_ ? &*trace_ : nullptr, metrics_ ? &*metrics_ : nullptr};
+    PREHOC_RETURN_IF_ERROR(RunAll(task, &figures_));
     out_ << "\n" << FormatFigures(figures_) << std::flush;
     return json_ ? (*json_)->Commit(FormatJson(figures_)) : Status();
   }
 
- private:
-  Result<std::unique_ptr<OutputFile>> OpenJson() {
-    PREHOC_ASSIGN_OR_RETURN(OutputFile file, OutputFile::Create("--json", options_.json));
+  static Result<std::unique_ptr<OutputFile>> OpenFile(const char* flag, const std::string& path) {
+    PREHOC_ASSIGN_OR_RETURN(OutputFile file, OutputFile::Create(flag, path));
     return std::make_unique<OutputFile>(std::move(file));
   }
 
@@ -97,6 +118,8 @@ class AnswerJob {
     figures_.weight_bytes = loaded_.model->weight_bytes;
     figures_.cpu = CpuName();
     figures_.load_seconds = loaded_.seconds;
+    log_.Info("model loaded", {{"model", std::string_view(options_.model)}, {"architecture", std::string_view(figures_.architecture)},
+                               {"bytes", static_cast<int64_t>(figures_.weight_bytes)}, {"seconds", loaded_.seconds}});
     return {};
   }
 
@@ -126,7 +149,10 @@ class AnswerJob {
   std::ostream& err_;
   const Clock& clock_;
   const KernelTable* kernels_ = nullptr;
-  std::optional<std::unique_ptr<OutputFile>> json_;
+  Log log_;
+  std::optional<std::unique_ptr<OutputFile>> json_, trace_file_;
+  std::optional<TraceLog> trace_;  // outlives all that runs in the sessions
+  std::optional<MetricsFile> metrics_;
   LoadedModel loaded_;
   Prompt prompt_;
   AnswerFigures figures_;

@@ -23,7 +23,7 @@ struct RawAnswer {
   std::string selector, budget, max_dropped_mass, codes, audit_every, calibration;
   std::vector<std::string> set;
   std::string device_budget, host_budget, store, store_budget, store_deadline, tenant;
-  std::string threads, kernels, device, compare, json;
+  std::string threads, kernels, device, compare, json, trace, metrics, log;
   bool show_knobs = false;
 };
 struct RawDoctor {
@@ -70,6 +70,9 @@ void AddAnswerFlags(CLI::App& app, RawAnswer& raw) {
   AddText(app, "--kernels", raw.kernels, "NAME", "reference, avx2 or avx512; default: the fastest that runs here", run);
   AddText(app, "--compare", raw.compare, "dense", "run dense attention too, and compare", run);
   AddText(app, "--json", raw.json, "FILE", "write all figures there", run);
+  AddText(app, "--metrics", raw.metrics, "FILE", "write all counters there as text for Prometheus, every second and at the end", run);
+  AddText(app, "--trace", raw.trace, "FILE", "write there what ran when, as a Chrome trace (chrome://tracing, ui.perfetto.dev)", run);
+  AddText(app, "--log", raw.log, "LEVEL", "events as lines of JSON on standard error: error, warning, info or debug; default off", run);
 }
 
 void AddDoctorFlags(CLI::App& app, RawDoctor& raw) {
@@ -141,6 +144,11 @@ Result<AnswerOptions> ReadAnswer(const Flags& flags, const RawAnswer& raw) {
   PREHOC_RETURN_IF_ERROR(ReadText(flags, "--store", raw.store, &options.store));
   PREHOC_RETURN_IF_ERROR(ReadText(flags, "--tenant", raw.tenant, &options.tenant));
   PREHOC_RETURN_IF_ERROR(ReadText(flags, "--json", raw.json, &options.json));
+  PREHOC_RETURN_IF_ERROR(ReadText(flags, "--metrics", raw.metrics, &options.metrics));
+  PREHOC_RETURN_IF_ERROR(ReadText(flags, "--trace", raw.trace, &options.trace));
+  if (flags.Given("--log")) {
+    PREHOC_ASSIGN_OR_RETURN(options.log, ParseLogLevel(raw.log));
+  }
   constexpr int64_t kMostTokens = int64_t{1} << 30;
   PREHOC_RETURN_IF_ERROR(ReadWhole<int64_t>(flags, "--context", raw.context, 1, kMostTokens, &options.context));
   PREHOC_RETURN_IF_ERROR(

@@ -9,6 +9,7 @@
 
 #include "base/result.h"
 #include "integrations/cli/fidelity_plan.h"
+#include "integrations/cli/log.h"
 #include "kernels/function_table.h"
 #include "selector/options.h"
 
@@ -46,6 +47,9 @@ struct AnswerOptions {
   std::optional<bool> cuda;    // --device: model, kernels and device tier on the GPU; not given: where a GPU is, if no kernels are named
   bool compare_dense = false;
   std::string json;            // file; empty = none
+  std::string trace;           // file of the run's spans (trace_log.h); empty = none
+  std::string metrics;         // file of counters (metrics.h); empty = none
+  LogLevel log = LogLevel::kOff;
 };
 
 struct DoctorOptions {

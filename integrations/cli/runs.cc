@@ -48,6 +48,7 @@ class Runs {
     session.kernels = task_.kernels;
     session.cuda = task_.options.cuda.value_or(false);
     session.threads = task_.options.threads;
+    session.tracer = task_.tracer;
     return session;
   }
 
@@ -61,6 +62,7 @@ class Runs {
     session.store.clear();
     session.store_budget = 0;
     session.audit_every = 0;
+    session.tracer = nullptr;
     const uint64_t needed = session.device_budget + session.host_budget;
     if (task_.environment.memory_bytes == 0 || needed <= task_.environment.memory_bytes) return session;
     return UsageError("--compare dense: needs " + FormatBytes(static_cast<double>(needed)) + " of memory for " +
@@ -93,6 +95,8 @@ class Runs {
     const int64_t start = task_.clock.NowNanos();
     PREHOC_RETURN_IF_ERROR(session.Open(task_.prompt.tokens));
     run->open_seconds = task_.clock.SecondsSince(start);
+    task_.log.Info("sequence opened", {{"prompt_tokens", figures_.prompt_tokens}, {"restored_tokens", session.sequence().restored()},
+                                       {"seconds", run->open_seconds}, {"selector", SelectorKindName(options.selector.kind)}});
     if (hooks.on_prefill) bar->Update(session.sequence().restored(), figures_.prompt_tokens, "tokens");
     PREHOC_ASSIGN_OR_RETURN(run->generated, cli::Generate(Request(session, forced), session.forward(), hooks, task_.clock));
     run->selector = std::string(SelectorKindName(options.selector.kind));
@@ -103,6 +107,29 @@ class Runs {
     run->host_budget = options.host_budget;
     run->store_budget = options.store.empty() ? 0 : options.store_budget;
     return {};
+  }
+
+  static std::map<std::string, double> CountersOf(const Session& session) {
+    std::map<std::string, double> counters = session.Counters();
+    session.sequence().Report().VisitCounters([&](std::string_view name, double value) { counters[std::string(name)] = value; });
+    return counters;
+  }
+
+  Status WriteMetrics(const Session& session) {
+    return task_.metrics == nullptr || !session.is_open() ? Status() : task_.metrics->Write([&] { return CountersOf(session); });
+  }
+
+  void LogRun(const Session& session) {
+    const RunFigures& run = figures_.selected;
+    task_.log.Info("answer done", {{"tokens", run.generated.answer_tokens}, {"decode_steps", run.generated.decode_steps},
+                                   {"decode_seconds", run.generated.decode_seconds}, {"rho", run.report.rho()},
+                                   {"stop", std::string_view(StopReasonName(run.generated.stop))}});
+    // What went wrong and was mended on the way.
+    const std::map<std::string, double> counters = session.Counters();
+    for (const char* name : {"host.corrupt", "host.late", "host.lost", "store.corrupt", "health.opened", "health.failures", "write_behind.failed"}) {
+      const auto found = counters.find(name);
+      if (found != counters.end() && found->second > 0) task_.log.Warning("mended", {{"counter", std::string_view(name)}, {"count", found->second}});
+    }
   }
 
   void Measure(Session& session, RunFigures* run) {
@@ -118,22 +145,39 @@ class Runs {
     ProgressBar bar(task_.err, task_.environment.stderr_terminal, "prefill", task_.clock);
     TokenPrinter printer(task_.out, task_.environment.stdout_terminal);
     GenerateHooks hooks = Hooks(&bar);
+    const auto refresh = [&] {
+      if (task_.metrics) task_.metrics->Refresh([&] { return CountersOf(*session); });
+    };
+    hooks.on_prefill = [&, shown = hooks.on_prefill](int64_t done) {
+      shown(done);
+      task_.log.Debug("prompt", {{"done", done}, {"of", figures_.prompt_tokens}});
+      refresh();
+    };
     hooks.on_token = [&](int32_t token) {
       bar.Clear();
+      task_.log.Debug("step", {{"length", session->sequence().length()}});
+      refresh();
       return printer.Print(task_.tokenizer.TokenBytes(token));
     };
     if (task_.options.compare_dense) hooks.on_logits = [&](std::span<const float> logits) { selected_logits_.Add(logits); };
     const Status status = Generate(*session, session_options, {}, std::move(hooks), &bar, &figures_.selected);
     bar.Clear();
-    PREHOC_RETURN_IF_ERROR(status);
+    if (!status.ok()) {
+      WriteMetrics(*session).IgnoreError();  // the run's own error is the one to tell
+      return status;
+    }
     PREHOC_RETURN_IF_ERROR(printer.Finish());
     figures_.answer = printer.text();
     // Also after an interruption: what is whole is stored.
     const Status flushed = session->Flush();
-    if (!flushed.ok()) task_.err << "prehoc: warning: " << flushed.message() << "; the answer does not depend on it" << std::endl;
+    if (!flushed.ok()) {
+      task_.err << "prehoc: warning: " << flushed.message() << "; the answer does not depend on it" << std::endl;
+      task_.log.Warning("flush failed", {{"message", std::string_view(flushed.message())}});
+    }
     Measure(*session, &figures_.selected);
     figures_.peak_resident_bytes = PeakResidentBytes();
-    return {};
+    LogRun(*session);
+    return WriteMetrics(*session);
   }
 
   // Dense attention over the tokens that the other run decided for, and its own answer where it decides otherwise.

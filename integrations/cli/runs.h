@@ -6,6 +6,8 @@
 #include "base/clock.h"
 #include "integrations/cli/environment.h"
 #include "integrations/cli/figures.h"
+#include "integrations/cli/log.h"
+#include "integrations/cli/metrics.h"
 #include "integrations/cli/options.h"
 #include "integrations/cli/prompt.h"
 #include "integrations/reference/model.h"
@@ -24,6 +26,9 @@ struct RunTask {
   std::ostream& out;           // the answer, as it comes
   std::ostream& err;           // progress and warnings
   const Clock& clock;
+  Log& log;
+  Tracer* tracer = nullptr;       // of the run that was asked for, not of the dense one; or null
+  MetricsFile* metrics = nullptr; // kept up to date while that run lasts; or null
 };
 
 // Streams the answer, then compares with dense attention if that was asked for. Fills `selected`, `answer`, `threads` and

@@ -149,6 +149,7 @@ Status Session::CreateCache() {
   cache.tenant_salt = options_.tenant;
   cache.persist_decode = options_.persist_decode;
   cache.read_deadline_nanos = options_.store_deadline_ms * 1'000'000;
+  cache.write_deadline_nanos = 10 * cache.read_deadline_nanos;  // a flush writes tens of MiB
 
   CacheResources resources;
   resources.executor = executor_.get();
@@ -159,6 +160,7 @@ Status Session::CreateCache() {
   resources.store = store_.get();
   resources.kernels = device_.kernels;
   resources.transfer = device_.transfer.get();
+  resources.tracer = options_.tracer;
   auto created = KvCache::Create(cache, resources);
   if (!created.ok()) return CreateError(created.status(), options_);
   cache_ = std::move(created).value();

@@ -39,6 +39,7 @@ struct SessionOptions {
   int threads = 0;
   bool persist_decode = true;
   int64_t device_slots = 0;     // SequenceOptions::device_slots
+  Tracer* tracer = nullptr;     // CacheResources::tracer
   AuditObserver* observer = nullptr;  // then the engine keeps queries before RoPE, too
 };
 
@@ -56,6 +57,7 @@ class Session {
 
   // Runs tokens on the open sequence; pieces that a tier lost are computed again on the way.
   Forward forward();
+  bool is_open() const { return sequence_ != nullptr; }
   Sequence& sequence() const { return *sequence_; }
   reference::Engine& engine() { return *engine_; }
 

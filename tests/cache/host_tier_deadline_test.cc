@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <functional>
 #include <thread>
 
 #include "base/test_point.h"
@@ -212,6 +213,108 @@ TEST_F(HostTierDeadlineTest, WithoutHealthADeadlineIsSaidAsSuch) {
   pinner.join();
   EXPECT_EQ(status.code(), StatusCode::kDeadline) << status;
   reader_.Drain();
+}
+
+// --- writes and flushes ---
+
+class HostTierWriteDeadlineTest : public HostTierDeadlineTest {
+ protected:
+  HostTierWriteDeadlineTest() {
+    world_.tier.reset();
+    HostTier::Options options;
+    options.block_bytes = kTestBlockBytes;
+    options.budget = 2 * kTestBlockBytes;
+    options.huge_pages = false;
+    options.clock = &world_.clock;
+    options.health = &health_;
+    options.write_deadline_nanos = kDeadline;
+    options.reader = &reader_;
+    world_.tier = HostTier::Create(options, &world_.executor, &world_.background, world_.store.get()).value();
+  }
+  // On a thread of its own, until its call of the store waits in `reader_`.
+  std::thread Later(Status* status, std::function<Status()> call) {
+    const size_t before = reader_.queued();
+    std::thread thread([status, call] { *status = call(); });
+    while (reader_.queued() == before) std::this_thread::yield();
+    return thread;
+  }
+};
+
+TEST_F(HostTierWriteDeadlineTest, AFlushInTimeIsLikeAnyOther) {
+  world_.Make(1);
+  Status status;
+  std::thread flusher = Later(&status, [&] { return world_.tier->Flush(); });
+  EXPECT_TRUE(reader_.RunNext());                            // the write
+  while (reader_.queued() == 0) std::this_thread::yield();
+  EXPECT_TRUE(reader_.RunNext());                            // the store's flush
+  flusher.join();
+  EXPECT_OK(status);
+  EXPECT_TRUE(world_.store->Contains(TestKey(1)));
+  EXPECT_EQ(world_.Counter("host.late"), 0);
+  EXPECT_OK(world_.tier->CheckInvariants());
+}
+
+TEST_F(HostTierWriteDeadlineTest, AFlushEndsAtTheDeadlineOfAHungWriteAndAsksNoMore) {
+  const BlockRef one = world_.Make(1), two = world_.Make(2);
+  Status status;
+  std::thread flusher = Later(&status, [&] { return world_.tier->Flush(); });
+  world_.clock.Advance(kDeadline);
+  flusher.join();
+  EXPECT_STATUS(StatusCode::kDeadline, "took more than 50 ms", status);
+  EXPECT_EQ(reader_.queued(), 1u) << "neither the other write nor a flush";
+  EXPECT_FALSE(health_.Available());
+  EXPECT_EQ(world_.Counter("host.late"), 1);
+  EXPECT_OK(world_.tier->CheckInvariants());
+  // Its bytes stay in place for the write, which ends at last; the block is written when the store is asked again.
+  EXPECT_TRUE(HoldsBytesOf(world_.tier->Pin(one).value(), 1));
+  EXPECT_TRUE(reader_.RunNext());
+  EXPECT_FALSE(health_.Available()) << "a late end says nothing about now";
+  EXPECT_OK(world_.tier->CheckInvariants());
+  world_.clock.Advance(10 * kSecond);
+  std::thread again = Later(&status, [&] { return world_.tier->Flush(); });
+  for (int i = 0; i < 3; ++i) {  // two writes and a flush
+    while (!reader_.RunNext()) std::this_thread::yield();
+  }
+  again.join();
+  EXPECT_OK(status);
+  EXPECT_TRUE(world_.store->Contains(TestKey(1)));
+}
+
+TEST_F(HostTierWriteDeadlineTest, AHungFlushOfTheStoreEndsAtTheDeadline) {
+  Status status;
+  std::thread flusher = Later(&status, [&] { return world_.tier->Flush(); });
+  world_.clock.Advance(kDeadline);
+  flusher.join();
+  EXPECT_STATUS(StatusCode::kDeadline, "write or flush", status);
+  EXPECT_TRUE(reader_.RunNext());
+}
+
+TEST_F(HostTierWriteDeadlineTest, WhoNeedsMemoryWaitsOneDeadlineForAHungWrite) {
+  const BlockRef one = world_.Make(1), two = world_.Make(2);
+  Status status;
+  std::thread maker = Later(&status, [&] { return world_.tier->NewTail().status(); });
+  world_.clock.Advance(kDeadline);
+  maker.join();
+  EXPECT_EQ(status.code(), StatusCode::kOutOfSpace) << status;
+  // The next one waits for nothing.
+  EXPECT_EQ(world_.tier->NewTail().status().code(), StatusCode::kOutOfSpace);
+  EXPECT_EQ(world_.Counter("host.late"), 1);
+  // Once the store has answered and the breaker's time is up, blocks leave as before.
+  while (reader_.RunNext()) {
+  }
+  world_.clock.Advance(10 * kSecond);
+  maker = Later(&status, [&] { return world_.tier->NewTail().status(); });
+  EXPECT_TRUE(reader_.RunNext());
+  maker.join();
+  EXPECT_OK(status);
+  EXPECT_OK(world_.tier->CheckInvariants());
+}
+
+TEST_F(HostTierWriteDeadlineTest, NeedsAReader) {
+  HostTier::Options options;
+  options.block_bytes = kTestBlockBytes;
+  options.write_deadline_nanos = 1;
+  EXPECT_STATUS(StatusCode::kInvalid, "write_deadline_nanos=1", options.Validate());
 }
 
 }  // namespace

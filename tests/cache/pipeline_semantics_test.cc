@@ -51,6 +51,7 @@ std::vector<Case> Cases() {
       {"cis_certified", {{"cis.gate", "certified"}, {"cis.delta_max", "0.9"}, {"local", "16"}}, "cis"},
       {"cis_visible", {{"cis.clip", "visible"}, {"cis.tau", "0.3"}}, "cis"},
       {"cis_half", {{"cis.precision", "f16"}}, "cis"},
+      {"cis_pages", {{"cis.scorer", "pages"}, {"cis.tau", "0.5"}}, "cis"},
       {"psaw", {{"psaw.c", "0.5"}}, "psaw"},
       {"psaw_no_sink", {{"psaw.c", "0.5"}, {"psaw.keep_sink", "false"}}, "psaw"},
       {"etf", {{"etf.c", "0.7"}}, "etf"},
@@ -161,6 +162,7 @@ class PipelineSemantics : public testing::TestWithParam<Case> {
                                             static_cast<size_t>(geometry.group() * geometry.head_dim));
       const auto of_heads = ReferenceLogits(of_group, keys, geometry.head_dim);
       z.insert(z.end(), of_heads.begin(), of_heads.end());
+      if (selector_.kind == SelectorKind::kCis && selector_.cis.scorer == Scorer::kPages) BoundWholePages(of_group, keys, &z);
       if (GetParam().selector == "quest") {
         const auto bounds = ReferencePageBounds(of_group, keys, geometry.head_dim, selector_.quest.page);
         scores.insert(scores.end(), bounds.begin(), bounds.end());
@@ -200,6 +202,18 @@ class PipelineSemantics : public testing::TestWithParam<Case> {
     }
     input.rows = rows;
     return trace.Step(input);
+  }
+
+  // In the place of the last logits in `z`, the heads' of `q`: the bounds of whole pages, where neither sinks nor window are.
+  void BoundWholePages(std::span<const float> q, std::span<const float> keys, std::vector<double>* z) const {
+    const int32_t dim = SmallGeometry().head_dim;
+    const auto bounds = ReferencePageBounds(q, keys, dim, 16);
+    const size_t n = keys.size() / static_cast<size_t>(dim), window = static_cast<size_t>(selector_.budget.local);
+    for (size_t i = 0; i < bounds.size(); ++i) {
+      const size_t position = i % n;
+      const bool bounded = position >= static_cast<size_t>(selector_.budget.sinks) && position + window < n && position < n / 16 * 16;
+      if (bounded) (*z)[z->size() - bounds.size() + i] = bounds[i];
+    }
   }
 
   // [n, head_dim] of positions [0, t].

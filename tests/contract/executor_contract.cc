@@ -61,6 +61,24 @@ TEST_P(ExecutorContract, ANegativeCountIsAnEmptyLoop) {
   executor().ParallelFor(-5, [](int64_t) { ADD_FAILURE() << "a body ran"; });
 }
 
+TEST_P(ExecutorContract, ABodyWithoutMemoryEndsItsLoopAndNoOther) {
+  for (int round = 0; round < 50; ++round) {
+    std::atomic<int> running{0};
+    EXPECT_THROW(executor().ParallelFor(64,
+                                        [&](int64_t i) {
+                                          ++running;
+                                          const bool none = i == round;
+                                          --running;
+                                          if (none) throw std::bad_alloc();
+                                        }),
+                 std::bad_alloc);
+    EXPECT_EQ(running, 0);
+    std::atomic<int> ran{0};
+    executor().ParallelFor(64, [&](int64_t) { ++ran; });
+    EXPECT_EQ(ran, 64);
+  }
+}
+
 TEST_P(ExecutorContract, LoopsMayNest) {
   std::vector<std::atomic<int>> runs(5 * 7);
   executor().ParallelFor(5, [&](int64_t i) {

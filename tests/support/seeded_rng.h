@@ -2,7 +2,6 @@
 #pragma once
 #include <gtest/gtest.h>
 
-#include <source_location>
 #include <string>
 
 #include "base/rng.h"
@@ -12,13 +11,14 @@ namespace prehoc {
 // The seed is 1, or what --gtest_random_seed says, so that a failure can be repeated and a long run can vary it.
 class SeededRng : public Rng {
  public:
-  explicit SeededRng(uint64_t salt = 0, std::source_location where = std::source_location::current())
-      : SeededRng(FlagSeed(), salt, where) {}
+  // The place is the caller's; std::source_location is more than clang 14 has.
+  explicit SeededRng(uint64_t salt = 0, const char* file = __builtin_FILE(), int line = __builtin_LINE())
+      : SeededRng(FlagSeed(), salt, file, line) {}
 
  private:
-  SeededRng(uint64_t seed, uint64_t salt, std::source_location where)
+  SeededRng(uint64_t seed, uint64_t salt, const char* file, int line)
       : Rng(seed * 0x9e3779b97f4a7c15u + salt),
-        trace_(where.file_name(), static_cast<int>(where.line()),
+        trace_(file, line,
                "random data: --gtest_random_seed=" + std::to_string(seed) + ", salt " + std::to_string(salt)) {}
   static uint64_t FlagSeed() {
     const int flag = GTEST_FLAG_GET(random_seed);

@@ -12,8 +12,10 @@
 
 #include "base/units.h"
 #include "integrations/cli/exit_code.h"
+#include "integrations/cli/metrics.h"
 #include "tests/integrations/cli/calibration_test_files.h"
 #include "tests/integrations/cli/cli_test_util.h"
+#include "tests/integrations/cli/prometheus_text.h"
 #include "tests/integrations/cli/tiny_model.h"
 
 namespace prehoc::cli {
@@ -112,6 +114,92 @@ TEST_F(AnswerTest, ASecondRunRestoresThePrefixAndAnswersTheSame) {
   EXPECT_EQ(second.figures["run"]["prompt"]["computed_tokens"].get<int64_t>() + restored, second.figures["prompt_tokens"]);
   EXPECT_EQ(second.figures["decisions"], first.figures["decisions"]);
   EXPECT_NE(second.out.find("restored from " + options_.store), std::string::npos) << second.out;
+}
+
+// Every span lies within the one that its thread began before and has not ended.
+void ExpectNested(const std::vector<json>& spans) {
+  std::map<int, std::vector<json>> by_thread;
+  for (const json& span : spans) by_thread[span["tid"]].push_back(span);
+  for (auto& [thread, own] : by_thread) {
+    const auto end = [](const json& span) { return span["ts"].get<double>() + span["dur"].get<double>(); };
+    std::sort(own.begin(), own.end(), [&](const json& a, const json& b) {
+      return a["ts"] != b["ts"] ? a["ts"] < b["ts"] : end(a) > end(b);
+    });
+    std::vector<double> open;
+    for (const json& span : own) {
+      while (!open.empty() && open.back() <= span["ts"].get<double>()) open.pop_back();
+      EXPECT_LE(end(span), (open.empty() ? 1e300 : open.back()) + 0.002) << span;  // the file is rounded to nanoseconds
+      open.push_back(end(span));
+    }
+  }
+}
+
+TEST_F(AnswerTest, TracesTheRunWithoutItsWords) {
+  options_.trace = path("run.trace");
+  options_.max_new_tokens = 300;  // a chunk fills, and is written
+  options_.device_budget = 200 * kKiB;  // rows move
+  ASSERT_EQ(Run().exit_code, kExitOk);
+  const Outcome second = Run();  // now with reads of the store
+  ASSERT_EQ(second.exit_code, kExitOk) << second.err;
+  std::ifstream file(options_.trace);
+  const std::string text((std::istreambuf_iterator<char>(file)), {});
+  const json trace = json::parse(text);
+  std::map<std::string, int64_t> count;
+  std::vector<json> spans;
+  for (const json& event : trace["traceEvents"]) {
+    if (event["ph"] != "X") continue;
+    spans.push_back(event);
+    ++count[event["name"]];
+  }
+  ExpectNested(spans);
+  EXPECT_EQ(trace["otherData"]["dropped_spans"], 0);
+  EXPECT_EQ(count["open with prefix"], 1);
+  EXPECT_EQ(count["prefill"], 1);  // what was not restored
+  const int64_t steps = second.figures["run"]["decode"]["steps"];
+  EXPECT_EQ(count["step"], steps);
+  EXPECT_EQ(count["slow clock"], steps + 1);
+  for (const char* name : {"prefill layer", "append", "gate", "select", "fetch", "attend", "audit", "store read", "store write", "write behind", "flush", "store flush"}) {
+    EXPECT_GT(count[name], 0) << name;
+  }
+  for (const char* word : {"Cain", "Abel", "Who"}) EXPECT_EQ(text.find(word), std::string::npos) << word;
+}
+
+TEST_F(AnswerTest, ATraceIsWrittenWhereTheRunFails) {
+  options_.trace = path("run.trace");
+  options_.device_budget = 1;
+  const Outcome outcome = Run();
+  EXPECT_EQ(outcome.exit_code, kExitUsage) << outcome.err;
+  EXPECT_TRUE(std::filesystem::exists(options_.trace));
+}
+
+TEST_F(AnswerTest, WritesEveryCounterForPrometheus) {
+  options_.metrics = path("metrics.prom");
+  const Outcome outcome = Run();
+  ASSERT_EQ(outcome.exit_code, kExitOk) << outcome.err;
+  std::ifstream file(options_.metrics);
+  const PrometheusMetrics metrics = ParsePrometheusText({std::istreambuf_iterator<char>(file), {}});
+  ASSERT_EQ(metrics.error, "");
+  for (const auto& [name, value] : outcome.figures["run"]["counters"].items()) {
+    if (value.is_null()) continue;
+    std::string metric = "prehoc_" + name + (IsLevel(name) ? "" : "_total");
+    std::replace(metric.begin(), metric.end(), '.', '_');
+    ASSERT_EQ(metrics.values.count(metric), 1u) << metric;
+    EXPECT_EQ(metrics.values.at(metric).value, value.get<double>()) << metric;
+  }
+}
+
+TEST_F(AnswerTest, LogsWhatHappenedAndNothingThatWasSaid) {
+  options_.log = LogLevel::kDebug;
+  const Outcome outcome = Run();
+  ASSERT_EQ(outcome.exit_code, kExitOk);
+  std::istringstream lines(outcome.err);
+  std::vector<std::string> events;
+  for (std::string line; std::getline(lines, line);) {
+    const json event = json::parse(line);
+    if (events.empty() || events.back() != event["event"]) events.push_back(event["event"]);
+  }
+  EXPECT_EQ(events, (std::vector<std::string>{"model loaded", "sequence opened", "prompt", "step", "answer done"})) << outcome.err;
+  for (const char* word : {"Cain", "Abel", "Who"}) EXPECT_EQ(outcome.err.find(word), std::string::npos) << word;
 }
 
 TEST_F(AnswerTest, AnotherQuestionSharesTheDocument) {
