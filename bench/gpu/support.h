@@ -40,7 +40,10 @@ class Array {
     Cuda(cudaDeviceSynchronize(), "memset");  // other streams do not wait for it
   }
   explicit Array(const std::vector<T>& values) : Array(values.size()) { Write(values); }
-  void Write(const std::vector<T>& values) { Cuda(cudaMemcpy(bytes_.data(), values.data(), values.size() * sizeof(T), cudaMemcpyDefault), "copy"); }
+  void Write(const std::vector<T>& values) {
+    Cuda(cudaMemcpy(bytes_.data(), values.data(), values.size() * sizeof(T), cudaMemcpyDefault), "copy");
+    Cuda(cudaDeviceSynchronize(), "copy");  // it may return before the last bytes are there, and other streams do not wait for it
+  }
   std::vector<T> Read() const { return Read(0, size_); }
   std::vector<T> Read(size_t from, size_t count) const {
     std::vector<T> values(count);

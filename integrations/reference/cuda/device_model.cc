@@ -85,6 +85,8 @@ Result<std::unique_ptr<DeviceModel>> DeviceModel::Create(const Model& model, Exe
     PREHOC_ASSIGN_OR_RETURN(layer.k_norm, to.Add({&w.k_norm}));
     to.layers_.push_back(layer);
   }
+  // Copies of pageable memory may return before their last bytes are there, and streams do not wait for them.
+  PREHOC_CUDA_TRY(cudaDeviceSynchronize());
   return made;
 }
 
