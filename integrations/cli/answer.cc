@@ -119,7 +119,7 @@ class AnswerJob {
     figures_.cpu = CpuName();
     figures_.load_seconds = loaded_.seconds;
     log_.Info("model loaded", {{"model", std::string_view(options_.model)}, {"architecture", std::string_view(figures_.architecture)},
-                               {"bytes", static_cast<int64_t>(figures_.weight_bytes)}, {"seconds", loaded_.seconds}});
+                               {"bytes", static_cast<int64_t>(figures_.weight_bytes)}, {"took_seconds", loaded_.seconds}});
     return {};
   }
 

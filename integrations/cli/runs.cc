@@ -96,7 +96,7 @@ class Runs {
     PREHOC_RETURN_IF_ERROR(session.Open(task_.prompt.tokens));
     run->open_seconds = task_.clock.SecondsSince(start);
     task_.log.Info("sequence opened", {{"prompt_tokens", figures_.prompt_tokens}, {"restored_tokens", session.sequence().restored()},
-                                       {"seconds", run->open_seconds}, {"selector", SelectorKindName(options.selector.kind)}});
+                                       {"took_seconds", run->open_seconds}, {"selector", SelectorKindName(options.selector.kind)}});
     if (hooks.on_prefill) bar->Update(session.sequence().restored(), figures_.prompt_tokens, "tokens");
     PREHOC_ASSIGN_OR_RETURN(run->generated, cli::Generate(Request(session, forced), session.forward(), hooks, task_.clock));
     run->selector = std::string(SelectorKindName(options.selector.kind));

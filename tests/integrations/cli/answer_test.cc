@@ -194,8 +194,11 @@ TEST_F(AnswerTest, LogsWhatHappenedAndNothingThatWasSaid) {
   ASSERT_EQ(outcome.exit_code, kExitOk);
   std::istringstream lines(outcome.err);
   std::vector<std::string> events;
+  double last = 0;
   for (std::string line; std::getline(lines, line);) {
     const json event = json::parse(line);
+    EXPECT_GE(event["seconds"], last) << "a field has taken the time's place";
+    last = event["seconds"];
     if (events.empty() || events.back() != event["event"]) events.push_back(event["event"]);
   }
   EXPECT_EQ(events, (std::vector<std::string>{"model loaded", "sequence opened", "prompt", "step", "answer done"})) << outcome.err;
