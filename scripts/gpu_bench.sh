@@ -54,7 +54,7 @@ ours transfer 150 transfer_bench --pool-gib=64
 ours prefill 120 prefill_bench
 if python3 -c 'import torch' 2>/dev/null; then
   bench torch-sdpa 120 python3 "$here/torch_baseline.py" "$out/torch-sdpa.json" --commit "$commit"
-else
+elif [ -z "$only" ] || [[ $only = *,torch-sdpa,* ]]; then
   printf 'gpu_bench: torch-sdpa: left out, PyTorch is not installed\n' >&2
 fi
 [ ${#failed[@]} -eq 0 ] || { printf 'gpu_bench: failed: %s\n' "${failed[*]}" >&2; exit 1; }

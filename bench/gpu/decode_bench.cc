@@ -186,7 +186,7 @@ class Step {
     return row;
   }
   // Milliseconds of what a step does besides products, each kind of launch of all layers alone: what is missing to the step are gaps, and what
-  // is more ran at once. The state that this leaves is of no use.
+  // is more ran at once. At a context of whole groups append is the one step in 64 that encodes. The state that this leaves is of no use.
   Json Parts() {
     const auto part = [&](const std::function<void(int)>& enqueue) {
       const Graph graph(stream_, [&] {
