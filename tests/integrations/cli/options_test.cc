@@ -34,6 +34,23 @@ TEST(OptionsTest, DefaultsAreTheMainJob) {
   EXPECT_FALSE(options.compare_dense);
 }
 
+// Not given: answer looks for a GPU. Named kernels are the CPU's, and a GPU's budget is not taken from the host's memory.
+TEST(OptionsTest, DeviceIsLeftOpenOrSaid) {
+  EXPECT_EQ(Answer({}).cuda, std::nullopt);
+  EXPECT_EQ(Answer({"--device", "cuda"}).cuda, true);
+  EXPECT_EQ(Answer({"--device", "cpu"}).cuda, false);
+  EXPECT_EQ(Answer({"--kernels", "reference"}).cuda, false);
+  for (const char* command : {"answer", "fidelity"}) {
+    EXPECT_STATUS(StatusCode::kInvalid, "--device \"tpu\"", Parse({command, "--device", "tpu"}).status());
+    EXPECT_STATUS(StatusCode::kInvalid, "--kernels", Parse({command, "--device", "cuda", "--kernels", "reference"}).status());
+  }
+  EXPECT_TRUE(Parse({"fidelity", "--device", "cuda"})->fidelity.cuda);
+  AnswerOptions options = Answer({"--device", "cuda", "--device-budget", "3GiB", "--host-budget", "1GiB"});
+  EXPECT_OK(CheckAnswerOptions(options, 2 * kGiB));
+  options.cuda = false;
+  EXPECT_STATUS(StatusCode::kInvalid, "--device-budget", CheckAnswerOptions(options, 2 * kGiB));
+}
+
 TEST(OptionsTest, EveryFlagArrivesWhereItBelongs) {
   const AnswerOptions o = Answer(
       {"--model", "m.gguf", "--lora", "ad", "--document", "d.txt", "--context", "100", "--question", "Why?",
