@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include "cache/internal/cache_impl.h"
 #include "tests/cache/pipeline_world.h"
 
 namespace prehoc {
@@ -195,6 +196,16 @@ TEST_F(SequenceCallsTest, TokensBeyondTheMostAreRefused) {
   const Status full = sequence_->Begin(stream_.ids(0, 1), 0);
   EXPECT_EQ(full.code(), StatusCode::kOutOfSpace);
   EXPECT_NE(full.message().find("token 201 is beyond max_tokens = 200"), std::string::npos) << full;
+}
+
+// tc.dense_below=auto: bytes of K and V a layer, where a choice has to be waited for.
+TEST(DenseBelowTest, FollowsTheDevice) {
+  KvGeometry geometry = SmallGeometry();
+  geometry.kv_heads = 8, geometry.heads = 32, geometry.head_dim = 128;
+  EXPECT_EQ(DenseBelow(geometry, FarMemory(1 << 20)), 65'536);
+  geometry.kv_heads = 4;
+  EXPECT_EQ(DenseBelow(geometry, FarMemory(1 << 20)), 131'072);
+  EXPECT_EQ(DenseBelow(geometry, HostDeviceMemory(1 << 20)), 0);
 }
 
 }  // namespace
