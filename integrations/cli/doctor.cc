@@ -98,7 +98,7 @@ class Doctor {
     Line("device tier", fmt::format("{}, compute capability {}.{}, {} free of {}; the driver supports CUDA {}.{}", speed->name, speed->major, speed->minor,
                                     Bytes(speed->free_bytes), Bytes(speed->memory_bytes), speed->driver_version / 1000, speed->driver_version % 1000 / 10));
     Line("link", fmt::format("to the GPU {}, to the host {} (copies of 1 MiB, over {})", Rate(speed->to_device_rate), Rate(speed->to_host_rate), Bytes(kGpuProbe)));
-    Line("rows", fmt::format("{} by a kernel: {:.1f} million rows of 512 bytes a second, in no order", Rate(speed->row_rate), speed->rows_per_second * 1e-6));
+    Line("rows", fmt::format("{} through the transfer engine: {:.1f} million rows of 512 bytes a second, in no order", Rate(speed->row_rate), speed->rows_per_second * 1e-6));
     Line("GPU pinning", fmt::format("mapped, touched and pinned at {}", Rate(speed->pin_rate)));
   }
 

@@ -133,11 +133,7 @@ Result<FidelityOptions> ReadFidelity(const Flags& flags, const RawFidelity& raw)
   PREHOC_RETURN_IF_ERROR(ReadNumbers(flags, raw, &options));
   PREHOC_RETURN_IF_ERROR(ReadLists(flags, raw, &options));
   PREHOC_RETURN_IF_ERROR(ReadCalibrate(flags, raw, &options));
-  if (flags.Given("--device")) {
-    if (raw.device != "cpu" && raw.device != "cuda") return Bad("--device", raw.device, "cpu or cuda");
-    options.cuda = raw.device == "cuda";
-    if (options.cuda && flags.Given("--kernels")) return Bad("--kernels", raw.kernels, "--device cpu: with --device cuda the kernels are CUDA's");
-  }
+  PREHOC_RETURN_IF_ERROR(ReadDevice(flags, raw.device, raw.kernels, &options.cuda));
   if (flags.Given("--kernels")) {
     PREHOC_RETURN_IF_ERROR(CheckKernelsName(raw.kernels));
     options.kernels = raw.kernels;

@@ -52,6 +52,16 @@ inline Status ReadBytes(const Flags& flags, const char* flag, const std::string&
   return {};
 }
 
+// --device, whose kernels are its own. `cuda` is a bool or an optional one.
+template <class Cuda>
+Status ReadDevice(const Flags& flags, const std::string& text, const std::string& kernels, Cuda* cuda) {
+  if (!flags.Given("--device")) return {};
+  if (text != "cpu" && text != "cuda") return Bad("--device", text, "cpu or cuda");
+  *cuda = text == "cuda";
+  if (text == "cuda" && flags.Given("--kernels")) return Bad("--kernels", kernels, "--device cpu: with --device cuda the kernels are CUDA's");
+  return {};
+}
+
 inline Status ReadText(const Flags& flags, const char* flag, const std::string& text, std::string* out) {
   if (!flags.Given(flag)) return {};
   if (text.empty()) return UsageError(std::string(flag) + " is empty: give a value, or leave the flag out");

@@ -1,4 +1,4 @@
-// How fast a GPU is reached: copies by the copy engine, rows read by a kernel, pinning.
+// How fast a GPU is reached through the transfer engine, and how fast memory is pinned.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -16,7 +16,7 @@ struct GpuSpeed {
   uint64_t memory_bytes = 0, free_bytes = 0;
   double pin_rate = 0;             // [bytes/s] host memory mapped, touched and pinned
   double to_device_rate = 0, to_host_rate = 0;  // [bytes/s] pieces of 1 MiB by the copy engine
-  double row_rate = 0, rows_per_second = 0;     // [bytes/s] rows of 512 bytes all over the pinned memory, by a kernel, to the device
+  double row_rate = 0, rows_per_second = 0;     // [bytes/s] rows of 512 bytes all over the pinned memory, through the transfer engine
 };
 
 // Whether --device cuda has a GPU to run on.

@@ -161,11 +161,7 @@ Result<AnswerOptions> ReadAnswer(const Flags& flags, const RawAnswer& raw) {
   PREHOC_RETURN_IF_ERROR(ReadWhole<int64_t>(flags, "--store-deadline", raw.store_deadline, 0, 3'600'000, &options.store_deadline_ms));
   PREHOC_RETURN_IF_ERROR(flags.Given("--calibration") ? ReadPinned(flags, raw, &options)
                                                       : ReadSelector(flags, raw, &options.selector));
-  if (flags.Given("--device")) {
-    if (raw.device != "cpu" && raw.device != "cuda") return Bad("--device", raw.device, "cpu or cuda");
-    options.cuda = raw.device == "cuda";
-    if (*options.cuda && flags.Given("--kernels")) return Bad("--kernels", raw.kernels, "--device cpu: with --device cuda the kernels are CUDA's");
-  }
+  PREHOC_RETURN_IF_ERROR(ReadDevice(flags, raw.device, raw.kernels, &options.cuda));
   if (flags.Given("--kernels")) {
     PREHOC_RETURN_IF_ERROR(CheckKernelsName(raw.kernels));
     options.kernels = raw.kernels;
