@@ -121,7 +121,6 @@ class BlockScan {
   using S = CodeShape<D, BITS>;
   static constexpr int kLaneTokens = PAGES == 1 ? 2 : 4;
   static constexpr int kPairs = PAGES == 1 ? 1 : PAGES / 2;  // pieces of 8 * kLaneTokens tokens
-  static constexpr int kAhead = kPairs;
   static constexpr float kUp = 16777216.0f;  // 2^24
   static constexpr int kLevels = (1 << BITS) - 1;
   using Piece = typename LaneWords<kLaneTokens>::Piece;
@@ -135,7 +134,8 @@ class BlockScan {
   // Asks for the first block.
   __device__ void Start(const std::byte* block) {
     LoadHeader(block);
-    LoadWords(block, 0);
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) LoadPiece(block, 0, pair);
   }
   // The logits of `block`, which was asked for; asks for `next`, if it is not null. For each piece
   //   emit(at, z), and with errors emit_error(at, err): lane (g, j) has those of head j at tokens `at` .. of the block.
@@ -277,10 +277,6 @@ class BlockScan {
       word_[pair][m] = Piece{};
       if (Exists(plane0, m)) word_[pair][m] = LoadOnce(reinterpret_cast<const Piece*>(at + 256 * m));
     }
-  }
-  __device__ void LoadWords(const std::byte* block, int pass) {
-#pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) LoadPiece(block, pass, pair);
   }
   // What is read once leaves the first-level cache to others.
   static __device__ uint4 LoadOnce(const uint4* p) {
