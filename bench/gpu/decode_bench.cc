@@ -145,6 +145,7 @@ class Step {
   Json Measure(int steps) {
     for (int i = 0; i < c_.warm(); ++i) Run(false);
     Cuda(cudaStreamSynchronize(stream_), "warm");
+    const int32_t restarts0 = restarts_ ? restarts_->Read()[0] : 0;
     const int64_t misses0 = Sum(misses_), held0 = holds_seen_, asked0 = holds_asked_;
     rows_behind_ = 0;
     std::vector<double> ms;
@@ -181,6 +182,7 @@ class Step {
     }
     row["dropped_mass_estimated"] = dropped / (units() * s_.group());
     row["rho"] = 1 - double(holds_seen_ - held0) / double(std::max<int64_t>(1, holds_asked_ - asked0));
+    row["selects_restarted"] = double(restarts_->Read()[0] - restarts0) / 2 / triples;
     row["rows_in_step_per_head"] = double(Sum(misses_) - misses0) / 2 / triples;  // the second loop steps as often
     row["rows_behind_per_step"] = double(rows_behind_) / steps;
     return row;
@@ -402,7 +404,7 @@ class Step {
     for (size_t phase = 0; phase < size_t(c_.refresh); ++phase) {
       for (size_t u = 0; u < all; ++u) {
         of_phases.push_back(select[u]);
-        if (Pools(u, phase)) of_phases.back().rule.pooled = PooledOf(u);
+        if (Pools(u, phase)) of_phases.back().rule.pooled = PooledOf(u), of_phases.back().rule.pool_level = of_phases.back().rule.lse_all;
       }
     }
     select_ = std::make_unique<Array<cuda::SelectTask>>(of_phases);
@@ -414,7 +416,9 @@ class Step {
       gather_.emplace_back(gather[p]);
     }
     MakeAttendWorkspace(c_.k + kSinks + kLocal);
-    select_params_ = {.tasks = select_->data(), .num_tasks = tasks_, .max_n = max_n_, .format = format, .group = s_.group(), .head_dim = s_.d};
+    restarts_ = std::make_unique<Array<int32_t>>(std::vector<int32_t>{0});
+    select_params_ = {.tasks = select_->data(), .num_tasks = tasks_, .max_n = max_n_, .format = format, .group = s_.group(), .head_dim = s_.d,
+                      .restarts = restarts_->data()};
     select_space_ = std::make_unique<Array<std::byte>>(OrExit(cuda::SelectWorkspaceBytes(select_params_)));
     select_params_.workspace = select_space_->data(), select_params_.workspace_bytes = select_space_->size();
     // Turns may differ by one unit, and the workspace with the number of tasks.
@@ -579,7 +583,7 @@ class Step {
   std::unique_ptr<Array<Half>> rows_;
   std::unique_ptr<Array<std::byte>> codes_, attend_space_, select_space_, want_space_;
   std::unique_ptr<Array<int16_t>> slot_of_;
-  std::unique_ptr<Array<int32_t>> owner_, chosen_, refs_, count_, num_refs_, wanted_, wanted_count_, from_, to_, fetch_count_, age_;
+  std::unique_ptr<Array<int32_t>> owner_, chosen_, refs_, count_, num_refs_, restarts_, wanted_, wanted_count_, from_, to_, fetch_count_, age_;
   std::unique_ptr<Array<uint64_t>> resident_;
   std::unique_ptr<Array<int64_t>> misses_;
   std::unique_ptr<Array<uint8_t>> hold_;
@@ -695,11 +699,11 @@ int Main(int argc, char** argv) {
     if (which.kind == Case::Kind::kTwoClock) row["output_error_against_fp64"] = step.Verify();
     row["logits_error_against_fp64"] = step.VerifyLogits();
     row["logits_finite"] = step.LogitsFinite();
-    std::printf("%-32s %8.3f ms (%.3f to %.3f, back to back %.3f)  %.3fx  %.1f tokens/s  rho %.2f  in step %.1f rows a head  behind %.0f rows  dropped %.5f  "
+    std::printf("%-32s %8.3f ms (%.3f to %.3f, back to back %.3f)  %.3fx  %.1f tokens/s  rho %.2f  in step %.1f rows a head  behind %.0f rows  dropped %.5f  restarted %.4f  "
                 "KV and index %.3f GiB of %.1f  errors %.1e, %.1e\n",
                 which.name.c_str(), double(row["ms_median"]), double(row["ms_least"]), double(row["ms_most"]), double(row["ms_back_to_back"]),
                 row.value("over_weights", 0.0), double(row["tokens_per_s"]), row.value("rho", 0.0), row.value("rows_in_step_per_head", 0.0),
-                row.value("rows_behind_per_step", 0.0), row.value("dropped_mass_estimated", 0.0), double(row.value("kv_driver_bytes", size_t{0})) / double(kGiB),
+                row.value("rows_behind_per_step", 0.0), row.value("dropped_mass_estimated", 0.0), row.value("selects_restarted", 0.0), double(row.value("kv_driver_bytes", size_t{0})) / double(kGiB),
                 which.budget_gib, row.value("output_error_against_fp64", 0.0), double(row["logits_error_against_fp64"]));
     std::fflush(stdout);
     const bool right = row.value("output_error_against_fp64", 0.0) < 1e-4 && double(row["logits_error_against_fp64"]) < 2e-3 && bool(row["logits_finite"]);

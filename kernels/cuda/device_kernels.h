@@ -102,6 +102,8 @@ struct ChooseRule {
   const uint64_t* resident = nullptr;  // [max_n / 64 rounded up]; or null
   float log_theta = 0;
   float* pooled = nullptr;             // [max_n]; or null
+  const float* pool_level = nullptr;   // [group] pooled scores are the largest z - pool_level of a head, where it is finite (else z); or null: the score.
+                                       // It may be lse_all, which then is the last call's: what is scored need not be kept until this one's is known
   uint8_t pool_reset = 0;
   const uint8_t* hold = nullptr;       // [1]: if 1, the results of the last call stand, and nothing is read or written; or null
   // Results.
@@ -142,6 +144,7 @@ struct SelectParams {
   int32_t group = 0, head_dim = 0;
   GroupRule rule = GroupRule::kMaxWeight;
   bool dilate = false;
+  int32_t* restarts = nullptr;  // [1] += tasks whose candidates were not enough, which were scanned again; or null
   std::byte* workspace = nullptr;
   size_t workspace_bytes = 0;
 };

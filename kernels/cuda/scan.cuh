@@ -338,4 +338,89 @@ __device__ inline float2 RowLogit(RowType type, const float* q, const void* row,
   return {dot * root, magnitude * root};
 }
 
+// --- scan alone ----------------------------------------------------------------------------------------------------------------------
+
+struct ScanArgs {
+  const ScanTask* tasks;
+  int32_t max_n;
+  CodeFormat format;
+  CodeBlockLayout layout;
+  RowType type;
+  int32_t group;
+};
+inline constexpr int kScanThreads = 256;
+
+template <int D, int BITS, int PAGES, bool WITH_ERROR>
+__device__ inline void ScanBlocks(const ScanArgs& args, const ScanTask& task, int first, int32_t coded, const uint4* steps, const QueryScale& scale,
+                                  std::byte* header) {
+  constexpr int32_t kTokens = PAGES * kCodePageTokens;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int32_t warps = static_cast<int32_t>(gridDim.x) * (kScanThreads / kWarp), me = static_cast<int32_t>(blockIdx.x) * (kScanThreads / kWarp) + warp;
+  const int block_bytes = static_cast<int>(args.layout.bytes);
+  const bool mine = first + lane % 4 < args.group;
+  const int64_t row = (first + lane % 4) * task.z_stride;
+  int64_t at = int64_t{me} * kTokens;
+  if (at >= coded) return;
+  const std::byte* block = task.source.blocks + at / kTokens * block_bytes;
+  BlockScan<D, BITS, PAGES, WITH_ERROR> scan(static_cast<int>(args.layout.pages), steps, scale, args.format.error_norms, header, lane);
+  scan.Start(block);
+#pragma unroll 1
+  for (; at < coded; at += int64_t{warps} * kTokens) {
+    const std::byte* const next = at + int64_t{warps} * kTokens < coded ? block + int64_t{warps} * block_bytes : nullptr;
+    const auto emit = [&](int token, const auto& z) {
+      if (mine) *reinterpret_cast<std::decay_t<decltype(z)>*>(task.z + row + at + token) = z;
+    };
+    const auto emit_error = [&](int token, const auto& err) {
+      if (mine) *reinterpret_cast<std::decay_t<decltype(err)>*>(task.err + row + at + token) = err;
+    };
+    scan.Run(block, next, emit, emit_error);
+    block = next;
+  }
+}
+
+template <int D, int BITS>
+__global__ void __launch_bounds__(kScanThreads, 1) ScanKernel(const __grid_constant__ ScanArgs args) {
+  __shared__ __align__(16) std::byte step_bytes[CodeShape<D, BITS>::kQueryBytes];
+  __shared__ __align__(16) std::byte headers[kScanThreads / kWarp][CodeShape<D, BITS>::kHeaderBytes];
+  __shared__ QueryScale scale;
+  const ScanTask task = args.tasks[blockIdx.y];
+  WaitForEarlierWork();
+  LetLaterWorkLaunch();
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int first = static_cast<int>(blockIdx.z) * kScanHeads;
+  const int32_t n = *task.source.n, tokens = args.format.group_tokens;
+  if (n < 0 || n > args.max_n) {
+    const int h = first + static_cast<int>(threadIdx.x);
+    if (blockIdx.x == 0 && threadIdx.x < kScanHeads && h < args.group) {
+      task.z[h * task.z_stride] = NotANumber();
+      if (task.err != nullptr) task.err[h * task.z_stride] = Infinity();
+    }
+    return;
+  }
+  uint4* const steps = reinterpret_cast<uint4*>(step_bytes);
+  if (warp == 0) PrepareQuery<D, BITS>(task.source.q, first, args.group, lane, steps, &scale);
+  __syncthreads();
+  const int32_t coded = n / tokens * tokens;
+  if (task.err != nullptr) {
+    if (tokens == 16) ScanBlocks<D, BITS, 1, true>(args, task, first, coded, steps, scale, headers[warp]);
+    if (tokens == 64) ScanBlocks<D, BITS, 4, true>(args, task, first, coded, steps, scale, headers[warp]);
+  } else {
+    if (tokens == 16) ScanBlocks<D, BITS, 1, false>(args, task, first, coded, steps, scale, headers[warp]);
+    if (tokens == 64) ScanBlocks<D, BITS, 4, false>(args, task, first, coded, steps, scale, headers[warp]);
+  }
+  const int32_t warps = static_cast<int32_t>(gridDim.x) * (kScanThreads / kWarp), me = static_cast<int32_t>(blockIdx.x) * (kScanThreads / kWarp) + warp;
+  for (int32_t i = coded + me; i < n; i += warps) {
+    const std::byte* key = static_cast<const std::byte*>(task.source.rows) + int64_t{i % task.source.ring_rows} * (4 * D);
+    for (int h = first; h < min(first + kScanHeads, args.group); ++h) {
+      const float2 logit = RowLogit<D>(args.type, task.source.q + int64_t{h} * D, key, lane);
+      if (lane != 0) continue;
+      task.z[h * task.z_stride + i] = logit.x;
+      if (task.err != nullptr) {
+        const float bound = logit.y * 0x1p-14f + 1e-37f;
+        task.err[h * task.z_stride + i] = isfinite(logit.x) && bound < Infinity() ? bound : Infinity();
+      }
+    }
+  }
+}
+
 }  // namespace prehoc::cuda

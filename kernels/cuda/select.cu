@@ -33,7 +33,7 @@ Check CheckPositions(const char* kernel, int32_t max_n) {
 // Blocks that run at once in clusters of 2^log, with all the shared memory that there is; 0 if there are no such clusters.
 int PlacesOf(int log, const DeviceLimits& limits) {
   static ClusterPlaces places;
-  constexpr int kDeclared = 2048;  // at least what the kernel declares itself
+  constexpr int kDeclared = 4096;  // at least what the kernel declares itself
   return places.Of(reinterpret_cast<const void*>(SelectKernel<0, 0>),
                    {.threads = kSelectThreads, .shared_bytes = static_cast<size_t>(limits.block_shared_bytes - kDeclared)}, log);
 }
@@ -68,11 +68,17 @@ Status MakePlan(int32_t num_tasks, int32_t max_n, bool scans, size_t code_bytes,
   args.chunk = static_cast<int32_t>(std::max<int64_t>(1, CeilDiv(max_n, int64_t{64} * args.team_blocks)) * 64);
   args.z_stride = args.chunk + 8;  // heads 32 bytes apart: a warp's stores of one piece meet no bank twice
   const auto chunk = static_cast<size_t>(args.chunk), group = static_cast<size_t>(args.group);
-  const size_t fixed = code_bytes + kBins * 4 + chunk / 32 * 8 + group * 8 + 16 + 2048;  // and what the kernel declares itself
+  const size_t fixed = code_bytes + TeamMember::CommonBytes(args) + 4096;  // and what the kernel declares itself
   const size_t z_bytes = scans ? group * static_cast<size_t>(args.z_stride) * 4 : 0;
   const auto room = static_cast<size_t>(limits.block_shared_bytes);
   args.z_in_shared = scans && fixed + z_bytes <= room;
   args.keep_keys = fixed + (args.z_in_shared ? z_bytes : 0) + chunk * 4 <= room;
+  using Bars = BarSelector<64, 4>;  // what is asked for is the same for all
+  args.most_samples = static_cast<int32_t>(std::clamp<int64_t>(CeilDiv(args.chunk, 8 * kSelectWarps * Bars::kTokens), 1, Bars::kMostSamples));
+  args.list_room = std::min(args.chunk, kMostListed);
+  args.bars = scans && args.group <= kScanHeads && args.rule != GroupRule::kMeanWeight && !args.dilate && args.format.group_tokens == Bars::kTokens &&
+              args.chunk >= 2 * kSelectWarps * Bars::kTokens;
+  args.bars = args.bars && fixed + Bars::ListBytes(args) <= room;
   PREHOC_RETURN_IF_ERROR(Check("choose").That(fixed <= room, "max_n", max_n, "positions are too many for one launch; give fewer tasks",
                                               StatusCode::kUnsupported).Take());
 
@@ -88,6 +94,9 @@ Status MakePlan(int32_t num_tasks, int32_t max_n, bool scans, size_t code_bytes,
   args.parts = reinterpret_cast<Mass*>(part(team_count * kMaxTeam * group * sizeof(Mass)));
   args.outside = reinterpret_cast<Mass*>(part(team_count * kMaxTeam * group * sizeof(Mass)));
   args.z = reinterpret_cast<float*>(part(args.z_in_shared ? 0 : blocks * z_bytes));
+  const size_t listed = args.bars ? blocks * static_cast<size_t>(args.list_room) : 0;
+  args.list_z = reinterpret_cast<float4*>(part(listed * sizeof(float4)));
+  args.list_at = reinterpret_cast<uint32_t*>(part(listed * sizeof(uint32_t)));
   plan->bytes = at;
   return {};
 }
@@ -116,6 +125,7 @@ Result<Plan> PlanOf(const SelectParams& params) {
   plan.args.group = params.group;
   plan.args.rule = params.rule;
   plan.args.dilate = params.dilate;
+  plan.args.restarts = params.restarts;
   // At most: the query, and of each warp the head of a code block.
   const size_t code_bytes = static_cast<size_t>(params.head_dim) / 8 * (kWarp / 2) * sizeof(uint4) + size_t{4} * static_cast<size_t>(params.head_dim) * kSelectWarps;
   PREHOC_RETURN_IF_ERROR(MakePlan(params.num_tasks, params.max_n, true, code_bytes, params.workspace, &plan));

@@ -8,183 +8,28 @@
 // Ties are broken by position without sorting: keys are compared with positions where few are equal, and counted where many are.
 // Dilation adds a second cut (rank m), a bitmap of neighbours, and one more wait.
 #pragma once
-#include "kernels/cuda/scan.cuh"
+#include "kernels/cuda/select_bars.cuh"
 
 namespace prehoc::cuda {
 
-inline constexpr int kSelectThreads = 512;
-inline constexpr int kSelectWarps = kSelectThreads / kWarp;
-inline constexpr int kBins = 2048;
-inline constexpr float kBinsPerNat = 64;    // the bins reach 32 nats below the best weight: 1e-14 of it
-inline constexpr int kListRoom = 1024;      // members of a bin that are compared with each other
-inline constexpr int kSample = 4 * kSelectThreads;  // own positions from which a block guesses what rank k will leave far below
-inline constexpr int kMaxTeam = 64;         // blocks: two to a lane
-static_assert(kListRoom * 2 <= kBins, "the list takes the place of the histogram in shared memory");
-
-// What the blocks of a team share; zero before the first launch, and left so that the next one can start.
-struct Team {
-  uint32_t arrived, left;
-  uint32_t finished;
-  uint32_t list_size;
-  uint32_t floor;  // bins below it are not fully counted
-  alignas(16) uint32_t histogram[3][kBins];  // of a round, the one before (being cleared), the next one
-  uint32_t list_key[kListRoom];
-  int32_t list_position[kListRoom];
-  uint32_t above[kMaxTeam];
-  uint32_t equal[kMaxTeam];
-};
-
-struct SelectArgs {
-  const SelectTask* select;  // one of the two is null
-  const ChooseTask* choose;
-  int32_t num_tasks, max_n;
-  CodeFormat format;
-  CodeBlockLayout layout;
-  RowType type;
-  int32_t group;
-  GroupRule rule;
-  bool dilate;
-  int32_t team_blocks;   // blocks per team
-  bool cluster;          // a team is a cluster; else all blocks of the launch run at once
-  int32_t chunk;         // most positions of a block, a multiple of 64
-  int64_t z_stride;      // [floats] of a head in the logits that this launch keeps
-  bool z_in_shared;
-  bool keep_keys;        // in shared memory: they fit
-  Team* teams;           // [teams]
-  Mass* parts;           // [teams, group, kMaxTeam]
-  Mass* outside;         // [teams, group, kMaxTeam]
-  uint32_t* bitmaps;     // [teams, max_n / 32 rounded up], zero between calls; only with dilate
-  float* z;              // [teams, team_blocks, group, z_stride], unless in shared memory or found
-};
-
-// --- waiting for each other ------------------------------------------------------------------------------------------------------
-
-// Every block of the team has arrived `*waits` times, and what they wrote before is seen.
-__device__ inline void WaitForTeam(Team* team, int blocks, bool cluster, uint32_t* waits) {
-  if (cluster && blocks > 1) {
-    ClusterArrive();
-    ClusterWait();
-    return;
-  }
-  __syncthreads();
-  ++*waits;
-  if (blocks == 1) return;
-  if (threadIdx.x == 0) {
-    AddRelease(&team->arrived, 1);
-    const uint32_t all = *waits * static_cast<uint32_t>(blocks);
-    while (LoadAcquire(&team->arrived) < all) {
-    }
-  }
-  __syncthreads();
-}
-// At the end of a block: the last one leaves the count at 0 for the next launch.
-__device__ inline void LeaveTeam(Team* team, int blocks, bool cluster) {
-  if (cluster || blocks == 1) return;
-  __syncthreads();
-  if (threadIdx.x != 0 || AddAcquireRelease(&team->left, 1) + 1 != static_cast<uint32_t>(blocks)) return;
-  team->arrived = 0;
-  team->left = 0;
-}
-
-// --- sums over the block ---------------------------------------------------------------------------------------------------------
-
-// Exclusive prefix of `value` over the threads; *total is that of the block. `scratch` [kSelectWarps].
-__device__ inline uint32_t BlockPrefix(uint32_t value, uint32_t* scratch, uint32_t* total) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const auto up_to = [&](uint32_t x) {  // the sum of the lanes up to this one
-#pragma unroll
-    for (int offset = 1; offset < kWarp; offset *= 2) {
-      const uint32_t below = __shfl_up_sync(kAllLanes, x, offset);
-      if (lane >= offset) x += below;
-    }
-    return x;
-  };
-  const uint32_t sum = up_to(value);
-  __syncthreads();
-  if (lane == kWarp - 1) scratch[warp] = sum;
-  __syncthreads();
-  const uint32_t warps = up_to(lane < kSelectWarps ? scratch[lane] : 0);
-  *total = __shfl_sync(kAllLanes, warps, kWarp - 1);
-  const uint32_t before = __shfl_sync(kAllLanes, warps, max(warp - 1, 0));
-  return (warp > 0 ? before : 0) + sum - value;
-}
-
-// --- keys ------------------------------------------------------------------------------------------------------------------------
-
-// Larger score, larger key; -0 as 0. Never 0, which is the key of what is no candidate. Scores are never NaN.
-__device__ inline uint32_t KeyOf(float score) {
-  const uint32_t bits = __float_as_uint(score + 0.0f);
-  return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
-}
-__device__ inline float ScoreOf(uint32_t key) {
-  return __uint_as_float((key & 0x80000000u) != 0 ? key & 0x7fffffffu : ~key);
-}
-// The bin of a score, in the same order; `best` is an upper bound of the finite scores that matter. Infinities end in the outer bins.
-__device__ inline int BinOf(float score, float best) {
-  const int below = __float2int_rz(fmaf(score, -kBinsPerNat, best * kBinsPerNat));
-  return kBins - 1 - min(max(below, 0), kBins - 1);
-}
-
-// Which keys are certainly among the first k, and which form the class that is decided one by one.
-struct Cut {
-  uint32_t from, to;  // keys of at least `to` are in; those of [from, to) are of the class
-  uint32_t need;      // how many of the class are in
-  uint32_t equal;     // how many it has
-  uint32_t kept;      // in all
-
-  __device__ bool ByList() const { return equal <= kListRoom; }  // else all keys of the class are the same
-};
-// Everything and nothing; no score has key 0 or the largest one (they would be NaN).
-__device__ inline Cut AllOf(uint32_t candidates) { return {1, 1, 0, 0, candidates}; }
-__device__ inline Cut NoneOf() { return {0xffffffffu, 0xffffffffu, 0, 0, 0}; }
-
-// The smallest key whose bin is at least `bin`; of a whole warp. Keys and bins have the same order, so that 7 steps of 32 ways find it.
-__device__ inline uint32_t FirstKeyOf(int bin, float best, int lane) {
-  uint32_t from = 0x007fffffu;  // the key of -inf; below it, and above that of +inf, are NaN
-#pragma unroll 1
-  for (int width = 30; width >= 0; width -= 5) {
-    const uint64_t probe = uint64_t{from} + (static_cast<uint64_t>(lane) << width);
-    const bool at_least = probe >= 0xff800001u || BinOf(ScoreOf(static_cast<uint32_t>(probe)), best) >= bin;
-    const unsigned reached = __ballot_sync(kAllLanes, at_least);
-    const int below = reached == 0 ? kWarp : __ffs(static_cast<int>(reached)) - 1;  // lanes whose key is too small
-    if (below > 0) from += static_cast<uint32_t>(below - 1) << width;
-    if (below == 0) return from;
-    if (width == 0) return from + 1;
-  }
-  return from;
-}
-
-// --- the kernel ------------------------------------------------------------------------------------------------------------------
-
-template <int D, int BITS>
-struct QuerySize {
-  static constexpr size_t kBytes = CodeShape<D, BITS>::kQueryBytes;
-};
-template <int D>
-struct QuerySize<D, 0> {
-  static constexpr size_t kBytes = 0;
-};
-
 template <int D, int BITS>  // BITS 0: the logits are there
-class Selector {
+class Selector : public BarSelector<D, BITS> {
+  using Base = BarSelector<D, BITS>;
+  using Base::args_, Base::rule_, Base::team_, Base::block_, Base::team_index_, Base::n_, Base::begin_, Base::end_, Base::sinks_, Base::lo_, Base::hi_;
+  using Base::best_, Base::simple_, Base::source_, Base::lane, Base::warp, Base::own_bins, Base::kept_words, Base::class_words, Base::lse, Base::top;
+  using Base::level, Base::header, Base::steps, Base::Wait, Base::Leads, Base::InSight, Base::PartOf, Base::TeamMass, Base::JoinMass, Base::ForFirst, Base::Write;
+
  public:
   static constexpr bool kScans = BITS != 0;
-  static constexpr size_t kQueryBytes = QuerySize<D, BITS>::kBytes;
-  static constexpr size_t kHeaderBytes = size_t{4} * D;  // of the code block of a warp
-  // Two per head, in whole pieces of 16 bytes: the logits behind them are stored by the piece.
-  static __host__ __device__ int MassFloats(int group) { return (2 * group + 3) / 4 * 4; }
-  // Shared memory: q steps, histogram or list, words of the chosen and of the class, masses, keys, logits.
+  // Keys and logits of the own part, if they fit.
   static size_t SharedBytes(const SelectArgs& args) {
-    size_t bytes = kQueryBytes + kBins * 4 + static_cast<size_t>(args.chunk / 32) * 8 + static_cast<size_t>(MassFloats(args.group)) * 4;
-    bytes += kHeaderBytes * kSelectWarps;
+    size_t bytes = 0;
     if (args.keep_keys) bytes += static_cast<size_t>(args.chunk) * 4;
     if (args.z_in_shared) bytes += static_cast<size_t>(args.group) * static_cast<size_t>(args.z_stride) * 4;
-    return bytes;
+    return Base::ScanBytes(args) + std::max(bytes, Base::ListBytes(args));
   }
 
-  __device__ explicit Selector(const SelectArgs& args)
-      : args_(args), team_index_(static_cast<int>(blockIdx.x) / args.team_blocks), block_(static_cast<int>(blockIdx.x) % args.team_blocks),
-        team_(args.teams + team_index_) {}
+  using Base::Base;
 
   __device__ void Run(int task_index) {
     if constexpr (kScans) {
@@ -197,17 +42,14 @@ class Selector {
       rule_ = &task.rule;
       n_ = *task.n;
     }
-    if (rule_->hold != nullptr && *rule_->hold != 0) return;
-    if (n_ < 0 || n_ > args_.max_n) {
-      Refuse();
-      return;
-    }
-    const int32_t chunk = (n_ + 64 * args_.team_blocks - 1) / (64 * args_.team_blocks) * 64;
-    begin_ = min(block_ * chunk, n_), end_ = min(begin_ + chunk, n_);
-    sinks_ = min(max(rule_->sinks, 0), n_);
-    hi_ = max(sinks_, n_ - max(rule_->local, 0));
-    lo_ = min(hi_, max(sinks_, n_ - max(rule_->window, 0)));
+    if (!this->Divide()) return;
     if constexpr (kScans) {
+      if (this->ChooseByBars()) return;
+      if (!this->settled_) {
+        if (Leads() && threadIdx.x == 0 && args_.restarts != nullptr) atomicAdd(args_.restarts, 1);
+        Wait();
+        this->settled_ = true;
+      }
       ScanOwn();
     } else {
       const ChooseTask& task = args_.choose[task_index];
@@ -233,45 +75,12 @@ class Selector {
     if (rule_->lse_out != nullptr) MassOutside();
   }
 
-  __device__ void Leave() { LeaveTeam(team_, args_.team_blocks, args_.cluster); }
-
  private:
-  // Where things lie is computed anew at each use: registers are needed for products.
-  static __device__ std::byte* Memory() {
-    extern __shared__ float4 select_shared[];
-    return reinterpret_cast<std::byte*>(select_shared);
-  }
-  __device__ int lane() const { return static_cast<int>(threadIdx.x) % kWarp; }
-  __device__ int warp() const { return static_cast<int>(threadIdx.x) / kWarp; }
-  __device__ uint4* steps() const { return reinterpret_cast<uint4*>(Memory()); }
-  __device__ uint32_t* own_bins() const { return reinterpret_cast<uint32_t*>(Memory() + kQueryBytes); }
-  __device__ uint32_t* kept_words() const { return own_bins() + kBins; }                          // [own / 32] kept positions
-  __device__ uint32_t* class_words() const { return kept_words() + args_.chunk / 32; }             // [own / 32] the class of the last cut
-  __device__ float* lse() const { return reinterpret_cast<float*>(class_words() + args_.chunk / 32); }  // [group]
-  __device__ float* top() const { return lse() + args_.group; }                               // [group] largest logits
-  __device__ std::byte* header() const {  // [kHeaderBytes] of this warp
-    return reinterpret_cast<std::byte*>(lse() + MassFloats(args_.group)) + warp() * kHeaderBytes;
-  }
-  __device__ uint32_t* keys() const {  // [own], with keep_keys
-    return reinterpret_cast<uint32_t*>(reinterpret_cast<std::byte*>(lse() + MassFloats(args_.group)) + kSelectWarps * kHeaderBytes);
-  }
+  __device__ uint32_t* keys() const { return reinterpret_cast<uint32_t*>(this->room()); }  // [own], with keep_keys
   __device__ float* kept_z_shared() const { return reinterpret_cast<float*>(keys() + (args_.keep_keys ? args_.chunk : 0)); }
   __device__ float* kept_z() const {  // [group, z_stride] of this launch
     if (args_.z_in_shared) return kept_z_shared();
     return args_.z + (int64_t{team_index_} * args_.team_blocks + block_) * args_.group * args_.z_stride;
-  }
-
-  __device__ void Wait() { WaitForTeam(team_, args_.team_blocks, args_.cluster, &waits_); }
-  __device__ bool Leads() const { return block_ == 0; }
-  __device__ bool InSight(int32_t i) const { return i < sinks_ || i >= lo_; }
-
-  __device__ void Refuse() {
-    if (!Leads()) return;
-    if (threadIdx.x == 0) *rule_->count = -1;
-    for (int h = threadIdx.x; h < args_.group; h += kSelectThreads) {
-      rule_->lse_all[h] = NotANumber();
-      if (rule_->lse_out != nullptr) rule_->lse_out[h] = NotANumber();
-    }
   }
 
   // --- 1
@@ -348,9 +157,6 @@ class Selector {
     return mass;
   }
 
-  __device__ Mass* PartOf(Mass* parts, int h, int block) const {
-    return parts + (int64_t{team_index_} * args_.group + h) * kMaxTeam + block;
-  }
   // Of the own positions that `counts` takes, for each head, to `parts`.
   template <class Counts>
   __device__ void BlockMass(Mass* parts, Counts&& counts) {
@@ -372,44 +178,7 @@ class Selector {
     mass = WarpJoin(lane() < kSelectWarps ? of_warps[lane()] : NoMass());
     if (lane() == 0) *PartOf(parts, h, block_) = mass;
   }
-  // Of the team, in every lane.
-  __device__ Mass TeamMass(Mass* parts, int h) const {
-    Mass mass = NoMass();
-    for (int b = lane(); b < args_.team_blocks; b += kWarp) {
-      const float2 part = __ldcg(reinterpret_cast<const float2*>(PartOf(parts, h, b)));
-      mass = Join(mass, {part.x, part.y});
-    }
-    return WarpJoin(mass);
-  }
-
   // --- 2
-  __device__ void JoinMass() {
-    __shared__ int odd;
-    if (threadIdx.x == 0) {
-      odd = 0;
-      if (Leads()) team_->list_size = 0;
-    }
-    for (int i = static_cast<int>(threadIdx.x); i < args_.chunk / 32; i += kSelectThreads) kept_words()[i] = 0;
-    __syncthreads();
-    for (int h = warp(); h < args_.group; h += kSelectWarps) {
-      const Mass mass = TeamMass(args_.parts, h);
-      if (lane() != 0) continue;
-      const float all = LogOf(mass);
-      lse()[h] = all;
-      top()[h] = mass.most;
-      if (!isfinite(all)) odd = 1;
-      if (Leads()) rule_->lse_all[h] = all;
-    }
-    __syncthreads();
-    simple_ = odd == 0 && args_.rule != GroupRule::kMeanWeight;
-    best_ = 0;  // no weight is above 1
-    if (args_.rule == GroupRule::kMaxLogit) {
-      float most = -Infinity();
-      for (int h = 0; h < args_.group; ++h) most = fmaxf(most, top()[h]);
-      best_ = isinf(most) ? 0 : most;
-    }
-  }
-
   __device__ float HeadScore(int h, float z) const {
     if (isnan(z) || z == -Infinity()) return -Infinity();
     if (z == Infinity()) return z;
@@ -481,6 +250,16 @@ class Selector {
     if (args_.keep_keys) return *reinterpret_cast<const uint4*>(keys() + at);
     return KeysAt(at, ScoreFour(at), resident, log_theta);
   }
+  // The largest of the heads' logits above the level of pooled scores, of four own positions; NaN is no candidate for a maximum.
+  __device__ float4 AboveLevel(int32_t at) const {
+    float4 most = {-Infinity(), -Infinity(), -Infinity(), -Infinity()};
+    for (int h = 0; h < args_.group; ++h) {
+      const float4 z = LoadFour(h, at);
+      const float by = level()[h];
+      most = {fmaxf(most.x, z.x - by), fmaxf(most.y, z.y - by), fmaxf(most.z, z.z - by), fmaxf(most.w, z.w - by)};
+    }
+    return most;
+  }
   __device__ void Pool(int32_t at, const float4& score) const {
     const int32_t i = begin_ + at;
     float* const pooled = rule_->pooled + i;
@@ -525,7 +304,7 @@ class Selector {
         float4 score;
         if (first) {
           score = ScoreFour(at);
-          if (pools) Pool(at, score);
+          if (pools) Pool(at, rule_->pool_level != nullptr ? AboveLevel(at) : score);
           key = KeysAt(at, score, resident, log_theta);
           if (args_.keep_keys) *reinterpret_cast<uint4*>(keys() + at) = key;
         } else {
@@ -731,26 +510,11 @@ class Selector {
       key[i] = __ldcg(team_->list_key + i), position[i] = __ldcg(team_->list_position + i);
     }
     __syncthreads();
-    // As many lanes for a member as there are to spare; a warp's loop is the same for all of its lanes.
-    int lanes = 1;
-    while (lanes < kWarp && size * lanes * 2 <= kSelectThreads) lanes *= 2;
-    const int each = kSelectThreads / lanes, part = static_cast<int>(threadIdx.x) % lanes;
-    for (int from = 0; from < size; from += each) {
-      const int i = from + static_cast<int>(threadIdx.x) / lanes;
-      uint32_t rank = 0;
-      if (i < size) {
-        const uint32_t my_key = key[i];
-        const int32_t my_position = position[i];
-        for (int other = part; other < size; other += lanes) {
-          rank += key[other] > my_key || (key[other] == my_key && position[other] < my_position) ? 1 : 0;
-        }
-      }
-      for (int offset = lanes / 2; offset > 0; offset /= 2) rank += __shfl_xor_sync(kAllLanes, rank, offset);
-      if (i >= size || part != 0 || rank >= cut.need) continue;
+    ForFirst(cut.need, key, position, size, [&](int i) {
       const int32_t at = position[i] - begin_;
       if (at < 0) atomicAdd(before, 1u);
       if (at >= 0 && position[i] < end_) atomicOr(kept_words() + at / 32, 1u << (at % 32));
-    }
+    });
   }
 
   // All keys of the class are equal: the lowest positions are kept.
@@ -815,23 +579,6 @@ class Selector {
     }
   }
   __device__ uint32_t* Bitmap() const { return args_.bitmaps + int64_t{team_index_} * ((args_.max_n + 31) / 32); }
-
-  __device__ void Write(uint32_t offset, uint32_t count) {
-    __shared__ uint32_t scratch[kSelectWarps];
-    const bool fits = static_cast<int64_t>(count) <= rule_->room;
-    if (Leads() && threadIdx.x == 0) *rule_->count = fits ? static_cast<int32_t>(count) : -1;
-    if (!fits) return;
-    const int words = (end_ - begin_ + 31) / 32, each = (words + kSelectThreads - 1) / kSelectThreads;
-    const int first = static_cast<int>(threadIdx.x) * each;
-    uint32_t mine = 0, total;
-    for (int w = first; w < min(first + each, words); ++w) mine += __popc(kept_words()[w]);
-    uint32_t at = offset + BlockPrefix(mine, scratch, &total);
-    for (int w = first; w < min(first + each, words); ++w) {
-      for (uint32_t left = kept_words()[w]; left != 0; left &= left - 1) {
-        rule_->chosen[at++] = begin_ + w * 32 + __ffs(static_cast<int>(left)) - 1;
-      }
-    }
-  }
 
   __device__ bool Outside(int32_t at) const { return begin_ + at >= lo_ && begin_ + at < hi_ && ((kept_words()[at / 32] >> (at % 32)) & 1) == 0; }
   __device__ static float Weight(float z, float unit, uint32_t counts) { return counts != 0 ? Exp2(fmaf(z, kLog2E, unit)) : 0; }
@@ -904,18 +651,9 @@ class Selector {
     return last;
   }
 
-  const SelectArgs& args_;
-  const ScanSource* source_ = nullptr;
-  const ChooseRule* rule_ = nullptr;
-  int team_index_, block_;
-  Team* team_;
   const float* z_ = nullptr;  // logit of head h at own position i: z_[h * z_stride_ + i]
   int64_t z_stride_ = 0;
-  int32_t n_ = 0, begin_ = 0, end_ = 0, sinks_ = 0, lo_ = 0, hi_ = 0;
-  float best_ = 0;      // an upper bound of the scores that matter
-  bool simple_ = false;  // all lse are finite, and the score is a maximum
   int round_ = 0;
-  uint32_t waits_ = 0;
   uint32_t candidates_ = 0;
 };
 
@@ -930,91 +668,6 @@ __global__ void __launch_bounds__(kSelectThreads, 1) SelectKernel(const __grid_c
     __syncthreads();
   }
   selector.Leave();
-}
-
-// --- scan alone ----------------------------------------------------------------------------------------------------------------------
-
-struct ScanArgs {
-  const ScanTask* tasks;
-  int32_t max_n;
-  CodeFormat format;
-  CodeBlockLayout layout;
-  RowType type;
-  int32_t group;
-};
-inline constexpr int kScanThreads = 256;
-
-template <int D, int BITS, int PAGES, bool WITH_ERROR>
-__device__ inline void ScanBlocks(const ScanArgs& args, const ScanTask& task, int first, int32_t coded, const uint4* steps, const QueryScale& scale,
-                                  std::byte* header) {
-  constexpr int32_t kTokens = PAGES * kCodePageTokens;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int32_t warps = static_cast<int32_t>(gridDim.x) * (kScanThreads / kWarp), me = static_cast<int32_t>(blockIdx.x) * (kScanThreads / kWarp) + warp;
-  const int block_bytes = static_cast<int>(args.layout.bytes);
-  const bool mine = first + lane % 4 < args.group;
-  const int64_t row = (first + lane % 4) * task.z_stride;
-  int64_t at = int64_t{me} * kTokens;
-  if (at >= coded) return;
-  const std::byte* block = task.source.blocks + at / kTokens * block_bytes;
-  BlockScan<D, BITS, PAGES, WITH_ERROR> scan(static_cast<int>(args.layout.pages), steps, scale, args.format.error_norms, header, lane);
-  scan.Start(block);
-#pragma unroll 1
-  for (; at < coded; at += int64_t{warps} * kTokens) {
-    const std::byte* const next = at + int64_t{warps} * kTokens < coded ? block + int64_t{warps} * block_bytes : nullptr;
-    const auto emit = [&](int token, const auto& z) {
-      if (mine) *reinterpret_cast<std::decay_t<decltype(z)>*>(task.z + row + at + token) = z;
-    };
-    const auto emit_error = [&](int token, const auto& err) {
-      if (mine) *reinterpret_cast<std::decay_t<decltype(err)>*>(task.err + row + at + token) = err;
-    };
-    scan.Run(block, next, emit, emit_error);
-    block = next;
-  }
-}
-
-template <int D, int BITS>
-__global__ void __launch_bounds__(kScanThreads, 1) ScanKernel(const __grid_constant__ ScanArgs args) {
-  __shared__ __align__(16) std::byte step_bytes[CodeShape<D, BITS>::kQueryBytes];
-  __shared__ __align__(16) std::byte headers[kScanThreads / kWarp][CodeShape<D, BITS>::kHeaderBytes];
-  __shared__ QueryScale scale;
-  const ScanTask task = args.tasks[blockIdx.y];
-  WaitForEarlierWork();
-  LetLaterWorkLaunch();
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int first = static_cast<int>(blockIdx.z) * kScanHeads;
-  const int32_t n = *task.source.n, tokens = args.format.group_tokens;
-  if (n < 0 || n > args.max_n) {
-    const int h = first + static_cast<int>(threadIdx.x);
-    if (blockIdx.x == 0 && threadIdx.x < kScanHeads && h < args.group) {
-      task.z[h * task.z_stride] = NotANumber();
-      if (task.err != nullptr) task.err[h * task.z_stride] = Infinity();
-    }
-    return;
-  }
-  uint4* const steps = reinterpret_cast<uint4*>(step_bytes);
-  if (warp == 0) PrepareQuery<D, BITS>(task.source.q, first, args.group, lane, steps, &scale);
-  __syncthreads();
-  const int32_t coded = n / tokens * tokens;
-  if (task.err != nullptr) {
-    if (tokens == 16) ScanBlocks<D, BITS, 1, true>(args, task, first, coded, steps, scale, headers[warp]);
-    if (tokens == 64) ScanBlocks<D, BITS, 4, true>(args, task, first, coded, steps, scale, headers[warp]);
-  } else {
-    if (tokens == 16) ScanBlocks<D, BITS, 1, false>(args, task, first, coded, steps, scale, headers[warp]);
-    if (tokens == 64) ScanBlocks<D, BITS, 4, false>(args, task, first, coded, steps, scale, headers[warp]);
-  }
-  const int32_t warps = static_cast<int32_t>(gridDim.x) * (kScanThreads / kWarp), me = static_cast<int32_t>(blockIdx.x) * (kScanThreads / kWarp) + warp;
-  for (int32_t i = coded + me; i < n; i += warps) {
-    const std::byte* key = static_cast<const std::byte*>(task.source.rows) + int64_t{i % task.source.ring_rows} * (4 * D);
-    for (int h = first; h < min(first + kScanHeads, args.group); ++h) {
-      const float2 logit = RowLogit<D>(args.type, task.source.q + int64_t{h} * D, key, lane);
-      if (lane != 0) continue;
-      task.z[h * task.z_stride + i] = logit.x;
-      if (task.err != nullptr) {
-        const float bound = logit.y * 0x1p-14f + 1e-37f;
-        task.err[h * task.z_stride + i] = isfinite(logit.x) && bound < Infinity() ? bound : Infinity();
-      }
-    }
-  }
 }
 
 }  // namespace prehoc::cuda

@@ -456,5 +456,131 @@ TEST_F(SelectCudaTest, LongContextsAndManyTasks) {
   }
 }
 
+// Selecting without keeping logits must choose what choosing among all logits does: with few blocks to a task and with many, lengths that end
+// inside a code block, windows, residents; and it must notice when its sample misleads it.
+class SelectByBarsCudaTest : public SelectCudaTest {
+ protected:
+  struct Case {
+    int32_t n, tasks, group, k;
+    int bits = 4;
+    bool filters = false;
+    int32_t window = 0x7fffffff;
+    GroupRule rule = GroupRule::kMaxWeight;
+  };
+  // Selects for `c.tasks` equal tasks; the number that were scanned again.
+  int32_t Run(Rng& rng, const CodedRows& coded, const Case& c, double log_theta = -9) {
+    const int64_t stride = (coded.n + 3) / 4 * 4;
+    const CudaArray<float> z(static_cast<size_t>(c.group * stride));
+    const CudaArray<cuda::ScanTask> scan(std::vector<cuda::ScanTask>{{.source = coded.Source(), .z = z.data(), .z_stride = stride}});
+    EXPECT_OK(cuda::Scan({.tasks = scan.data(), .num_tasks = 1, .max_n = coded.n, .format = coded.format, .group = c.group, .head_dim = coded.dim}, stream()));
+    std::vector<uint64_t> resident(static_cast<size_t>(coded.n / 64 + 1));
+    for (uint64_t& word : resident) word = rng.Next() & rng.Next();
+    const CudaArray<uint64_t> device_resident(resident);
+    std::vector<float> level = rng.Normals(static_cast<size_t>(c.group), 3);
+    level[0] = kNan;  // counts as 0
+    cuda::ChooseRule rule{.sinks = 8, .local = 32, .window = c.window, .k = c.k};
+    if (c.filters) rule.resident = device_resident.data(), rule.log_theta = static_cast<float>(log_theta);
+    std::vector<Results> results;
+    std::vector<cuda::SelectTask> tasks;
+    for (int t = 0; t < c.tasks; ++t) {
+      results.emplace_back(c.k, c.group, coded.n);
+      results.back().all.Write(level);
+      tasks.push_back({.source = coded.Source(), .rule = results.back().Into(rule)});
+      tasks.back().rule.pool_level = tasks.back().rule.lse_all;
+    }
+    const CudaArray<cuda::SelectTask> device(tasks);
+    const CudaArray<int32_t> restarts(std::vector<int32_t>{0});
+    cuda::SelectParams params{.tasks = device.data(), .num_tasks = c.tasks, .max_n = coded.n + 1000, .format = coded.format, .group = c.group, .head_dim = coded.dim,
+                              .rule = c.rule, .restarts = restarts.data()};
+    const auto workspace = Workspace(cuda::SelectWorkspaceBytes(params));
+    params.workspace = workspace.data(), params.workspace_bytes = workspace.size();
+    EXPECT_OK(cuda::Select(params, stream()));
+    EXPECT_OK(Wait());
+    EXPECT_TRUE(workspace.GuardsIntact());
+    const std::vector<float> logits = z.Read();
+    const ChooseTask host = HostTask(logits, coded.n, stride, rule, c.filters ? resident.data() : nullptr, c.rule);
+    Outcome first = results.front().Read();
+    for (int32_t p = 0; p < coded.n; ++p) {
+      double want = -20;
+      for (int32_t h = 0; h < c.group && p >= host.lo && p < host.hi; ++h) {
+        want = std::max(want, static_cast<double>(logits[static_cast<size_t>(h * stride + p)]) - (h == 0 ? 0 : static_cast<double>(level[static_cast<size_t>(h)])));
+      }
+      EXPECT_NEAR(first.pooled[static_cast<size_t>(p)], want, 1e-4) << p;
+      if (testing::Test::HasFailure()) return -1;
+    }
+    for (const Results& other : results) {
+      const Outcome o = other.Read();
+      EXPECT_EQ(o.chosen, first.chosen);
+      EXPECT_EQ(o.pooled, first.pooled);
+      EXPECT_TRUE(AllClose(o.lse_all, first.lse_all, {1e-5, 1e-6}) && AllClose(o.lse_out, first.lse_out, {1e-4, 1e-5}));
+    }
+    // The model pools scores: what this one pools is checked.
+    const ChooseModel model = RunChooseModel(host, c.group);
+    for (int32_t p = 0; p < coded.n; ++p) {
+      first.pooled[static_cast<size_t>(p)] = p >= host.lo && p < host.hi ? static_cast<float>(std::max(-20.0, model.score[static_cast<size_t>(p)])) : -20.0f;
+    }
+    CheckChoice(first, host, c.group, false);
+    // Ready for the next call, which must not depend on what this one left.
+    for (Results& r : results) r.all.Write(level);
+    EXPECT_OK(cuda::Select(params, stream()));
+    EXPECT_OK(Wait());
+    for (const Results& other : results) EXPECT_EQ(other.Read().chosen, first.chosen);
+    return restarts.Read()[0];
+  }
+};
+
+TEST_F(SelectByBarsCudaTest, ChooseAsAllLogitsWould) {
+  SeededRng rng;
+  for (const Case& c : {Case{.n = 40'000, .tasks = 8, .group = 4, .k = 700}, Case{.n = 40'001, .tasks = 8, .group = 3, .k = 1000, .filters = true},
+                        Case{.n = 70'063, .tasks = 8, .group = 1, .k = 64, .bits = 2}, Case{.n = 9'000, .tasks = 70, .group = 4, .k = 500, .filters = true},
+                        Case{.n = 9'037, .tasks = 150, .group = 2, .k = 300, .bits = 8}, Case{.n = 30'000, .tasks = 40, .group = 4, .k = 400, .window = 20'000},
+                        Case{.n = 50'000, .tasks = 8, .group = 4, .k = 1500, .rule = GroupRule::kMaxLogit}, Case{.n = 150'000, .tasks = 1, .group = 4, .k = 2048}}) {
+    SCOPED_TRACE(testing::Message() << "n " << c.n << ", tasks " << c.tasks << ", group " << c.group << ", k " << c.k << ", bits " << c.bits);
+    CodedRows coded(rng, cuda::RowType::kF16, c.n, c.n > 60'000 ? 64 : 128, {c.bits, 64, false}, KeyKind::kNormal);
+    coded.SetQuery(rng.Normals(static_cast<size_t>(c.group * coded.dim), 2));
+    EXPECT_EQ(Run(rng, coded, c), 0) << "tasks were scanned again";
+    if (HasFailure()) return;
+  }
+}
+
+TEST_F(SelectByBarsCudaTest, StartAnewWhereTheSampleMisleads) {
+  SeededRng rng;
+  const Case c{.n = 16'384, .tasks = 70, .group = 2, .k = 600};
+  constexpr int32_t kDim = 64;
+  const std::vector<float> q = rng.Normals(2 * kDim);
+  const auto coded_of = [&](auto&& scale_of) {  // keys near scale * q
+    CodedRows coded(rng, cuda::RowType::kF16, c.n, kDim, {4, 64, false}, KeyKind::kNormal);
+    for (int32_t p = 0; p < c.n; ++p) {
+      for (int32_t i = 0; i < kDim; ++i) {
+        Half& k = coded.rows[size_t(2) * size_t(p) * kDim + size_t(i)];
+        k = FloatToHalf(HalfToFloat(k) * 0.5f + scale_of(p) * q[size_t(i)]);
+      }
+    }
+    std::vector<EncodeTask> tasks;
+    const size_t bytes = LayoutOf(coded.format, kDim).bytes;
+    for (int32_t g = 0; g < coded.groups; ++g) {
+      tasks.push_back({.rows = coded.rows.data() + int64_t{2} * g * 64 * kDim, .block = coded.blocks.data() + size_t(g) * bytes});
+    }
+    EXPECT_OK(ReferenceKernels().encode({.tasks = tasks, .format = coded.format, .head_dim = kDim}, {}));
+    coded.device_blocks = CudaArray<std::byte>(coded.blocks);
+    coded.SetQuery(q);
+    return coded;
+  };
+  // A block has all of a task, a warp 16 code blocks, of which the first two are its sample.
+  EXPECT_EQ(Run(rng, coded_of([](int32_t p) { return p / 64 % 16 < 2 && p % 5 == 0 ? 0.5f : 0.0f; }), c), 2 * c.tasks) << "all that is large was sampled";
+  EXPECT_EQ(Run(rng, coded_of([](int32_t p) { return p / 64 % 16 < 2 ? 0.0f : 0.5f; }), c), 2 * c.tasks) << "nothing that is large was sampled: the list is full";
+  EXPECT_EQ(Run(rng, coded_of([](int32_t) { return 0.0f; }), c), 0);
+}
+
+TEST_F(SelectByBarsCudaTest, StartAnewWhereThereIsNoBar) {
+  SeededRng rng;
+  const Case c{.n = 9'000, .tasks = 70, .group = 2, .k = 100};
+  CodedRows coded(rng, cuda::RowType::kF16, c.n, 64, {4, 64, false}, KeyKind::kNormal);
+  coded.SetQuery(std::vector<float>(2 * 64, 0.0f));
+  EXPECT_EQ(Run(rng, coded, c), 2 * c.tasks) << "all logits are the same";
+  coded.SetQuery(rng.Normals(2 * 64, 300));
+  Run(rng, coded, c);  // far outside of the bins
+}
+
 }  // namespace
 }  // namespace prehoc

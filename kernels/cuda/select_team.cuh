@@ -1,0 +1,309 @@
+// What the ways to choose share: how the blocks of a team wait for each other, keys and cuts, sums over the team, and the result.
+#pragma once
+#include "kernels/cuda/scan.cuh"
+
+namespace prehoc::cuda {
+
+inline constexpr int kSelectThreads = 512;
+inline constexpr int kSelectWarps = kSelectThreads / kWarp;
+inline constexpr int kBins = 2048;
+inline constexpr float kBinsPerNat = 64;    // the bins reach 32 nats below the best weight: 1e-14 of it
+inline constexpr int kListRoom = 1024;      // members of a bin that are compared with each other
+inline constexpr int kSample = 4 * kSelectThreads;  // own positions from which a block guesses what rank k will leave far below
+inline constexpr int kMaxTeam = 64;         // blocks: two to a lane
+inline constexpr int kMostListed = 12288;   // candidates of a team (select_bars.cuh)
+static_assert(kListRoom * 2 <= kBins, "the list takes the place of the histogram in shared memory");
+
+// What the blocks of a team share; zero before the first launch, and left so that the next one can start.
+struct Team {
+  uint32_t arrived, left;
+  uint32_t finished;
+  uint32_t list_size;
+  uint32_t floor;  // bins below it are not fully counted
+  alignas(16) uint32_t histogram[3][kBins];  // of a round, the one before (being cleared), the next one
+  uint32_t list_key[kListRoom];
+  int32_t list_position[kListRoom];
+  uint32_t above[kMaxTeam];
+  uint32_t equal[kMaxTeam];
+  alignas(16) uint32_t sample[2][kBins + 4];  // of this task and the one before (being cleared): kBins / 4 bins of a head; then, of positions
+};
+
+struct SelectArgs {
+  const SelectTask* select;  // one of the two is null
+  const ChooseTask* choose;
+  int32_t num_tasks, max_n;
+  CodeFormat format;
+  CodeBlockLayout layout;
+  RowType type;
+  int32_t group;
+  GroupRule rule;
+  bool dilate;
+  int32_t team_blocks;   // blocks per team
+  bool cluster;          // a team is a cluster; else all blocks of the launch run at once
+  int32_t chunk;         // most positions of a block, a multiple of 64
+  int64_t z_stride;      // [floats] of a head in the logits that this launch keeps
+  bool z_in_shared;
+  bool keep_keys;        // in shared memory: they fit
+  Team* teams;           // [teams]
+  Mass* parts;           // [teams, group, kMaxTeam]
+  Mass* outside;         // [teams, group, kMaxTeam]
+  uint32_t* bitmaps;     // [teams, max_n / 32 rounded up], zero between calls; only with dilate
+  float* z;              // [teams, team_blocks, group, z_stride], unless in shared memory or found
+  int32_t* restarts;     // or null
+  bool bars;             // candidates are listed first (select_bars.cuh)
+  int32_t most_samples;  // code blocks of a warp
+  int32_t list_room;     // of a block
+  float4* list_z;        // [teams, team_blocks, list_room]
+  uint32_t* list_at;     // as list_z: position, and a bit for residents
+};
+
+// --- waiting for each other ------------------------------------------------------------------------------------------------------
+
+// Every block of the team has arrived `*waits` times, and what they wrote before is seen.
+__device__ inline void WaitForTeam(Team* team, int blocks, bool cluster, uint32_t* waits) {
+  if (cluster && blocks > 1) {
+    ClusterArrive();
+    ClusterWait();
+    return;
+  }
+  __syncthreads();
+  ++*waits;
+  if (blocks == 1) return;
+  if (threadIdx.x == 0) {
+    AddRelease(&team->arrived, 1);
+    const uint32_t all = *waits * static_cast<uint32_t>(blocks);
+    while (LoadAcquire(&team->arrived) < all) {
+    }
+  }
+  __syncthreads();
+}
+// At the end of a block: the last one leaves the count at 0 for the next launch.
+__device__ inline void LeaveTeam(Team* team, int blocks, bool cluster) {
+  if (cluster || blocks == 1) return;
+  __syncthreads();
+  if (threadIdx.x != 0 || AddAcquireRelease(&team->left, 1) + 1 != static_cast<uint32_t>(blocks)) return;
+  team->arrived = 0;
+  team->left = 0;
+}
+
+// --- sums over the block ---------------------------------------------------------------------------------------------------------
+
+// Exclusive prefix of `value` over the threads; *total is that of the block. `scratch` [kSelectWarps].
+__device__ inline uint32_t BlockPrefix(uint32_t value, uint32_t* scratch, uint32_t* total) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const auto up_to = [&](uint32_t x) {  // the sum of the lanes up to this one
+#pragma unroll
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      const uint32_t below = __shfl_up_sync(kAllLanes, x, offset);
+      if (lane >= offset) x += below;
+    }
+    return x;
+  };
+  const uint32_t sum = up_to(value);
+  __syncthreads();
+  if (lane == kWarp - 1) scratch[warp] = sum;
+  __syncthreads();
+  const uint32_t warps = up_to(lane < kSelectWarps ? scratch[lane] : 0);
+  *total = __shfl_sync(kAllLanes, warps, kWarp - 1);
+  const uint32_t before = __shfl_sync(kAllLanes, warps, max(warp - 1, 0));
+  return (warp > 0 ? before : 0) + sum - value;
+}
+
+// --- keys ------------------------------------------------------------------------------------------------------------------------
+
+// Larger score, larger key; -0 as 0. Never 0, which is the key of what is no candidate. Scores are never NaN.
+__device__ inline uint32_t KeyOf(float score) {
+  const uint32_t bits = __float_as_uint(score + 0.0f);
+  return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
+}
+__device__ inline float ScoreOf(uint32_t key) {
+  return __uint_as_float((key & 0x80000000u) != 0 ? key & 0x7fffffffu : ~key);
+}
+// The bin of a score, in the same order; `best` is an upper bound of the finite scores that matter. Infinities end in the outer bins.
+__device__ inline int BinOf(float score, float best) {
+  const int below = __float2int_rz(fmaf(score, -kBinsPerNat, best * kBinsPerNat));
+  return kBins - 1 - min(max(below, 0), kBins - 1);
+}
+
+// Which keys are certainly among the first k, and which form the class that is decided one by one.
+struct Cut {
+  uint32_t from, to;  // keys of at least `to` are in; those of [from, to) are of the class
+  uint32_t need;      // how many of the class are in
+  uint32_t equal;     // how many it has
+  uint32_t kept;      // in all
+
+  __device__ bool ByList() const { return equal <= kListRoom; }  // else all keys of the class are the same
+};
+// Everything and nothing; no score has key 0 or the largest one (they would be NaN).
+__device__ inline Cut AllOf(uint32_t candidates) { return {1, 1, 0, 0, candidates}; }
+__device__ inline Cut NoneOf() { return {0xffffffffu, 0xffffffffu, 0, 0, 0}; }
+
+// The smallest key whose bin is at least `bin`; of a whole warp. Keys and bins have the same order, so that 7 steps of 32 ways find it.
+__device__ inline uint32_t FirstKeyOf(int bin, float best, int lane) {
+  uint32_t from = 0x007fffffu;  // the key of -inf; below it, and above that of +inf, are NaN
+#pragma unroll 1
+  for (int width = 30; width >= 0; width -= 5) {
+    const uint64_t probe = uint64_t{from} + (static_cast<uint64_t>(lane) << width);
+    const bool at_least = probe >= 0xff800001u || BinOf(ScoreOf(static_cast<uint32_t>(probe)), best) >= bin;
+    const unsigned reached = __ballot_sync(kAllLanes, at_least);
+    const int below = reached == 0 ? kWarp : __ffs(static_cast<int>(reached)) - 1;  // lanes whose key is too small
+    if (below > 0) from += static_cast<uint32_t>(below - 1) << width;
+    if (below == 0) return from;
+    if (width == 0) return from + 1;
+  }
+  return from;
+}
+
+// --- a block at a task -------------------------------------------------------------------------------------------------------------
+
+class TeamMember {
+ public:
+  __device__ explicit TeamMember(const SelectArgs& args)
+      : args_(args), team_index_(static_cast<int>(blockIdx.x) / args.team_blocks), block_(static_cast<int>(blockIdx.x) % args.team_blocks),
+        team_(args.teams + team_index_) {}
+  __device__ void Leave() { LeaveTeam(team_, args_.team_blocks, args_.cluster); }
+
+  // Shared memory: histogram or list, words of the chosen and of the class, of each head three numbers; then what a way to choose adds.
+  static __host__ __device__ size_t CommonBytes(const SelectArgs& args) {
+    return size_t{kBins} * 4 + static_cast<size_t>(args.chunk / 32) * 8 + static_cast<size_t>((3 * args.group + 3) / 4 * 4) * 4;
+  }
+
+ protected:
+  // Where things lie is computed anew at each use: registers are needed for products.
+  static __device__ std::byte* Memory() {
+    extern __shared__ float4 select_shared[];
+    return reinterpret_cast<std::byte*>(select_shared);
+  }
+  __device__ int lane() const { return static_cast<int>(threadIdx.x) % kWarp; }
+  __device__ int warp() const { return static_cast<int>(threadIdx.x) / kWarp; }
+  __device__ uint32_t* own_bins() const { return reinterpret_cast<uint32_t*>(Memory()); }
+  __device__ uint32_t* kept_words() const { return own_bins() + kBins; }                               // [own / 32] kept positions
+  __device__ uint32_t* class_words() const { return kept_words() + args_.chunk / 32; }                  // [own / 32] the class of the last cut
+  __device__ float* lse() const { return reinterpret_cast<float*>(class_words() + args_.chunk / 32); }  // [group]
+  __device__ float* top() const { return lse() + args_.group; }                                         // [group] largest logits
+  __device__ float* level() const { return top() + args_.group; }                                       // [group] of pooled scores
+
+  __device__ void Wait() { WaitForTeam(team_, args_.team_blocks, args_.cluster, &waits_); }
+  __device__ bool Leads() const { return block_ == 0; }
+  __device__ bool InSight(int32_t i) const { return i < sinks_ || i >= lo_; }
+
+  // The own part of the task of `rule_` and n_. False if there is none to choose from.
+  __device__ bool Divide() {
+    if (rule_->hold != nullptr && *rule_->hold != 0) return false;
+    if (n_ < 0 || n_ > args_.max_n) {
+      Refuse();
+      return false;
+    }
+    chunk_ = (n_ + 64 * args_.team_blocks - 1) / (64 * args_.team_blocks) * 64;
+    begin_ = min(block_ * chunk_, n_), end_ = min(begin_ + chunk_, n_);
+    sinks_ = min(max(rule_->sinks, 0), n_);
+    hi_ = max(sinks_, n_ - max(rule_->local, 0));
+    lo_ = min(hi_, max(sinks_, n_ - max(rule_->window, 0)));
+    if (rule_->pooled != nullptr && rule_->pool_level != nullptr) {  // before anything is written: it may be lse_all
+      for (int h = static_cast<int>(threadIdx.x); h < args_.group; h += kSelectThreads) {
+        const float x = rule_->pool_level[h];
+        level()[h] = isfinite(x) ? x : 0;
+      }
+    }
+    return true;
+  }
+  __device__ void Refuse() {
+    if (!Leads()) return;
+    if (threadIdx.x == 0) *rule_->count = -1;
+    for (int h = threadIdx.x; h < args_.group; h += kSelectThreads) {
+      rule_->lse_all[h] = NotANumber();
+      if (rule_->lse_out != nullptr) rule_->lse_out[h] = NotANumber();
+    }
+  }
+
+  __device__ Mass* PartOf(Mass* parts, int h, int block) const {
+    return parts + (int64_t{team_index_} * args_.group + h) * kMaxTeam + block;
+  }
+  // Of the team, in every lane.
+  __device__ Mass TeamMass(Mass* parts, int h) const {
+    Mass mass = NoMass();
+    for (int b = lane(); b < args_.team_blocks; b += kWarp) {
+      const float2 part = __ldcg(reinterpret_cast<const float2*>(PartOf(parts, h, b)));
+      mass = Join(mass, {part.x, part.y});
+    }
+    return WarpJoin(mass);
+  }
+  // lse_all of all heads from `parts`; nothing is kept yet.
+  __device__ void JoinMass() {
+    __shared__ int odd;
+    if (threadIdx.x == 0) {
+      odd = 0;
+      if (Leads()) team_->list_size = 0;
+    }
+    for (int i = static_cast<int>(threadIdx.x); i < args_.chunk / 32; i += kSelectThreads) kept_words()[i] = 0;
+    __syncthreads();
+    for (int h = warp(); h < args_.group; h += kSelectWarps) {
+      const Mass mass = TeamMass(args_.parts, h);
+      if (lane() != 0) continue;
+      const float all = LogOf(mass);
+      lse()[h] = all;
+      top()[h] = mass.most;
+      if (!isfinite(all)) odd = 1;
+      if (Leads()) rule_->lse_all[h] = all;
+    }
+    __syncthreads();
+    simple_ = odd == 0 && args_.rule != GroupRule::kMeanWeight;
+    best_ = 0;  // no weight is above 1
+    if (args_.rule == GroupRule::kMaxLogit) {
+      float most = -Infinity();
+      for (int h = 0; h < args_.group; ++h) most = fmaxf(most, top()[h]);
+      best_ = isinf(most) ? 0 : most;
+    }
+  }
+
+  // Calls kept(i) for the members of which fewer than `need` come before (larger key, then lower position). Of the whole block.
+  template <class Kept>
+  __device__ void ForFirst(uint32_t need, const uint32_t* key, const int32_t* position, int size, Kept&& kept) const {
+    // As many lanes for a member as there are to spare; a warp's loop is the same for all of its lanes.
+    int lanes = 1;
+    while (lanes < kWarp && size * lanes * 2 <= kSelectThreads) lanes *= 2;
+    const int each = kSelectThreads / lanes, part = static_cast<int>(threadIdx.x) % lanes;
+    for (int from = 0; from < size; from += each) {
+      const int i = from + static_cast<int>(threadIdx.x) / lanes;
+      uint32_t rank = 0;
+      if (i < size) {
+        const uint32_t my_key = key[i];
+        const int32_t my_position = position[i];
+        for (int other = part; other < size; other += lanes) {
+          rank += key[other] > my_key || (key[other] == my_key && position[other] < my_position) ? 1 : 0;
+        }
+      }
+      for (int offset = lanes / 2; offset > 0; offset /= 2) rank += __shfl_xor_sync(kAllLanes, rank, offset);
+      if (i < size && part == 0 && rank < need) kept(i);
+    }
+  }
+
+  // The positions of kept_words(), which come after `offset` others.
+  __device__ void Write(uint32_t offset, uint32_t count) {
+    __shared__ uint32_t scratch[kSelectWarps];
+    const bool fits = static_cast<int64_t>(count) <= rule_->room;
+    if (Leads() && threadIdx.x == 0) *rule_->count = fits ? static_cast<int32_t>(count) : -1;
+    if (!fits) return;
+    const int words = (end_ - begin_ + 31) / 32, each = (words + kSelectThreads - 1) / kSelectThreads;
+    const int first = static_cast<int>(threadIdx.x) * each;
+    uint32_t mine = 0, total;
+    for (int w = first; w < min(first + each, words); ++w) mine += __popc(kept_words()[w]);
+    uint32_t at = offset + BlockPrefix(mine, scratch, &total);
+    for (int w = first; w < min(first + each, words); ++w) {
+      for (uint32_t left = kept_words()[w]; left != 0; left &= left - 1) {
+        rule_->chosen[at++] = begin_ + w * 32 + __ffs(static_cast<int>(left)) - 1;
+      }
+    }
+  }
+
+  const SelectArgs& args_;
+  const ChooseRule* rule_ = nullptr;
+  int team_index_, block_;
+  Team* team_;
+  int32_t n_ = 0, chunk_ = 0, begin_ = 0, end_ = 0, sinks_ = 0, lo_ = 0, hi_ = 0;
+  float best_ = 0;      // an upper bound of the scores that matter
+  bool simple_ = false;  // all lse are finite, and the score is a maximum
+  uint32_t waits_ = 0;
+};
+
+}  // namespace prehoc::cuda
