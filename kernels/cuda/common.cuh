@@ -109,6 +109,18 @@ __device__ inline uint32_t LoadAcquire(const uint32_t* p) {
   return value;
 }
 
+// Copies 4, 8 or 16 bytes from global to shared memory without registers; they are there, for this thread, after WaitForCopies().
+template <int BYTES>
+__device__ inline void CopyAsync(void* to, const void* from) {
+  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  if constexpr (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(BYTES) : "memory");
+  }
+}
+__device__ inline void WaitForCopies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // --- clusters: blocks that run at once and reach each other's shared memory (sm_90) --------------------------------------------------
 // All threads of all blocks arrive, then wait; what was written before, in shared or global memory, is seen after.
 __device__ inline void ClusterArrive() {

@@ -127,7 +127,7 @@ class BlockScan {
   using Logits = typename LaneWords<kLaneTokens>::Logits;
 
  public:
-  // `header` [4 D bytes] of shared memory of this warp.
+  // `header` [2, 4 D bytes] of shared memory of this warp.
   __device__ BlockScan(int pages_at, const uint4* steps, const QueryScale& scale, bool norms, std::byte* header, int lane)
       : steps_(steps), scale_(scale), header_(header), pages_at_(pages_at), lane_(lane), norms_(norms) {}
 
@@ -137,19 +137,22 @@ class BlockScan {
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) LoadPiece(block, 0, pair);
   }
-  // The logits of `block`, which was asked for; asks for `next`, if it is not null. For each piece
+  // The head of the block that was asked for is there; so is all else that this warp asked for by CopyAsync().
+  __device__ void Arrive() {
+    WaitForCopies();
+    __syncwarp();
+  }
+  // After Arrive(): the logits of `block`, which was asked for; asks for `next`, if it is not null. For each piece
   //   emit(at, z), and with errors emit_error(at, err): lane (g, j) has those of head j at tokens `at` .. of the block.
   template <class Emit, class EmitError>
   __device__ void Run(const std::byte* block, const std::byte* next, Emit&& emit, EmitError&& emit_error) {
     const int g = lane_ / 4, j = lane_ % 4;
     const bool rest = g % 2 != 0;
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < S::kHeaderPieces; ++i) {
-      if (HasHeader(i)) *reinterpret_cast<uint4*>(header_ + 16 * (lane_ + i * kWarp)) = header_words_[i];
+    const std::byte* const head = header_ + half_;
+    if (next != nullptr) {
+      half_ ^= static_cast<int>(S::kHeaderBytes);
+      LoadHeader(next);
     }
-    __syncwarp();
-    if (next != nullptr) LoadHeader(next);
     float base[S::kFields][4] = {};
     float sum[kPairs][kLaneTokens / 2][4] = {};
     float magnitude[S::kFields][4] = {}, spread[S::kFields][4] = {};  // of |lo|, of steps
@@ -162,7 +165,7 @@ class BlockScan {
       for (int m = 0; m < S::kPassPlanes; ++m) {
         uint32_t lo[S::kFields][2] = {}, step[S::kFields][2] = {};
         if (Exists(plane0, m)) {
-          const std::byte* const at = header_ + 2 * S::kWordChannels * (plane0 + 4 * m);
+          const std::byte* const at = head + 2 * S::kWordChannels * (plane0 + 4 * m);
           LoadQuads(at, lo);
           LoadQuads(at + 2 * D, step);
         }
@@ -266,7 +269,7 @@ class BlockScan {
   __device__ void LoadHeader(const std::byte* block) {
 #pragma unroll
     for (int i = 0; i < S::kHeaderPieces; ++i) {
-      if (HasHeader(i)) header_words_[i] = LoadOnce(reinterpret_cast<const uint4*>(block) + lane_ + i * kWarp);
+      if (HasHeader(i)) CopyAsync<16>(header_ + half_ + 16 * (lane_ + i * kWarp), block + 16 * (lane_ + i * kWarp));
     }
   }
   __device__ void LoadPiece(const std::byte* block, int pass, int pair) {
@@ -315,7 +318,7 @@ class BlockScan {
   std::byte* const header_;
   const int pages_at_, lane_;
   const bool norms_;
-  uint4 header_words_[S::kHeaderPieces] = {};
+  int half_ = 0;  // of header_: where the block that was asked for last has its head
   Piece word_[kPairs][S::kPassPlanes] = {};
 };
 
@@ -354,7 +357,7 @@ template <int D, int BITS, int PAGES, bool WITH_ERROR>
 __device__ inline void ScanBlocks(const ScanArgs& args, const ScanTask& task, int first, int32_t coded, const uint4* steps, const QueryScale& scale,
                                   std::byte* header) {
   constexpr int32_t kTokens = PAGES * kCodePageTokens;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x % kWarp), warp = static_cast<int>(threadIdx.x / kWarp);
   const int32_t warps = static_cast<int32_t>(gridDim.x) * (kScanThreads / kWarp), me = static_cast<int32_t>(blockIdx.x) * (kScanThreads / kWarp) + warp;
   const int block_bytes = static_cast<int>(args.layout.bytes);
   const bool mine = first + lane % 4 < args.group;
@@ -373,6 +376,7 @@ __device__ inline void ScanBlocks(const ScanArgs& args, const ScanTask& task, in
     const auto emit_error = [&](int token, const auto& err) {
       if (mine) *reinterpret_cast<std::decay_t<decltype(err)>*>(task.err + row + at + token) = err;
     };
+    scan.Arrive();
     scan.Run(block, next, emit, emit_error);
     block = next;
   }
@@ -381,12 +385,12 @@ __device__ inline void ScanBlocks(const ScanArgs& args, const ScanTask& task, in
 template <int D, int BITS>
 __global__ void __launch_bounds__(kScanThreads, 1) ScanKernel(const __grid_constant__ ScanArgs args) {
   __shared__ __align__(16) std::byte step_bytes[CodeShape<D, BITS>::kQueryBytes];
-  __shared__ __align__(16) std::byte headers[kScanThreads / kWarp][CodeShape<D, BITS>::kHeaderBytes];
+  __shared__ __align__(16) std::byte headers[kScanThreads / kWarp][2 * CodeShape<D, BITS>::kHeaderBytes];
   __shared__ QueryScale scale;
   const ScanTask task = args.tasks[blockIdx.y];
   WaitForEarlierWork();
   LetLaterWorkLaunch();
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x % kWarp), warp = static_cast<int>(threadIdx.x / kWarp);
   const int first = static_cast<int>(blockIdx.z) * kScanHeads;
   const int32_t n = *task.source.n, tokens = args.format.group_tokens;
   if (n < 0 || n > args.max_n) {

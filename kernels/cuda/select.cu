@@ -58,7 +58,7 @@ void MakeTeams(int tasks, int32_t max_n, const DeviceLimits& limits, Plan* plan)
 }
 
 // Each block keeps what fits in its shared memory.
-Status MakePlan(int32_t num_tasks, int32_t max_n, bool scans, size_t code_bytes, std::byte* workspace, Plan* plan) {
+Status MakePlan(int32_t num_tasks, int32_t max_n, bool scans, size_t scan_bytes, std::byte* workspace, Plan* plan) {
   PREHOC_ASSIGN_OR_RETURN(const DeviceLimits limits, CurrentLimits());
   SelectArgs& args = plan->args;
   MakeTeams(std::max(num_tasks, 1), max_n, limits, plan);
@@ -68,7 +68,7 @@ Status MakePlan(int32_t num_tasks, int32_t max_n, bool scans, size_t code_bytes,
   args.chunk = static_cast<int32_t>(std::max<int64_t>(1, CeilDiv(max_n, int64_t{64} * args.team_blocks)) * 64);
   args.z_stride = args.chunk + 8;  // heads 32 bytes apart: a warp's stores of one piece meet no bank twice
   const auto chunk = static_cast<size_t>(args.chunk), group = static_cast<size_t>(args.group);
-  const size_t fixed = code_bytes + TeamMember::CommonBytes(args) + 4096;  // and what the kernel declares itself
+  const size_t fixed = scan_bytes + TeamMember<0>::CommonBytes(args) + 4096;  // and what the kernel declares itself
   const size_t z_bytes = scans ? group * static_cast<size_t>(args.z_stride) * 4 : 0;
   const auto room = static_cast<size_t>(limits.block_shared_bytes);
   args.z_in_shared = scans && fixed + z_bytes <= room;
@@ -95,8 +95,9 @@ Status MakePlan(int32_t num_tasks, int32_t max_n, bool scans, size_t code_bytes,
   args.outside = reinterpret_cast<Mass*>(part(team_count * kMaxTeam * group * sizeof(Mass)));
   args.z = reinterpret_cast<float*>(part(args.z_in_shared ? 0 : blocks * z_bytes));
   const size_t listed = args.bars ? blocks * static_cast<size_t>(args.list_room) : 0;
-  args.list_z = reinterpret_cast<float4*>(part(listed * sizeof(float4)));
+  args.list_z = reinterpret_cast<float*>(part(listed * kScanHeads * sizeof(float)));
   args.list_at = reinterpret_cast<uint32_t*>(part(listed * sizeof(uint32_t)));
+  args.list_key = reinterpret_cast<uint32_t*>(part(listed * sizeof(uint32_t)));
   plan->bytes = at;
   return {};
 }
@@ -126,9 +127,12 @@ Result<Plan> PlanOf(const SelectParams& params) {
   plan.args.rule = params.rule;
   plan.args.dilate = params.dilate;
   plan.args.restarts = params.restarts;
-  // At most: the query, and of each warp the head of a code block.
-  const size_t code_bytes = static_cast<size_t>(params.head_dim) / 8 * (kWarp / 2) * sizeof(uint4) + size_t{4} * static_cast<size_t>(params.head_dim) * kSelectWarps;
-  PREHOC_RETURN_IF_ERROR(MakePlan(params.num_tasks, params.max_n, true, code_bytes, params.workspace, &plan));
+  size_t scan_bytes = 0;
+  PREHOC_RETURN_IF_ERROR(DispatchHeadDim(params.head_dim, [&](auto d) {
+    scan_bytes = ScanMemory<d(), 8>::kBytes;  // the most
+    return Status{};
+  }));
+  PREHOC_RETURN_IF_ERROR(MakePlan(params.num_tasks, params.max_n, true, scan_bytes, params.workspace, &plan));
   return plan;
 }
 

@@ -26,7 +26,7 @@ class Selector : public BarSelector<D, BITS> {
     size_t bytes = 0;
     if (args.keep_keys) bytes += static_cast<size_t>(args.chunk) * 4;
     if (args.z_in_shared) bytes += static_cast<size_t>(args.group) * static_cast<size_t>(args.z_stride) * 4;
-    return Base::ScanBytes(args) + std::max(bytes, Base::ListBytes(args));
+    return Base::CommonBytes(args) + std::max(bytes, Base::ListBytes(args));
   }
 
   using Base::Base;
@@ -44,11 +44,9 @@ class Selector : public BarSelector<D, BITS> {
     }
     if (!this->Divide()) return;
     if constexpr (kScans) {
-      if (this->ChooseByBars()) return;
-      if (!this->settled_) {
+      if (this->TakesBars()) {
+        if (this->ChooseByBars()) return;
         if (Leads() && threadIdx.x == 0 && args_.restarts != nullptr) atomicAdd(args_.restarts, 1);
-        Wait();
-        this->settled_ = true;
       }
       ScanOwn();
     } else {
@@ -151,6 +149,7 @@ class Selector : public BarSelector<D, BITS> {
           }
         }
       };
+      scan.Arrive();
       scan.Run(block, next, emit, [](int, const auto&) {});
       block = next;
     }
@@ -179,21 +178,19 @@ class Selector : public BarSelector<D, BITS> {
     if (lane() == 0) *PartOf(parts, h, block_) = mass;
   }
   // --- 2
-  __device__ float HeadScore(int h, float z) const {
+  static __device__ float HeadScore(GroupRule rule, float lse, float z) {
     if (isnan(z) || z == -Infinity()) return -Infinity();
-    if (z == Infinity()) return z;
-    if (args_.rule == GroupRule::kMaxLogit) return z;
-    return isnan(lse()[h]) ? -Infinity() : z - lse()[h];
+    if (z == Infinity() || rule == GroupRule::kMaxLogit) return z;
+    return isnan(lse) ? -Infinity() : z - lse;
   }
-  // Any rule, any numbers. Out of the way: code that is run once costs the time to fetch it.
-  __device__ __noinline__ float Score(int32_t at) const {
-    const float* const z = z_ + at;
+  // Any rule, any numbers. Out of the way: code that is run once costs the time to fetch it. Not a member: whose address a call needs lies in memory.
+  static __device__ __noinline__ float Score(GroupRule rule, int group, const float* lse, const float* z, int64_t stride) {
     float most = -Infinity();
-    for (int h = 0; h < args_.group; ++h) most = fmaxf(most, HeadScore(h, z[h * z_stride_]));
-    if (args_.rule != GroupRule::kMeanWeight || isinf(most)) return most;
+    for (int h = 0; h < group; ++h) most = fmaxf(most, HeadScore(rule, lse[h], z[h * stride]));
+    if (rule != GroupRule::kMeanWeight || isinf(most)) return most;
     float sum = 0;
-    for (int h = 0; h < args_.group; ++h) sum += __expf(HeadScore(h, z[h * z_stride_]) - most);
-    return most + __logf(sum / static_cast<float>(args_.group));
+    for (int h = 0; h < group; ++h) sum += __expf(HeadScore(rule, lse[h], z[h * stride]) - most);
+    return most + __logf(sum / static_cast<float>(group));
   }
   // Of four own positions by a rule that takes the maximum, where every logit is a number or -inf.
   __device__ static float4 MostOf(const float* z, int stride, int group, const float* offset) {
@@ -230,7 +227,7 @@ class Selector : public BarSelector<D, BITS> {
       return most;
     }
 #pragma unroll 1
-    for (int t = 0; t < 4; ++t) most = {most.y, most.z, most.w, Score(min(at + t, end_ - begin_ - 1))};
+    for (int t = 0; t < 4; ++t) most = {most.y, most.z, most.w, Score(args_.rule, args_.group, lse(), z_ + min(at + t, end_ - begin_ - 1), z_stride_)};
     return most;
   }
   // Keys of four own positions; 0 where a position is no candidate. `at` is a multiple of 4.

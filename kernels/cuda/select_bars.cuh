@@ -1,38 +1,52 @@
-// Choice without keeping logits: only what reaches a bar can be among the first k.
+// A scan that keeps no logits: only what reaches a bar can be among the first k.
 //
 // A team of blocks takes a task, each block a contiguous part of the positions, each warp a run of it:
 //   1. the first code blocks of every run are a sample of the task: a histogram of each head's logits
 //      -- wait --
 //   2. from it for each head a bar that somewhat more than k eligible positions reach. The rest is scanned: where a head reaches its bar, the
 //      position is listed with all heads' logits; of everything else only the mass is added up
-//      -- wait --
-//   3. lse_all. Each block scores the list of the whole team and finds rank k in it; its own part of the choice is what it writes
-// What is not listed scores less than (bar - lse) of some head. If that is below the score of rank k, the choice is that of all positions, to the
-// last tie; if it is not (a sample that misled), or if the list is too long, the team starts anew and keeps all logits (select.cuh).
+// The choice is then made among what is listed (select.cuh). What is not scores less than (bar - lse) of every head: if that is below the score
+// of rank k, the choice is that of all positions, to the last tie. If it is not (a sample that misled), or if a list is full, the team starts anew
+// and keeps all logits.
 #pragma once
 #include "kernels/cuda/select_team.cuh"
 
 namespace prehoc::cuda {
 
+// Shared memory of a scan: heads of code blocks and q; of each warp what it needs beside the codes, of each thread a mass.
 template <int D, int BITS>
-struct QuerySize {
-  static constexpr size_t kBytes = CodeShape<D, BITS>::kQueryBytes;
+struct ScanMemory {
+  static constexpr int32_t kTokens = 64;                 // of a code block; others are not taken this way
+  static constexpr size_t kHeaderBytes = size_t{8} * D;  // of two code blocks of a warp
+  static constexpr size_t kSteps = kSelectWarps * kHeaderBytes;
+  static constexpr size_t kWords = kSteps + CodeShape<D, BITS>::kQueryBytes;
+  static constexpr size_t kScores = kWords + size_t{16} * kSelectWarps;
+  static constexpr size_t kMasses = kScores + size_t{8} * kTokens * kSelectWarps;
+  static constexpr size_t kBytes = kMasses + size_t{8} * kSelectThreads;
 };
 template <int D>
-struct QuerySize<D, 0> {
-  static constexpr size_t kBytes = 0;
+struct ScanMemory<D, 0> {
+  static constexpr int32_t kTokens = 64;
+  static constexpr size_t kHeaderBytes = 0, kSteps = 0, kWords = 0, kScores = 0, kMasses = 0, kBytes = 0;
 };
 
 template <int D, int BITS>
-class BarSelector : public TeamMember {
+class BarSelector : public TeamMember<ScanMemory<D, BITS>::kBytes> {
+  using M = ScanMemory<D, BITS>;
+  using Base = TeamMember<M::kBytes>;
+
+ protected:
+  using Base::args_, Base::rule_, Base::team_, Base::block_, Base::team_index_, Base::n_, Base::chunk_, Base::begin_, Base::end_, Base::sinks_;
+  using Base::lo_, Base::hi_, Base::best_, Base::simple_, Base::lane, Base::warp, Base::own_bins, Base::fixed, Base::kept_words, Base::lse;
+  using Base::level, Base::room, Base::Wait, Base::Leads, Base::PartOf, Base::TeamMass, Base::JoinMass, Base::ForFirst, Base::Write;
+
  public:
-  static constexpr int32_t kTokens = 64;      // of a code block; others are not taken this way
+  using Base::Base, Base::CommonBytes;
+  static constexpr int32_t kTokens = M::kTokens;
   static constexpr int kMostSamples = 4;
   static constexpr int kHeadBins = kBins / kScanHeads;
   static constexpr float kSampleBinsPerNat = 4;  // the bins reach 64 nats to both sides of 0
 
-  // Behind the common part: heads of code blocks, q, and what a way to choose needs.
-  static __host__ __device__ size_t ScanBytes(const SelectArgs& args) { return CommonBytes(args) + kSelectWarps * kHeaderBytes + kQueryBytes; }
   static __host__ __device__ int SampleStride(const SelectArgs& args) { return (args.most_samples * kSelectWarps + 1) * kTokens + 8; }
   static size_t ListBytes(const SelectArgs& args) {
     const size_t sample = size_t{kScanHeads} * static_cast<size_t>(SampleStride(args)) * 4, list = size_t{2 * kMostListed + kListRoom} * 4;
@@ -40,29 +54,28 @@ class BarSelector : public TeamMember {
   }
 
  protected:
-  using TeamMember::TeamMember;
-  static constexpr size_t kQueryBytes = QuerySize<D, BITS>::kBytes;
-  static constexpr size_t kHeaderBytes = size_t{4} * D;  // of the code block of a warp
+  __device__ std::byte* header() const { return fixed() + warp() * M::kHeaderBytes; }
+  __device__ uint4* steps() const { return reinterpret_cast<uint4*>(fixed() + M::kSteps); }
 
-  __device__ std::byte* header() const { return Memory() + CommonBytes(args_) + warp() * kHeaderBytes; }
-  __device__ uint4* steps() const { return reinterpret_cast<uint4*>(Memory() + CommonBytes(args_) + kSelectWarps * kHeaderBytes); }
-  __device__ std::byte* room() const { return Memory() + ScanBytes(args_); }
-
-  // False: nothing is chosen, and all blocks of the team say so. The next task that writes to `parts` at once has to Wait() before.
+  // Whether the task may be scanned this way: the same in all blocks of the team.
+  __device__ bool TakesBars() const {
+    return args_.bars && rule_->k > 0 && chunk_ >= 2 * kSelectWarps * kTokens && (hi_ - lo_) / 8 >= rule_->k &&
+           (rule_->pooled == nullptr || rule_->pool_level != nullptr);  // lse_all comes too late for pooled scores
+  }
+  // The choice of a task that may be. False: nothing is chosen, all blocks of the team say so, and what they share is as it was.
   __device__ bool ChooseByBars() {
-    const int32_t k = rule_->k, middle = hi_ - lo_;
-    if (!args_.bars || k <= 0 || chunk_ < 2 * kSelectWarps * kTokens || middle / 8 < k) return false;
-    if (rule_->pooled != nullptr && rule_->pool_level == nullptr) return false;  // by lse_all, which comes too late
     parity_ ^= 1;
-    settled_ = false;
-    const bool barred = ScanByBars(k);
+    const bool barred = ScanByBars(rule_->k);
     Wait();
     if (Leads()) {  // all have read it
       for (int i = static_cast<int>(threadIdx.x); i < kBins + 4; i += kSelectThreads) team_->sample[parity_][i] = 0;
     }
-    if (!barred) return false;
-    JoinMass();
-    return ChooseListed(static_cast<uint32_t>(k));
+    if (barred) {
+      JoinMass();
+      if (simple_ && ChooseListed(static_cast<uint32_t>(rule_->k))) return true;
+    }
+    Wait();  // who starts anew writes what others may still read
+    return false;
   }
 
   // The largest of the heads' logits above `level`, of four positions; lane j of a quad, which has head j's, gets that of position j.
@@ -79,205 +92,257 @@ class BarSelector : public TeamMember {
   }
 
   const ScanSource* source_ = nullptr;
-  bool settled_ = true;  // no block may still read what this one writes next
 
  private:
   struct Shared {
+    const uint64_t* resident;
+    float* pooled;
+    int32_t lo, hi, sinks;
+    bool anew;
     uint32_t sampled;  // positions of the middle
     uint32_t listed;   // by this block
     int misled;
-    float bar[kScanHeads], bar_missing[kScanHeads];  // of what is resident, and of what is not
     uint32_t starts[kMaxTeam + 1];  // of the blocks' lists in that of the team
     bool too_long;
-    uint32_t members, before;
-    uint32_t found[3], edge[2];
+    uint32_t members, before;       // of the class that is decided one by one; kept by the blocks before
+    int bin;                        // of rank k: how many are above and inside, its first key and that of the next
+    uint32_t above, inside, edge[2];
+    float bar[kScanHeads], bar_missing[kScanHeads];  // of what is resident, and of what is not
   };
   static __device__ Shared& shared() {
     __shared__ Shared s;
     return s;
   }
   __device__ float* sample_z(int h) const { return reinterpret_cast<float*>(room()) + h * SampleStride(args_); }
+  __device__ float* tail_z(int h) const { return sample_z(h) + args_.most_samples * kSelectWarps * kTokens; }
+  __device__ float* list_z(int block, int h) const { return args_.list_z + ListOf(block) * kScanHeads + h * args_.list_room; }
+  // The team's, in shared memory.
   __device__ uint32_t* keys() const { return reinterpret_cast<uint32_t*>(room()); }                  // [kMostListed]
   __device__ int32_t* positions() const { return reinterpret_cast<int32_t*>(keys() + kMostListed); }  // [kMostListed]
   __device__ uint32_t* entries() const { return keys() + 2 * kMostListed; }                          // [kListRoom] of members
   __device__ int64_t ListOf(int block) const { return (int64_t{team_index_} * args_.team_blocks + block) * args_.list_room; }
 
   // --- 1, 2
-  // What a lane knows while it scans: of head lane % 4.
-  struct Lane {
-    float bar, bar_missing;
-    Mass listed, other;
-  };
+  // The scan needs all registers for products: what it uses beside is in shared memory, and loaded anew each time.
+  template <class T>
+  static __device__ T Fresh(const T& x) {
+    return *const_cast<const volatile T*>(&x);
+  }
+  __device__ bool HasHead() const { return lane() % 4 < args_.group; }
+  // Of a warp: the words of residents and the pooled scores of the code block that is scanned, and of the next.
+  __device__ uint64_t* side_word(int32_t at) const { return reinterpret_cast<uint64_t*>(fixed() + M::kWords) + 2 * warp() + at / kTokens % 2; }
+  __device__ float* side_scores(int32_t at) const { return reinterpret_cast<float*>(fixed() + M::kScores) + (2 * warp() + at / kTokens % 2) * kTokens; }
+  __device__ float2* edge_mass() const { return reinterpret_cast<float2*>(fixed() + M::kMasses) + threadIdx.x; }  // of a thread: sinks and local
+  __device__ void FetchSide(int32_t at) const {
+    const uint64_t* const resident = Fresh(shared().resident);
+    if (resident != nullptr && lane() == 0) CopyAsync<8>(side_word(at), resident + at / kTokens);
+    const float* const pooled = Fresh(shared().pooled);
+    if (pooled != nullptr) CopyAsync<4>(side_scores(at) + lane(), pooled + at + lane()), CopyAsync<4>(side_scores(at) + 32 + lane(), pooled + at + 32 + lane());
+  }
+
   // Four positions from `i` on, a lane's own: which are of the middle.
-  __device__ uint32_t OfMiddle(int32_t i) const {
-    const auto before = static_cast<uint32_t>(min(max(lo_ - i, 0), 4)), within = static_cast<uint32_t>(min(max(hi_ - i, 0), 4));
+  static __device__ uint32_t OfMiddle(int32_t i) {
+    const auto before = static_cast<uint32_t>(min(max(Fresh(shared().lo) - i, 0), 4)), within = static_cast<uint32_t>(min(max(Fresh(shared().hi) - i, 0), 4));
     return (15u << before) & ((1u << within) - 1);
   }
   __device__ static float Of(const float4& z, int t) { return t == 0 ? z.x : t == 1 ? z.y : t == 2 ? z.z : z.w; }
 
-  __device__ void Sample(int32_t i, const float4& z, uint32_t resident, float* to) {
-    const int j = lane() % 4;
-    if (j >= args_.group) return;
+  // Lane (g, j) pools the score of position i + j, where i is the first of its quad's four.
+  __device__ void Pool(int32_t i, const float4& z, float old) const {
+    const float score = PooledScore(z);
+    float* const pooled = Fresh(shared().pooled) + i + lane() % 4;
+    if ((OfMiddle(i) >> (lane() % 4)) & 1) *pooled = Fresh(shared().anew) ? score : fmaxf(score, old);
+  }
+  __device__ void Sample(int32_t i, const float4& z, uint32_t resident, float* to) const {
+    if (!HasHead()) return;
     *reinterpret_cast<float4*>(to) = z;
     const uint32_t counts = resident & OfMiddle(i);
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
       const int bin = min(max(__float2int_rd(Of(z, t) * kSampleBinsPerNat) + kHeadBins / 2, 0), kHeadBins - 1);
-      if ((counts >> t) & 1) atomicAdd(own_bins() + j * kHeadBins + bin, 1u);
+      if ((counts >> t) & 1) atomicAdd(own_bins() + lane() % 4 * kHeadBins + bin, 1u);
     }
   }
-  // Lists what reaches a bar; the masses of this, and of all else in sight.
-  __device__ void Take(int32_t i, const float4& z, uint32_t resident, bool whole, Lane* of) {
+  // Lists what reaches a bar; the mass of all else in the middle goes to `other`. Not `whole`: some of the positions may not be of the middle.
+  __device__ void Take(int32_t i, const float4& z, uint32_t resident, bool whole, Mass* other) const {
     const int j = lane() % 4;
-    uint32_t passes = 0, missing = 0;
-#pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      passes |= (Of(z, t) >= of->bar ? 1u : 0u) << t;
-      missing |= (Of(z, t) >= of->bar_missing ? 1u : 0u) << t;
-    }
-    passes = (passes & resident) | missing;
+    const float bar = Fresh(shared().bar[j]), bar_missing = Fresh(shared().bar_missing[j]);
+    uint32_t passes = (z.x >= bar ? 1u : 0u) | (z.y >= bar ? 2u : 0u) | (z.z >= bar ? 4u : 0u) | (z.w >= bar ? 8u : 0u);
+    passes &= resident;
+    passes |= (z.x >= bar_missing ? 1u : 0u) | (z.y >= bar_missing ? 2u : 0u) | (z.z >= bar_missing ? 4u : 0u) | (z.w >= bar_missing ? 8u : 0u);
     passes |= __shfl_xor_sync(kAllLanes, passes, 1);
     passes |= __shfl_xor_sync(kAllLanes, passes, 2);
-    uint32_t others = 15u;
+    uint32_t others = ~passes;
     if (!whole) {
       const uint32_t middle = OfMiddle(i);
-      passes &= middle;
+      passes &= middle, others &= middle;
+      if (middle != 15u && HasHead()) {
+        float2* const mass = edge_mass();
+        Mass sum{mass->x, mass->y};
 #pragma unroll
-      for (int t = 0; t < 4; ++t) {
-        if (((middle >> t) & 1) != 0) continue;
-        if (InSight(i + t)) AddLogit(&of->listed, Of(z, t));  // attended to in any case
-        others &= ~(1u << t);
+        for (int t = 0; t < 4; ++t) {
+          if (((middle >> t) & 1) == 0 && (i + t < Fresh(shared().sinks) || i + t >= Fresh(shared().lo))) AddLogit(&sum, Of(z, t));
+        }
+        *mass = {sum.most, sum.sum};
       }
     }
-    others &= ~passes;
     const float none = -Infinity();
-    AddLogits(&of->other, float4{(others & 1) != 0 ? z.x : none, (others & 2) != 0 ? z.y : none, (others & 4) != 0 ? z.z : none, (others & 8) != 0 ? z.w : none});
-    if (!__any_sync(kAllLanes, passes != 0)) return;
-    uint32_t of_token[4], total = 0;
-#pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      of_token[t] = __ballot_sync(kAllLanes, j == 0 && ((passes >> t) & 1) != 0);
-      total += __popc(of_token[t]);
-    }
+    AddLogits(other, float4{(others & 1) != 0 ? z.x : none, (others & 2) != 0 ? z.y : none, (others & 4) != 0 ? z.z : none, (others & 8) != 0 ? z.w : none});
+    // Lane j of a quad speaks for token j.
+    const uint32_t listed = __ballot_sync(kAllLanes, ((passes >> j) & 1) != 0);
+    if (listed == 0) return;
     uint32_t entry = 0;
-    if (lane() == 0) entry = atomicAdd(&shared().listed, total);
+    if (lane() == 0) entry = atomicAdd(&shared().listed, static_cast<uint32_t>(__popc(listed)));
     entry = __shfl_sync(kAllLanes, entry, 0);
-    const uint32_t lower = (1u << (lane() - j)) - 1;  // lanes of the quads before
-    const int64_t list = ListOf(block_);
-#pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      const uint32_t at = entry + __popc(of_token[t] & lower);
-      entry += __popc(of_token[t]);
-      if (((passes >> t) & 1) == 0) continue;
-      if (j < args_.group) AddLogit(&of->listed, Of(z, t));
-      if (at >= static_cast<uint32_t>(args_.list_room)) continue;
-      reinterpret_cast<float*>(args_.list_z + list + at)[j] = j < args_.group ? Of(z, t) : none;
-      if (j == 0) args_.list_at[list + at] = static_cast<uint32_t>(i + t) | ((resident >> t) & 1) << 31;
-    }
+    const auto room = static_cast<uint32_t>(args_.list_room);
+    float* const to = list_z(block_, j);
+    const uint32_t before = (1u << (lane() - j)) - 1;  // lanes of the quads before
+    uint32_t at = entry + __popc(listed & before);
+    if ((passes & 1) != 0 && at < room) to[at] = z.x;
+    at += passes & 1;
+    if ((passes & 2) != 0 && at < room) to[at] = z.y;
+    at += (passes >> 1) & 1;
+    if ((passes & 4) != 0 && at < room) to[at] = z.z;
+    at += (passes >> 2) & 1;
+    if ((passes & 8) != 0 && at < room) to[at] = z.w;
+    at = entry + __popc(listed & ((1u << lane()) - 1));
+    if (((passes >> j) & 1) != 0 && at < room) args_.list_at[ListOf(block_) + at] = static_cast<uint32_t>(i + j) | ((resident >> j) & 1) << 31;
   }
 
   // The sample, the bars, the rest: lists, and masses to `parts` (all) and `outside` (what is not listed). False without bars.
   __device__ bool ScanByBars(int32_t k) {
     __shared__ QueryScale scale;
-    const int g = lane() / 4, j = lane() % 4;
     const int32_t coded = n_ / kTokens * kTokens, coded_end = min(end_, coded), run = (chunk_ / kTokens + kSelectWarps - 1) / kSelectWarps;
-    const int32_t samples = min((run + 7) / 8, args_.most_samples), tail_at = args_.most_samples * kSelectWarps * kTokens;
-    reinterpret_cast<uint4*>(own_bins())[threadIdx.x] = uint4{};
-    if (threadIdx.x == 0) shared().sampled = shared().listed = 0;
-    if (warp() == 0) PrepareQuery<D, BITS>(source_->q, 0, args_.group, lane(), steps(), &scale);
+    const int32_t samples = min((run + 7) / 8, args_.most_samples);
     const bool has_tail = end_ > max(begin_, coded);  // one block: its part ends with less than a code block
+    reinterpret_cast<uint4*>(own_bins())[threadIdx.x] = uint4{};
+    *edge_mass() = {-Infinity(), 0};
+    if (threadIdx.x < kScanHeads) shared().bar[threadIdx.x] = shared().bar_missing[threadIdx.x] = NotANumber();  // never reached
+    if (threadIdx.x == 0) {
+      Shared& s = shared();
+      s.sampled = s.listed = 0;
+      s.resident = rule_->resident, s.pooled = rule_->pooled, s.anew = rule_->pool_reset != 0;
+      s.lo = lo_, s.hi = hi_, s.sinks = sinks_;
+    }
+    if (lane() == 0) *side_word(0) = *side_word(kTokens) = ~uint64_t{0};  // without residents all are
+    if (warp() == 0) PrepareQuery<D, BITS>(source_->q, 0, args_.group, lane(), steps(), &scale);
     for (int t = warp(); has_tail && t < kTokens; t += kSelectWarps) {
       const int32_t i = coded + t;
       const std::byte* row = static_cast<const std::byte*>(source_->rows) + int64_t{i % source_->ring_rows} * (4 * D);
       for (int h = 0; h < args_.group; ++h) {
         const float z = i < end_ ? RowLogit<D>(args_.type, source_->q + h * D, row, lane()).x : -Infinity();
-        if (lane() == 0) sample_z(h)[tail_at + t] = z;
+        if (lane() == 0) tail_z(h)[t] = z;
       }
     }
     __syncthreads();
 
-    const uint64_t* const resident = rule_->resident;
-    float* const pooled = rule_->pooled;
-    const bool anew = rule_->pool_reset != 0;
     const int block_bytes = static_cast<int>(args_.layout.bytes);
-    const int32_t first = begin_ + warp() * run * kTokens, stop = min(first + run * kTokens, coded_end);
-    const auto words_of = [&](int32_t at) { return resident != nullptr ? resident[at / kTokens] : ~uint64_t{0}; };
-    const auto bits_of = [&](uint64_t word, int token) { return static_cast<uint32_t>(word >> token) & 15u; };
-    const auto in_middle = [&](int32_t i) { return i >= lo_ && i < hi_; };
-    // Lane (g, j) keeps the pooled score of position i + j, where i is the first of its quad's four.
-    const auto old_score = [&](int32_t i) { return pooled != nullptr && !anew && in_middle(i + j) ? pooled[i + j] : -Infinity(); };
-    const auto pool = [&](int32_t i, const float4& z, float old) {
-      const float score = fmaxf(PooledScore(z), old);
-      if (in_middle(i + j)) pooled[i + j] = score;
-    };
-    float* const my_sample = sample_z(min(j, kScanHeads - 1)) + warp() * samples * kTokens;
-
-    Lane of{0, 0, NoMass(), NoMass()};
+    int32_t at = begin_ + warp() * run * kTokens;
+    const int32_t stop = min(at + run * kTokens, coded_end);
+    int32_t unsampled = at + samples * kTokens;  // below it is the sample, until the bars stand
+    float* to = sample_z(lane() % 4) + warp() * samples * kTokens - at;
+    Mass other = NoMass();
     BlockScan<D, BITS, kTokens / kCodePageTokens, false> scan(static_cast<int>(args_.layout.pages), steps(), scale, false, header(), lane());
-    const std::byte* block = source_->blocks + int64_t{first / kTokens} * block_bytes;
-    if (first < stop) scan.Start(block);
-    int32_t at = first;
+    const std::byte* block = source_->blocks + int64_t{at / kTokens} * block_bytes;
+    if (at < stop) {
+      scan.Start(block);
+      FetchSide(at);
+    }
 #pragma unroll 1
-    for (int32_t i = 0;; ++i, at += kTokens) {
-      if (i == samples) {
+    for (;; at += kTokens) {
+      if (at == unsampled) {
+        PrefetchBlocks(block + block_bytes, stop - at - kTokens);
         if (!SetBars(k)) return false;
-        of.bar = j < args_.group ? shared().bar[j] : NotANumber(), of.bar_missing = j < args_.group ? shared().bar_missing[j] : NotANumber();  // never reached
-#pragma unroll 1
-        for (int32_t s = 0; s <= samples; ++s) {  // a lane finds what it stored itself; last, the tail
-          const bool tail = s == samples;
-          const int32_t from = tail ? coded : first + s * kTokens;
-          if (tail ? !has_tail || warp() != 0 : from >= stop) continue;
-          const uint64_t word = words_of(from);
-#pragma unroll 1
-          for (int token = 4 * g; token < kTokens; token += 32) {
-            const float4 z = *reinterpret_cast<const float4*>(tail ? sample_z(j) + tail_at + token : my_sample + s * kTokens + token);
-            if (tail && pooled != nullptr) pool(from + token, z, old_score(from + token));
-            Take(from + token, z, bits_of(word, token), false, &of);
-          }
-        }
+        TakeSample(at - samples * kTokens, min(at, stop), to, coded, has_tail, &other);
       }
       if (at >= stop) {
-        if (i >= samples) break;
+        if (at >= unsampled) break;
         continue;
       }
-      const std::byte* const next = at + kTokens < stop ? block + block_bytes : nullptr;
-      const uint64_t word = words_of(at);
-      const float old[2] = {old_score(at + 4 * g), old_score(at + 32 + 4 * g)};
-      const bool whole = at >= lo_ && at + kTokens <= hi_;
-      if (i < samples && lane() == 0) {
-        atomicAdd(&shared().sampled, static_cast<uint32_t>(max(min(at + kTokens, hi_) - max(at, lo_), 0)));
+      scan.Arrive();
+      const std::byte* next = nullptr;
+      if (at + kTokens < stop) {
+        next = block + block_bytes;
+        FetchSide(at + kTokens);
+      }
+      if (at < unsampled && lane() == 0) {
+        atomicAdd(&shared().sampled, static_cast<uint32_t>(max(min(at + kTokens, Fresh(shared().hi)) - max(at, Fresh(shared().lo)), 0)));
       }
       const auto emit = [&](int token, const auto& z) {
-        if (pooled != nullptr) pool(at + token, z, token < 32 ? old[0] : old[1]);
-        if (i < samples) {
-          Sample(at + token, z, bits_of(word, token), my_sample + i * kTokens + token);
+        if (Fresh(shared().pooled) != nullptr) Pool(at + token, z, Fresh(side_scores(at)[token / 32 * 32 + lane()]));
+        const uint32_t resident = static_cast<uint32_t>(Fresh(*side_word(at)) >> token) & 15u;
+        if (at < unsampled) {
+          Sample(at + token, z, resident, to + at + token);
         } else {
-          Take(at + token, z, bits_of(word, token), whole, &of);
+          Take(at + token, z, resident, at >= Fresh(shared().lo) && at + kTokens <= Fresh(shared().hi), &other);
         }
       };
       scan.Run(block, next, emit, [](int, const auto&) {});
       block = next;
     }
-    StoreMasses(of);
+    StoreMasses(other);
     return true;
   }
-
-  __device__ void StoreMasses(const Lane& of) {
-    __shared__ Mass of_warps[2][kSelectWarps][kScanHeads];
-    Mass listed = of.listed, other = of.other;
-#pragma unroll
-    for (int offset = 4; offset < kWarp; offset *= 2) {
-      listed = Join(listed, {__shfl_xor_sync(kAllLanes, listed.most, offset), __shfl_xor_sync(kAllLanes, listed.sum, offset)});
-      other = Join(other, {__shfl_xor_sync(kAllLanes, other.most, offset), __shfl_xor_sync(kAllLanes, other.sum, offset)});
+  // While the team waits, memory need not: what comes after the code block that is on its way goes to L2.
+  __device__ void PrefetchBlocks(const std::byte* from, int32_t tokens) const {
+    const int bytes = static_cast<int>(args_.layout.bytes) * min(max(tokens, 0) / kTokens, 2);
+    for (int at = lane() * 128; at < bytes; at += 128 * kWarp) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
+  }
+  // What was sampled, of which a lane finds what it stored itself, and the tail.
+  __device__ void TakeSample(int32_t from, int32_t stop, const float* z_at, int32_t coded, bool has_tail, Mass* other) const {
+    const int first = lane() / 4 * 4;
+#pragma unroll 1
+    for (int32_t at = from;; at += kTokens) {
+      const bool tail = at >= stop;
+      if (tail && (!has_tail || warp() != 0)) return;
+      const int32_t of = tail ? coded : at;
+      const uint64_t word = rule_->resident != nullptr ? rule_->resident[of / kTokens] : ~uint64_t{0};
+#pragma unroll 1
+      for (int token = first; token < kTokens; token += 32) {
+        const float4 z = *reinterpret_cast<const float4*>(tail ? tail_z(lane() % 4) + token : z_at + at + token);
+        const int32_t i = of + token + lane() % 4;
+        if (tail && rule_->pooled != nullptr) Pool(of + token, z, i < n_ ? rule_->pooled[i] : 0);
+        Take(of + token, z, static_cast<uint32_t>(word >> token) & 15u, false, other);
+      }
+      if (tail) return;
     }
-    if (lane() < kScanHeads) of_warps[0][warp()][lane()] = listed, of_warps[1][warp()][lane()] = other;
+  }
+
+  __device__ void StoreMasses(Mass other) {
+    static_assert(kSelectWarps % kScanHeads == 0);
+    __shared__ Mass others[kSelectWarps][kScanHeads], rest[kSelectWarps];
+    const float2 edge = *edge_mass();
+    const auto over_quads = [&](Mass mass) {
+#pragma unroll
+      for (int offset = 4; offset < kWarp; offset *= 2) {
+        mass = Join(mass, {__shfl_xor_sync(kAllLanes, mass.most, offset), __shfl_xor_sync(kAllLanes, mass.sum, offset)});
+      }
+      return mass;
+    };
+    other = over_quads(other);
+    const Mass edges = over_quads({edge.x, edge.y});
+    __syncthreads();  // the list is complete
+    const int h = warp() % kScanHeads;  // a warp takes a head of a part of it
+    const uint32_t count = min(shared().listed, static_cast<uint32_t>(args_.list_room));
+    Mass mass = NoMass();
+    for (uint32_t e = static_cast<uint32_t>(warp() / kScanHeads * kWarp + lane()); e < count; e += kSelectThreads / kScanHeads) AddLogit(&mass, list_z(block_, h)[e]);
+    mass = WarpJoin(mass);
+    if (lane() == 0) rest[warp()] = mass;
+    if (lane() < kScanHeads) others[warp()][lane()] = other, edge_of(warp(), lane()) = edges;
     __syncthreads();
-    if (threadIdx.x == 0) team_->above[block_] = shared().listed;
-    const int h = warp();
-    if (h >= args_.group) return;
+    if (warp() >= args_.group) return;
     const bool is_warp = lane() < kSelectWarps;
-    listed = WarpJoin(is_warp ? of_warps[0][lane()][h] : NoMass()), other = WarpJoin(is_warp ? of_warps[1][lane()][h] : NoMass());
-    if (lane() == 0) *PartOf(args_.parts, h, block_) = Join(listed, other), *PartOf(args_.outside, h, block_) = other;
+    other = WarpJoin(is_warp ? others[lane()][h] : NoMass());
+    mass = is_warp ? edge_of(lane(), h) : NoMass();
+    if (is_warp && lane() % kScanHeads == h) mass = Join(mass, rest[lane()]);
+    mass = Join(WarpJoin(mass), other);
+    // A list that is full leaves out what it should have: the team then takes none.
+    if (shared().listed > static_cast<uint32_t>(args_.list_room)) mass = {0, NotANumber()};
+    if (lane() == 0) *PartOf(args_.parts, h, block_) = mass, *PartOf(args_.outside, h, block_) = other;
+  }
+  static __device__ Mass& edge_of(int warp, int h) {
+    __shared__ Mass edges[kSelectWarps][kScanHeads];
+    return edges[warp][h];
   }
 
   // False, in all blocks of the team, if the sample has too few eligible positions.
@@ -341,16 +406,15 @@ class BarSelector : public TeamMember {
     }
   }
 
-  // --- 3
+  // --- the choice
+  // Where the blocks' lists begin in that of the team. True if it is too long.
   __device__ bool TooLong() {
     Shared& s = shared();
     if (warp() == 0) {
       uint32_t all = 0;
-      bool full = false;
       for (int first = 0; first < args_.team_blocks; first += kWarp) {
         const int b = first + lane();
         const uint32_t count = b < args_.team_blocks ? __ldcg(team_->above + b) : 0;
-        full = full || count > static_cast<uint32_t>(args_.list_room);
         uint32_t up_to = count;
 #pragma unroll
         for (int offset = 1; offset < kWarp; offset *= 2) {
@@ -360,101 +424,97 @@ class BarSelector : public TeamMember {
         if (b < args_.team_blocks) s.starts[b] = all + up_to - count;
         all += __shfl_sync(kAllLanes, up_to, kWarp - 1);
       }
-      full = __any_sync(kAllLanes, full);
-      if (lane() == 0) s.starts[args_.team_blocks] = all, s.too_long = full || all > kMostListed, s.members = s.before = 0;
+      if (lane() == 0) s.starts[args_.team_blocks] = all, s.too_long = all > kMostListed, s.members = s.before = 0;
     }
     __syncthreads();
     return s.too_long;
   }
-  // Where entry e of the team's list lies.
-  __device__ int64_t PlaceOf(uint32_t e) const {
-    const uint32_t* const starts = shared().starts;
-    int b = 0;
-#pragma unroll
-    for (int step = kMaxTeam / 2; step > 0; step /= 2) {
-      if (b + step < args_.team_blocks && starts[b + step] <= e) b += step;
-    }
-    return ListOf(b) + (e - starts[b]);
-  }
-  // fn(e, z, at) for all entries of the team.
+  // fn(e, block, entry of its list) for all entries of the team: a warp takes the list of one block, or a part of it.
   template <class Fn>
   __device__ void ForListed(Fn&& fn) const {
-    constexpr int kAtOnce = 4;
-    const uint32_t total = shared().starts[args_.team_blocks];
-    for (uint32_t first = threadIdx.x; first < total; first += kAtOnce * kSelectThreads) {
-      float4 z[kAtOnce];
-      uint32_t at[kAtOnce];
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        const int64_t place = PlaceOf(min(first + static_cast<uint32_t>(u * kSelectThreads), total - 1));
-        z[u] = __ldcg(args_.list_z + place), at[u] = __ldcg(args_.list_at + place);
-      }
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        const uint32_t e = first + static_cast<uint32_t>(u * kSelectThreads);
-        if (e < total) fn(e, z[u], at[u]);
-      }
+    const Shared& s = shared();
+    const int warps = max(kSelectWarps / args_.team_blocks, 1);
+    for (int b = warp() / warps; b < args_.team_blocks; b += kSelectWarps / warps) {
+      const uint32_t start = s.starts[b], count = s.starts[b + 1] - start;
+#pragma unroll 4
+      for (uint32_t e = static_cast<uint32_t>(warp() % warps * kWarp + lane()); e < count; e += static_cast<uint32_t>(warps * kWarp)) fn(start + e, b, e);
     }
   }
 
+  // Among what is listed, of which each block scores its own part, and ranks all.
   __device__ bool ChooseListed(uint32_t k) {
     __shared__ uint32_t scratch[kSelectWarps];
     Shared& s = shared();
-    reinterpret_cast<uint4*>(own_bins())[threadIdx.x] = uint4{};
-    if (TooLong() || !simple_) return false;
     float offset[kScanHeads];
 #pragma unroll
     for (int h = 0; h < kScanHeads; ++h) offset[h] = h < args_.group && args_.rule != GroupRule::kMaxLogit ? lse()[h] : 0;
+    const float best = best_, log_theta = rule_->log_theta;
     const bool filters = rule_->resident != nullptr;
-    const float log_theta = rule_->log_theta, best = best_;
-    ForListed([&](uint32_t e, const float4& z, uint32_t at) {
-      const float score = fmaxf(fmaxf(z.x - offset[0], z.y - offset[1]), fmaxf(z.z - offset[2], z.w - offset[3]));
-      const bool eligible = !filters || at >> 31 != 0 || score > log_theta;
-      keys()[e] = eligible ? KeyOf(score) : 0;
-      positions()[e] = static_cast<int32_t>(at & 0x7fffffffu);
-      if (eligible) atomicAdd(own_bins() + BinOf(score, best), 1u);
+    for (uint32_t e = threadIdx.x; e < s.listed; e += kSelectThreads) {
+      float score = -Infinity();
+#pragma unroll
+      for (int h = 0; h < kScanHeads; ++h) {
+        if (h < args_.group) score = fmaxf(score, list_z(block_, h)[e] - offset[h]);
+      }
+      const int64_t place = ListOf(block_) + e;
+      args_.list_key[place] = !filters || args_.list_at[place] >> 31 != 0 || score > log_theta ? KeyOf(score) : 0;
+    }
+    if (threadIdx.x == 0) team_->above[block_] = s.listed;
+    reinterpret_cast<uint4*>(own_bins())[threadIdx.x] = uint4{};
+    Wait();
+    if (TooLong()) return false;
+    ForListed([&](uint32_t e, int b, uint32_t entry) {
+      const int64_t place = ListOf(b) + entry;
+      const uint32_t key = __ldcg(args_.list_key + place), at = __ldcg(args_.list_at + place);
+      keys()[e] = key, positions()[e] = static_cast<int32_t>(at & 0x7fffffffu);
+      if (key != 0) atomicAdd(own_bins() + BinOf(ScoreOf(key), best), 1u);
     });
     __syncthreads();
     constexpr int kThreadBins = kBins / kSelectThreads;
+    static_assert(kThreadBins == 4);
     const int top_bin = kBins - 1 - static_cast<int>(threadIdx.x) * kThreadBins;
-    uint32_t mine = 0, total;
-    for (int i = 0; i < kThreadBins; ++i) mine += own_bins()[top_bin - i];
-    uint32_t above = BlockPrefix(mine, scratch, &total);
-    if (above < k && k <= above + mine) {
-      int i = 0;
-      for (; above + own_bins()[top_bin - i] < k; ++i) above += own_bins()[top_bin - i];
-      s.found[0] = static_cast<uint32_t>(top_bin - i), s.found[1] = above, s.found[2] = own_bins()[top_bin - i];
+    const uint4 piece = *reinterpret_cast<const uint4*>(own_bins() + top_bin + 1 - kThreadBins);
+    const uint32_t count[kThreadBins] = {piece.w, piece.z, piece.y, piece.x};
+    uint32_t total, above = BlockPrefix((piece.x + piece.y) + (piece.z + piece.w), scratch, &total);
+#pragma unroll
+    for (int i = 0; i < kThreadBins; ++i) {
+      if (above < k && k <= above + count[i]) s.bin = top_bin - i, s.above = above, s.inside = count[i];
+      above += count[i];
     }
     __syncthreads();
-    if (total < k || s.found[2] > kListRoom) return false;
+    if (total < k || s.inside > kListRoom) return false;
     if (warp() < 2) {
-      const uint32_t key = FirstKeyOf(static_cast<int>(s.found[0]) + warp(), best, lane());
+      const uint32_t key = FirstKeyOf(s.bin + warp(), best, lane());
       if (lane() == 0) s.edge[warp()] = key;
     }
     __syncthreads();
-    const uint32_t from = s.edge[0], to = s.edge[1], need = k - s.found[1];
+    const uint32_t from = s.edge[0], to = s.edge[1], listed = s.starts[args_.team_blocks];
     for (int h = 0; h < args_.group; ++h) {
-      if (!(s.bar[h] - offset[h] < ScoreOf(from))) return false;
+      if (!(s.bar[h] - offset[h] < ScoreOf(from))) return false;  // the sample misled
     }
-    const uint32_t listed = s.starts[args_.team_blocks];
     uint32_t* const member_key = own_bins();
     int32_t* const member_position = reinterpret_cast<int32_t*>(own_bins() + kListRoom);
+    uint32_t before = 0;
+    const auto keep = [&](int32_t position) {
+      const int32_t at = position - begin_;
+      before += at < 0 ? 1 : 0;
+      if (at >= 0 && position < end_) atomicOr(kept_words() + at / 32, 1u << (at % 32));
+    };
     for (uint32_t e = threadIdx.x; e < listed; e += kSelectThreads) {
       const uint32_t key = keys()[e];
-      if (key < from || key >= to) continue;
+      if (key < from) continue;
+      if (key >= to) {
+        keep(positions()[e]);
+        continue;
+      }
       const uint32_t i = atomicAdd(&s.members, 1u);
       member_key[i] = key, member_position[i] = positions()[e], entries()[i] = e;
     }
     __syncthreads();
-    ForFirst(need, member_key, member_position, static_cast<int>(s.members), [&](int i) { keys()[entries()[i]] = 0xffffffffu; });
-    __syncthreads();
-    uint32_t before = 0;
-    for (uint32_t e = threadIdx.x; e < listed; e += kSelectThreads) {
-      if (keys()[e] < to) continue;
-      const int32_t at = positions()[e] - begin_;
-      before += at < 0 ? 1 : 0;
-      if (at >= 0 && positions()[e] < end_) atomicOr(kept_words() + at / 32, 1u << (at % 32));
-    }
+    ForFirst(k - s.above, member_key, member_position, static_cast<int>(s.members), [&](int i) {
+      keys()[entries()[i]] = 0xffffffffu;
+      keep(member_position[i]);
+    });
     before = __reduce_add_sync(kAllLanes, before);
     if (lane() == 0 && before != 0) atomicAdd(&s.before, before);
     __syncthreads();
@@ -466,14 +526,15 @@ class BarSelector : public TeamMember {
   // Of what is not listed, and of what is and was not chosen. The heads are shared out among the blocks.
   __device__ void MassOutside(uint32_t to, const float (&offset)[kScanHeads]) {
     __shared__ float of_warps[kSelectWarps];
-    // No weight that is left out is far above that of rank k, or else theta.
+    // In units of the weight of rank k, or theta: none that is left out is far above it.
     float most = fminf(ScoreOf(to), best_);
     if (rule_->resident != nullptr) most = fmaxf(most, rule_->log_theta);
     for (int h = block_; h < args_.group; h += args_.team_blocks) {
-      const float unit = most + offset[h];
+      const float unit = most + (h == 0 ? offset[0] : h == 1 ? offset[1] : h == 2 ? offset[2] : offset[3]);
       float sum = 0;
-      ForListed([&](uint32_t e, const float4& z, uint32_t) {
-        if (keys()[e] < to) sum += Exp2((Of(z, h) - unit) * kLog2E);
+      ForListed([&](uint32_t e, int b, uint32_t entry) {
+        const float x = __ldcg(list_z(b, h) + entry);
+        if (keys()[e] < to) sum += Exp2((x - unit) * kLog2E);
       });
 #pragma unroll
       for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);

@@ -11,7 +11,7 @@ inline constexpr float kBinsPerNat = 64;    // the bins reach 32 nats below the 
 inline constexpr int kListRoom = 1024;      // members of a bin that are compared with each other
 inline constexpr int kSample = 4 * kSelectThreads;  // own positions from which a block guesses what rank k will leave far below
 inline constexpr int kMaxTeam = 64;         // blocks: two to a lane
-inline constexpr int kMostListed = 12288;   // candidates of a team (select_bars.cuh)
+inline constexpr int kMostListed = 14336;   // candidates of a team (select_bars.cuh)
 static_assert(kListRoom * 2 <= kBins, "the list takes the place of the histogram in shared memory");
 
 // What the blocks of a team share; zero before the first launch, and left so that the next one can start.
@@ -53,8 +53,9 @@ struct SelectArgs {
   bool bars;             // candidates are listed first (select_bars.cuh)
   int32_t most_samples;  // code blocks of a warp
   int32_t list_room;     // of a block
-  float4* list_z;        // [teams, team_blocks, list_room]
-  uint32_t* list_at;     // as list_z: position, and a bit for residents
+  float* list_z;         // [teams, team_blocks, kScanHeads, list_room]
+  uint32_t* list_at;     // [teams, team_blocks, list_room]: position, and a bit for residents
+  uint32_t* list_key;    // as list_at
 };
 
 // --- waiting for each other ------------------------------------------------------------------------------------------------------
@@ -156,6 +157,8 @@ __device__ inline uint32_t FirstKeyOf(int bin, float best, int lane) {
 
 // --- a block at a task -------------------------------------------------------------------------------------------------------------
 
+// FIXED: bytes of shared memory that a way to scan has at an address that is known when it is compiled.
+template <size_t FIXED>
 class TeamMember {
  public:
   __device__ explicit TeamMember(const SelectArgs& args)
@@ -163,9 +166,10 @@ class TeamMember {
         team_(args.teams + team_index_) {}
   __device__ void Leave() { LeaveTeam(team_, args_.team_blocks, args_.cluster); }
 
-  // Shared memory: histogram or list, words of the chosen and of the class, of each head three numbers; then what a way to choose adds.
+  // Shared memory: histogram or list, what is fixed, of each head three numbers, words of the chosen and of the class; then what a way to
+  // choose adds.
   static __host__ __device__ size_t CommonBytes(const SelectArgs& args) {
-    return size_t{kBins} * 4 + static_cast<size_t>(args.chunk / 32) * 8 + static_cast<size_t>((3 * args.group + 3) / 4 * 4) * 4;
+    return size_t{kBins} * 4 + FIXED + static_cast<size_t>((3 * args.group + 3) / 4 * 4) * 4 + static_cast<size_t>(args.chunk / 32) * 8;
   }
 
  protected:
@@ -174,14 +178,16 @@ class TeamMember {
     extern __shared__ float4 select_shared[];
     return reinterpret_cast<std::byte*>(select_shared);
   }
-  __device__ int lane() const { return static_cast<int>(threadIdx.x) % kWarp; }
-  __device__ int warp() const { return static_cast<int>(threadIdx.x) / kWarp; }
-  __device__ uint32_t* own_bins() const { return reinterpret_cast<uint32_t*>(Memory()); }
-  __device__ uint32_t* kept_words() const { return own_bins() + kBins; }                               // [own / 32] kept positions
-  __device__ uint32_t* class_words() const { return kept_words() + args_.chunk / 32; }                  // [own / 32] the class of the last cut
-  __device__ float* lse() const { return reinterpret_cast<float*>(class_words() + args_.chunk / 32); }  // [group]
-  __device__ float* top() const { return lse() + args_.group; }                                         // [group] largest logits
-  __device__ float* level() const { return top() + args_.group; }                                       // [group] of pooled scores
+  static __device__ int lane() { return static_cast<int>(threadIdx.x % kWarp); }
+  static __device__ int warp() { return static_cast<int>(threadIdx.x / kWarp); }
+  static __device__ uint32_t* own_bins() { return reinterpret_cast<uint32_t*>(Memory()); }
+  static __device__ std::byte* fixed() { return Memory() + size_t{kBins} * 4; }
+  static __device__ float* lse() { return reinterpret_cast<float*>(fixed() + FIXED); }                   // [group]
+  __device__ float* top() const { return lse() + args_.group; }                                          // [group] largest logits
+  __device__ float* level() const { return top() + args_.group; }                                        // [group] of pooled scores
+  __device__ uint32_t* kept_words() const { return reinterpret_cast<uint32_t*>(lse() + (3 * args_.group + 3) / 4 * 4); }  // [own / 32] kept positions
+  __device__ uint32_t* class_words() const { return kept_words() + args_.chunk / 32; }                   // [own / 32] the class of the last cut
+  __device__ std::byte* room() const { return reinterpret_cast<std::byte*>(class_words() + args_.chunk / 32); }
 
   __device__ void Wait() { WaitForTeam(team_, args_.team_blocks, args_.cluster, &waits_); }
   __device__ bool Leads() const { return block_ == 0; }
