@@ -224,22 +224,27 @@ void Select(Bench& bench, int kv_heads, int group, int d, int32_t n, int bits, i
   }
   const Array<cuda::SelectTask> device(tasks);
   cuda::SelectParams params{.num_tasks = kv_heads, .max_n = n, .format = format, .group = group, .head_dim = d};
-  params.tasks = device.data();
+  Array<int32_t> restarts(std::vector<int32_t>{0});
+  params.tasks = device.data(), params.restarts = restarts.data();
   const Array<std::byte> workspace(OrExit(cuda::SelectWorkspaceBytes(params)));
   params.workspace = workspace.data(), params.workspace_bytes = workspace.size();
-  const Spread t = bench.Measure([&] {
+  const auto all_layers = [&] {
     for (int layer = 0; layer < layers; ++layer) {
       params.tasks = device.data() + layer * kv_heads;
       OrExit(cuda::Select(params, bench.stream()));
     }
-  });
+  };
+  const Spread t = bench.Measure(all_layers);
+  restarts.Write({0});
+  all_layers();
+  OrExit(CudaStatus(cudaStreamSynchronize(bench.stream()), "select"));
   std::vector<int32_t> counts(count.size());
   OrExit(CudaStatus(cudaMemcpy(counts.data(), count.data(), counts.size() * 4, cudaMemcpyDefault), "read"));
   for (const int32_t c : counts) {
     if (c != k) Fail({StatusCode::kCorrupt, "select chose " + std::to_string(c) + " of " + std::to_string(k)});
   }
   bench.Report(lse_out ? "select + lse_out" : "select", {{"kv_heads", kv_heads}, {"group", group}, {"head_dim", d}, {"n", n}, {"bits", bits}, {"k", k},
-               {"layers", layers}}, t, layers, layer_bytes, bench.rate, 1);
+               {"layers", layers}, {"restarted", double(restarts.Read()[0]) / (layers * kv_heads)}}, t, layers, layer_bytes, bench.rate, 1);
 }
 
 void Append(Bench& bench, int kv_heads, int d, bool encodes) {
@@ -316,7 +321,10 @@ int Main(int argc, char** argv) {
       Select(bench, 8, 4, 128, 131072, bits, 2048, false, true);
       Select(bench, 8, 4, 128, 131072, bits, 2048, true);
       Select(bench, 8, 4, 128, 1048576, bits, 2048, false);
+      Select(bench, 8, 4, 128, 1048576, bits, 2048, true);
       Select(bench, 8, 4, 128, 32768, bits, 2048, false);
+      Select(bench, 32, 4, 128, 131072, bits, 2048, true);  // four sequences
+      Select(bench, 64, 4, 128, 32768, bits, 2048, true);   // eight
     }
   }
   if (bench.Wants("dense")) {

@@ -76,7 +76,7 @@ Status MakePlan(int32_t num_tasks, int32_t max_n, bool scans, size_t scan_bytes,
   using Bars = BarSelector<64, 4>;  // what is asked for is the same for all
   args.most_samples = static_cast<int32_t>(std::clamp<int64_t>(CeilDiv(args.chunk, 8 * kSelectWarps * Bars::kTokens), 1, Bars::kMostSamples));
   args.list_room = std::min(args.chunk, kMostListed);
-  args.bars = scans && args.group <= kScanHeads && args.rule != GroupRule::kMeanWeight && !args.dilate && args.format.group_tokens == Bars::kTokens &&
+  args.bars = scans && !args.z_in_shared && args.group <= kScanHeads && args.rule != GroupRule::kMeanWeight && !args.dilate && args.format.group_tokens == Bars::kTokens &&
               args.chunk >= 2 * kSelectWarps * Bars::kTokens;
   args.bars = args.bars && fixed + Bars::ListBytes(args) <= room;
   PREHOC_RETURN_IF_ERROR(Check("choose").That(fixed <= room, "max_n", max_n, "positions are too many for one launch; give fewer tasks",
@@ -97,7 +97,6 @@ Status MakePlan(int32_t num_tasks, int32_t max_n, bool scans, size_t scan_bytes,
   const size_t listed = args.bars ? blocks * static_cast<size_t>(args.list_room) : 0;
   args.list_z = reinterpret_cast<float*>(part(listed * kScanHeads * sizeof(float)));
   args.list_at = reinterpret_cast<uint32_t*>(part(listed * sizeof(uint32_t)));
-  args.list_key = reinterpret_cast<uint32_t*>(part(listed * sizeof(uint32_t)));
   plan->bytes = at;
   return {};
 }

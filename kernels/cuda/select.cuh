@@ -45,7 +45,7 @@ class Selector : public BarSelector<D, BITS> {
     if (!this->Divide()) return;
     if constexpr (kScans) {
       if (this->TakesBars()) {
-        if (this->ChooseByBars()) return;
+        if (ChooseListed(static_cast<uint32_t>(rule_->k))) return;
         if (Leads() && threadIdx.x == 0 && args_.restarts != nullptr) atomicAdd(args_.restarts, 1);
       }
       ScanOwn();
@@ -79,6 +79,83 @@ class Selector : public BarSelector<D, BITS> {
   __device__ float* kept_z() const {  // [group, z_stride] of this launch
     if (args_.z_in_shared) return kept_z_shared();
     return args_.z + (int64_t{team_index_} * args_.team_blocks + block_) * args_.group * args_.z_stride;
+  }
+
+  // --- without logits (select_bars.cuh)
+  // False: nothing is chosen, and all blocks of the team say so; what they share is as it was before.
+  __device__ bool ChooseListed(uint32_t k) {
+    const bool barred = this->ScanListed();
+    Wait();
+    if (Leads()) this->ClearSample();  // all have read it
+    round_ = 0;
+    bool good = false;
+    if (barred) JoinMass();
+    if (barred && simple_) {
+      listed_ = this->listed();
+      const Cut cut = FindCut(k);
+      good = candidates_ > k && !this->Misses(ScoreOf(cut.from));
+      if (good) {
+        uint32_t offset = 0;
+        Keep(cut, &offset);
+        Write(offset, cut.kept);
+        if (rule_->lse_out != nullptr) MassOutsideListed(fminf(ScoreOf(cut.to), best_));
+      }
+      listed_ = -1;
+    }
+    if (good) return true;
+    Wait();  // all have read the masses and the histogram
+    if (Leads() && round_ > 0) ClearHistogram(round_ - 1);
+    Wait();
+    return false;
+  }
+  // As CountKeys, of what is listed.
+  __device__ void CountListed(const Cut& cut, bool refines, int shift) {
+    reinterpret_cast<uint4*>(own_bins())[threadIdx.x] = uint4{};
+    __syncthreads();
+    const bool first = round_ == 0, filters = rule_->resident != nullptr;
+    const float log_theta = rule_->log_theta, best = best_;
+#pragma unroll 2
+    for (int32_t e = static_cast<int32_t>(threadIdx.x); e < listed_; e += kSelectThreads) {
+      uint32_t key = 0;
+      if (first) {
+        float score = -Infinity();
+#pragma unroll
+        for (int h = 0; h < kScanHeads; ++h) {
+          if (h < args_.group) score = fmaxf(score, this->listed_z(h)[e] - (args_.rule != GroupRule::kMaxLogit ? lse()[h] : 0));
+        }
+        key = !filters || this->listed_at()[e] >> 31 != 0 || score > log_theta ? KeyOf(score) : 0;
+        keys()[e] = key;
+      } else {
+        key = keys()[e];
+      }
+      const bool counts = refines ? key >= cut.from && key < cut.to : key != 0;
+      if (counts) atomicAdd(own_bins() + (refines ? static_cast<int>((key - cut.from) >> shift) : BinOf(ScoreOf(key), best)), 1u);
+    }
+    __syncthreads();
+  }
+  // Adds what was listed and not chosen to the mass of what was not listed. `most`: about the score of rank k, not below it.
+  __device__ void MassOutsideListed(float most) {
+    __shared__ float of_warps[kSelectWarps];
+    // No weight that is left out is far above that of rank k, or else theta: in units of the larger one.
+    if (rule_->resident != nullptr) most = fmaxf(most, rule_->log_theta);
+    const int h = warp() % kScanHeads;  // a warp takes a head of a part of it
+    const float unit = most + (h < args_.group && args_.rule != GroupRule::kMaxLogit ? lse()[h] : 0);
+    float sum = 0;
+    for (int32_t e = warp() / kScanHeads * kWarp + lane(); h < args_.group && e < listed_; e += kSelectThreads / kScanHeads) {
+      const int32_t at = static_cast<int32_t>(this->listed_at()[e] & 0x7fffffffu) - begin_;
+      if (((kept_words()[at / 32] >> (at % 32)) & 1) == 0) sum += Exp2((this->listed_z(h)[e] - unit) * kLog2E);
+    }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+    if (lane() == 0) of_warps[warp()] = sum;
+    __syncthreads();
+    if (warp() < args_.group && lane() == 0) {
+      float all = 0;
+      for (int w = warp(); w < kSelectWarps; w += kScanHeads) all += of_warps[w];
+      Mass* const part = PartOf(args_.outside, h, block_);
+      if (all > 0) *part = Join(*part, {unit, all});
+    }
+    JoinOutside();
   }
 
   // --- 1
@@ -395,7 +472,11 @@ class Selector : public BarSelector<D, BITS> {
     for (;;) {
       int shift = 0;
       while (refines && ((cut.to - cut.from - 1) >> shift) >= kBins) ++shift;
-      CountKeys(k, cut, refines, shift);
+      if (kScans && listed_ >= 0) {
+        CountListed(cut, refines, shift);
+      } else {
+        CountKeys(k, cut, refines, shift);
+      }
       int bin = 0;
       uint32_t above = 0, inside = 0;
       const bool was_first = round_ == 0, enough = FindBin(need, &bin, &above, &inside);
@@ -435,7 +516,24 @@ class Selector : public BarSelector<D, BITS> {
     const bool lists = cut.ByList();
     const uint64_t* const resident = rule_->resident;
     const float log_theta = rule_->log_theta;
-    for (int32_t from = warp() * 4 * kWarp; from < own; from += kSelectWarps * 4 * kWarp) {
+    if (kScans && listed_ >= 0) {
+      for (int32_t w = static_cast<int32_t>(threadIdx.x); w < words; w += kSelectThreads) class_words()[w] = 0;
+      __syncthreads();
+#pragma unroll 2
+      for (int32_t e = static_cast<int32_t>(threadIdx.x); e < listed_; e += kSelectThreads) {
+        const uint32_t key = keys()[e];
+        if (key < cut.from) continue;
+        const auto position = static_cast<int32_t>(this->listed_at()[e] & 0x7fffffffu);
+        const int32_t at = position - begin_;
+        const bool is_in = key >= cut.to;
+        atomicOr((is_in ? kept_words() : class_words()) + at / 32, 1u << (at % 32));
+        in += is_in ? 1 : 0, of_class += is_in ? 0 : 1;
+        if (is_in || !lists) continue;
+        const uint32_t entry = atomicAdd(&team_->list_size, 1u);
+        team_->list_key[entry] = key, team_->list_position[entry] = position;
+      }
+    }
+    for (int32_t from = warp() * 4 * kWarp; listed_ < 0 && from < own; from += kSelectWarps * 4 * kWarp) {
       const int32_t at = from + 4 * lane();
       uint4 key{};
       if (at < own) key = KeysAgain(at, resident, log_theta);
@@ -624,6 +722,9 @@ class Selector : public BarSelector<D, BITS> {
         }
       }
     }
+    JoinOutside();
+  }
+  __device__ void JoinOutside() {
     if (!LastOfTeam()) return;
     for (int h = warp(); h < args_.group; h += kSelectWarps) {
       const Mass mass = TeamMass(args_.outside, h);
@@ -652,6 +753,7 @@ class Selector : public BarSelector<D, BITS> {
   int64_t z_stride_ = 0;
   int round_ = 0;
   uint32_t candidates_ = 0;
+  int32_t listed_ = -1;  // candidates are what is listed, so many; -1: all own positions
 };
 
 template <int D, int BITS>

@@ -49,7 +49,7 @@ class BarSelector : public TeamMember<ScanMemory<D, BITS>::kBytes> {
 
   static __host__ __device__ int SampleStride(const SelectArgs& args) { return (args.most_samples * kSelectWarps + 1) * kTokens + 8; }
   static size_t ListBytes(const SelectArgs& args) {
-    const size_t sample = size_t{kScanHeads} * static_cast<size_t>(SampleStride(args)) * 4, list = size_t{2 * kMostListed + kListRoom} * 4;
+    const size_t sample = size_t{kScanHeads} * static_cast<size_t>(SampleStride(args)) * 4, list = static_cast<size_t>(args.list_room) * 4;
     return args.bars ? (sample > list ? sample : list) : 0;
   }
 
@@ -62,20 +62,23 @@ class BarSelector : public TeamMember<ScanMemory<D, BITS>::kBytes> {
     return args_.bars && rule_->k > 0 && chunk_ >= 2 * kSelectWarps * kTokens && (hi_ - lo_) / 8 >= rule_->k &&
            (rule_->pooled == nullptr || rule_->pool_level != nullptr);  // lse_all comes too late for pooled scores
   }
-  // The choice of a task that may be. False: nothing is chosen, all blocks of the team say so, and what they share is as it was.
-  __device__ bool ChooseByBars() {
+  // Lists and masses of the own part. False, in all blocks of the team, if there are no bars. After the next wait the leader clears the sample.
+  __device__ bool ScanListed() {
     parity_ ^= 1;
-    const bool barred = ScanByBars(rule_->k);
-    Wait();
-    if (Leads()) {  // all have read it
-      for (int i = static_cast<int>(threadIdx.x); i < kBins + 4; i += kSelectThreads) team_->sample[parity_][i] = 0;
-    }
-    if (barred) {
-      JoinMass();
-      if (simple_ && ChooseListed(static_cast<uint32_t>(rule_->k))) return true;
-    }
-    Wait();  // who starts anew writes what others may still read
-    return false;
+    return ScanByBars(rule_->k);
+  }
+  __device__ void ClearSample() const {
+    for (int i = static_cast<int>(threadIdx.x); i < kBins + 4; i += kSelectThreads) team_->sample[parity_][i] = 0;
+  }
+  // What this block has listed: logits of a head; position, and a bit for residents.
+  static __device__ int32_t listed() { return static_cast<int32_t>(shared().listed); }
+  __device__ const float* listed_z(int h) const { return list_z(h); }
+  __device__ const uint32_t* listed_at() const { return args_.list_at + ListOf(block_); }
+  // Whether a score above `least` may not have been listed.
+  __device__ bool Misses(float least) const {
+    bool misses = false;
+    for (int h = 0; h < args_.group; ++h) misses = misses || !(shared().bars[h].x - (args_.rule != GroupRule::kMaxLogit ? lse()[h] : 0) < least);
+    return misses;
   }
 
   // The largest of the heads' logits above `level`, of four positions; lane j of a quad, which has head j's, gets that of position j.
@@ -102,12 +105,7 @@ class BarSelector : public TeamMember<ScanMemory<D, BITS>::kBytes> {
     uint32_t sampled;  // positions of the middle
     uint32_t listed;   // by this block
     int misled;
-    uint32_t starts[kMaxTeam + 1];  // of the blocks' lists in that of the team
-    bool too_long;
-    uint32_t members, before;       // of the class that is decided one by one; kept by the blocks before
-    int bin;                        // of rank k: how many are above and inside, its first key and that of the next
-    uint32_t above, inside, edge[2];
-    float bar[kScanHeads], bar_missing[kScanHeads];  // of what is resident, and of what is not
+    float2 bars[kScanHeads];  // of what is resident, and of what is not
   };
   static __device__ Shared& shared() {
     __shared__ Shared s;
@@ -115,12 +113,8 @@ class BarSelector : public TeamMember<ScanMemory<D, BITS>::kBytes> {
   }
   __device__ float* sample_z(int h) const { return reinterpret_cast<float*>(room()) + h * SampleStride(args_); }
   __device__ float* tail_z(int h) const { return sample_z(h) + args_.most_samples * kSelectWarps * kTokens; }
-  __device__ float* list_z(int block, int h) const { return args_.list_z + ListOf(block) * kScanHeads + h * args_.list_room; }
-  // The team's, in shared memory.
-  __device__ uint32_t* keys() const { return reinterpret_cast<uint32_t*>(room()); }                  // [kMostListed]
-  __device__ int32_t* positions() const { return reinterpret_cast<int32_t*>(keys() + kMostListed); }  // [kMostListed]
-  __device__ uint32_t* entries() const { return keys() + 2 * kMostListed; }                          // [kListRoom] of members
   __device__ int64_t ListOf(int block) const { return (int64_t{team_index_} * args_.team_blocks + block) * args_.list_room; }
+  __device__ float* list_z(int h) const { return args_.list_z + ListOf(block_) * kScanHeads + h * args_.list_room; }
 
   // --- 1, 2
   // The scan needs all registers for products: what it uses beside is in shared memory, and loaded anew each time.
@@ -128,6 +122,8 @@ class BarSelector : public TeamMember<ScanMemory<D, BITS>::kBytes> {
   static __device__ T Fresh(const T& x) {
     return *const_cast<const volatile T*>(&x);
   }
+  static __device__ float2 Fresh2(const float2& x) { return {Fresh(x.x), Fresh(x.y)}; }
+  static __device__ float HigherBar(float2 bars) { return fmaxf(bars.x, isinf(bars.y) ? bars.x : bars.y); }
   __device__ bool HasHead() const { return lane() % 4 < args_.group; }
   // Of a warp: the words of residents and the pooled scores of the code block that is scanned, and of the next.
   __device__ uint64_t* side_word(int32_t at) const { return reinterpret_cast<uint64_t*>(fixed() + M::kWords) + 2 * warp() + at / kTokens % 2; }
@@ -163,13 +159,13 @@ class BarSelector : public TeamMember<ScanMemory<D, BITS>::kBytes> {
       if ((counts >> t) & 1) atomicAdd(own_bins() + lane() % 4 * kHeadBins + bin, 1u);
     }
   }
-  // Lists what reaches a bar; the mass of all else in the middle goes to `other`. Not `whole`: some of the positions may not be of the middle.
-  __device__ void Take(int32_t i, const float4& z, uint32_t resident, bool whole, Mass* other) const {
+  // Lists what reaches a bar; the mass of all else in the middle goes to `sum`, in units of the higher bar. Not `whole`: some of the positions may
+  // not be of the middle.
+  __device__ void Take(int32_t i, const float4& z, uint32_t resident, bool whole, float* sum) const {
     const int j = lane() % 4;
-    const float bar = Fresh(shared().bar[j]), bar_missing = Fresh(shared().bar_missing[j]);
-    uint32_t passes = (z.x >= bar ? 1u : 0u) | (z.y >= bar ? 2u : 0u) | (z.z >= bar ? 4u : 0u) | (z.w >= bar ? 8u : 0u);
-    passes &= resident;
-    passes |= (z.x >= bar_missing ? 1u : 0u) | (z.y >= bar_missing ? 2u : 0u) | (z.z >= bar_missing ? 4u : 0u) | (z.w >= bar_missing ? 8u : 0u);
+    const float2 bars = Fresh2(shared().bars[j]);
+    const auto bar = [&](int t) { return ((resident >> t) & 1) != 0 ? bars.x : bars.y; };
+    uint32_t passes = (z.x >= bar(0) ? 1u : 0u) | (z.y >= bar(1) ? 2u : 0u) | (z.z >= bar(2) ? 4u : 0u) | (z.w >= bar(3) ? 8u : 0u);
     passes |= __shfl_xor_sync(kAllLanes, passes, 1);
     passes |= __shfl_xor_sync(kAllLanes, passes, 2);
     uint32_t others = ~passes;
@@ -178,16 +174,18 @@ class BarSelector : public TeamMember<ScanMemory<D, BITS>::kBytes> {
       passes &= middle, others &= middle;
       if (middle != 15u && HasHead()) {
         float2* const mass = edge_mass();
-        Mass sum{mass->x, mass->y};
-#pragma unroll
+        Mass edges{mass->x, mass->y};
+#pragma unroll 1
         for (int t = 0; t < 4; ++t) {
-          if (((middle >> t) & 1) == 0 && (i + t < Fresh(shared().sinks) || i + t >= Fresh(shared().lo))) AddLogit(&sum, Of(z, t));
+          if (((middle >> t) & 1) == 0 && (i + t < Fresh(shared().sinks) || i + t >= Fresh(shared().lo))) AddLogit(&edges, Of(z, t));
         }
-        *mass = {sum.most, sum.sum};
+        *mass = {edges.most, edges.sum};
       }
     }
-    const float none = -Infinity();
-    AddLogits(other, float4{(others & 1) != 0 ? z.x : none, (others & 2) != 0 ? z.y : none, (others & 4) != 0 ? z.z : none, (others & 8) != 0 ? z.w : none});
+    const float unit = -HigherBar(bars) * kLog2E;
+    const float a = Exp2(fmaf(z.x, kLog2E, unit)), b = Exp2(fmaf(z.y, kLog2E, unit)), c = Exp2(fmaf(z.z, kLog2E, unit)), d = Exp2(fmaf(z.w, kLog2E, unit));
+    *sum += ((others & 1) != 0 ? a : 0) + ((others & 2) != 0 ? b : 0);
+    *sum += ((others & 4) != 0 ? c : 0) + ((others & 8) != 0 ? d : 0);
     // Lane j of a quad speaks for token j.
     const uint32_t listed = __ballot_sync(kAllLanes, ((passes >> j) & 1) != 0);
     if (listed == 0) return;
@@ -195,7 +193,7 @@ class BarSelector : public TeamMember<ScanMemory<D, BITS>::kBytes> {
     if (lane() == 0) entry = atomicAdd(&shared().listed, static_cast<uint32_t>(__popc(listed)));
     entry = __shfl_sync(kAllLanes, entry, 0);
     const auto room = static_cast<uint32_t>(args_.list_room);
-    float* const to = list_z(block_, j);
+    float* const to = list_z(j);
     const uint32_t before = (1u << (lane() - j)) - 1;  // lanes of the quads before
     uint32_t at = entry + __popc(listed & before);
     if ((passes & 1) != 0 && at < room) to[at] = z.x;
@@ -217,7 +215,7 @@ class BarSelector : public TeamMember<ScanMemory<D, BITS>::kBytes> {
     const bool has_tail = end_ > max(begin_, coded);  // one block: its part ends with less than a code block
     reinterpret_cast<uint4*>(own_bins())[threadIdx.x] = uint4{};
     *edge_mass() = {-Infinity(), 0};
-    if (threadIdx.x < kScanHeads) shared().bar[threadIdx.x] = shared().bar_missing[threadIdx.x] = NotANumber();  // never reached
+    if (threadIdx.x < kScanHeads) shared().bars[threadIdx.x] = {NotANumber(), NotANumber()};  // never reached
     if (threadIdx.x == 0) {
       Shared& s = shared();
       s.sampled = s.listed = 0;
@@ -241,7 +239,7 @@ class BarSelector : public TeamMember<ScanMemory<D, BITS>::kBytes> {
     const int32_t stop = min(at + run * kTokens, coded_end);
     int32_t unsampled = at + samples * kTokens;  // below it is the sample, until the bars stand
     float* to = sample_z(lane() % 4) + warp() * samples * kTokens - at;
-    Mass other = NoMass();
+    float other = 0;
     BlockScan<D, BITS, kTokens / kCodePageTokens, false> scan(static_cast<int>(args_.layout.pages), steps(), scale, false, header(), lane());
     const std::byte* block = source_->blocks + int64_t{at / kTokens} * block_bytes;
     if (at < stop) {
@@ -289,7 +287,7 @@ class BarSelector : public TeamMember<ScanMemory<D, BITS>::kBytes> {
     for (int at = lane() * 128; at < bytes; at += 128 * kWarp) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
   }
   // What was sampled, of which a lane finds what it stored itself, and the tail.
-  __device__ void TakeSample(int32_t from, int32_t stop, const float* z_at, int32_t coded, bool has_tail, Mass* other) const {
+  __device__ void TakeSample(int32_t from, int32_t stop, const float* z_at, int32_t coded, bool has_tail, float* other) const {
     const int first = lane() / 4 * 4;
 #pragma unroll 1
     for (int32_t at = from;; at += kTokens) {
@@ -308,7 +306,7 @@ class BarSelector : public TeamMember<ScanMemory<D, BITS>::kBytes> {
     }
   }
 
-  __device__ void StoreMasses(Mass other) {
+  __device__ void StoreMasses(float sum) {
     static_assert(kSelectWarps % kScanHeads == 0);
     __shared__ Mass others[kSelectWarps][kScanHeads], rest[kSelectWarps];
     const float2 edge = *edge_mass();
@@ -319,13 +317,13 @@ class BarSelector : public TeamMember<ScanMemory<D, BITS>::kBytes> {
       }
       return mass;
     };
-    other = over_quads(other);
+    Mass other = over_quads(sum == 0 ? NoMass() : Mass{HigherBar(shared().bars[lane() % 4]), sum});
     const Mass edges = over_quads({edge.x, edge.y});
     __syncthreads();  // the list is complete
     const int h = warp() % kScanHeads;  // a warp takes a head of a part of it
     const uint32_t count = min(shared().listed, static_cast<uint32_t>(args_.list_room));
     Mass mass = NoMass();
-    for (uint32_t e = static_cast<uint32_t>(warp() / kScanHeads * kWarp + lane()); e < count; e += kSelectThreads / kScanHeads) AddLogit(&mass, list_z(block_, h)[e]);
+    for (uint32_t e = static_cast<uint32_t>(warp() / kScanHeads * kWarp + lane()); e < count; e += kSelectThreads / kScanHeads) AddLogit(&mass, list_z(h)[e]);
     mass = WarpJoin(mass);
     if (lane() == 0) rest[warp()] = mass;
     if (lane() < kScanHeads) others[warp()][lane()] = other, edge_of(warp(), lane()) = edges;
@@ -386,9 +384,9 @@ class BarSelector : public TeamMember<ScanMemory<D, BITS>::kBytes> {
       const uint32_t above = __shfl_up_sync(kAllLanes, up_to, offset);
       if (lane() >= offset) up_to += above;
     }
-    // The share of k that the sample has, and four times what chance (of runs of neighbours that are alike) may add to it.
+    // The share of k that the sample has, and three times what chance (of runs of neighbours that are alike) may add to it.
     const float share = static_cast<float>(k) * sampled / static_cast<float>(hi_ - lo_);
-    const auto rank = static_cast<uint32_t>(share + 8 * sqrtf(share) + 8);
+    const auto rank = static_cast<uint32_t>(share + 6 * sqrtf(share) + 8);
     if (lane() == kWarp - 1 && up_to < rank) shared().misled = 1;
     uint32_t above = up_to - mine;
     if (above >= rank || rank > up_to) return;
@@ -398,154 +396,10 @@ class BarSelector : public TeamMember<ScanMemory<D, BITS>::kBytes> {
         if (lowest + i == 0) shared().misled = 1;
         const float inside = lowest + i == kHeadBins - 1 ? 1 : static_cast<float>(rank - above) / static_cast<float>(count[i]);
         const float bar = edge(i) + (1 - inside) / kSampleBinsPerNat;
-        shared().bar[h] = bar;
         // What is not resident must also weigh more than theta: no more than it seems to by a part of the mass.
-        shared().bar_missing[h] = rule_->resident != nullptr ? fmaxf(bar, __logf(mass) + rule_->log_theta - 0.01f) : Infinity();
+        shared().bars[h] = {bar, rule_->resident != nullptr ? fmaxf(bar, __logf(mass) + rule_->log_theta - 0.01f) : Infinity()};
       }
       above += count[i];
-    }
-  }
-
-  // --- the choice
-  // Where the blocks' lists begin in that of the team. True if it is too long.
-  __device__ bool TooLong() {
-    Shared& s = shared();
-    if (warp() == 0) {
-      uint32_t all = 0;
-      for (int first = 0; first < args_.team_blocks; first += kWarp) {
-        const int b = first + lane();
-        const uint32_t count = b < args_.team_blocks ? __ldcg(team_->above + b) : 0;
-        uint32_t up_to = count;
-#pragma unroll
-        for (int offset = 1; offset < kWarp; offset *= 2) {
-          const uint32_t before = __shfl_up_sync(kAllLanes, up_to, offset);
-          if (lane() >= offset) up_to += before;
-        }
-        if (b < args_.team_blocks) s.starts[b] = all + up_to - count;
-        all += __shfl_sync(kAllLanes, up_to, kWarp - 1);
-      }
-      if (lane() == 0) s.starts[args_.team_blocks] = all, s.too_long = all > kMostListed, s.members = s.before = 0;
-    }
-    __syncthreads();
-    return s.too_long;
-  }
-  // fn(e, block, entry of its list) for all entries of the team: a warp takes the list of one block, or a part of it.
-  template <class Fn>
-  __device__ void ForListed(Fn&& fn) const {
-    const Shared& s = shared();
-    const int warps = max(kSelectWarps / args_.team_blocks, 1);
-    for (int b = warp() / warps; b < args_.team_blocks; b += kSelectWarps / warps) {
-      const uint32_t start = s.starts[b], count = s.starts[b + 1] - start;
-#pragma unroll 4
-      for (uint32_t e = static_cast<uint32_t>(warp() % warps * kWarp + lane()); e < count; e += static_cast<uint32_t>(warps * kWarp)) fn(start + e, b, e);
-    }
-  }
-
-  // Among what is listed, of which each block scores its own part, and ranks all.
-  __device__ bool ChooseListed(uint32_t k) {
-    __shared__ uint32_t scratch[kSelectWarps];
-    Shared& s = shared();
-    float offset[kScanHeads];
-#pragma unroll
-    for (int h = 0; h < kScanHeads; ++h) offset[h] = h < args_.group && args_.rule != GroupRule::kMaxLogit ? lse()[h] : 0;
-    const float best = best_, log_theta = rule_->log_theta;
-    const bool filters = rule_->resident != nullptr;
-    for (uint32_t e = threadIdx.x; e < s.listed; e += kSelectThreads) {
-      float score = -Infinity();
-#pragma unroll
-      for (int h = 0; h < kScanHeads; ++h) {
-        if (h < args_.group) score = fmaxf(score, list_z(block_, h)[e] - offset[h]);
-      }
-      const int64_t place = ListOf(block_) + e;
-      args_.list_key[place] = !filters || args_.list_at[place] >> 31 != 0 || score > log_theta ? KeyOf(score) : 0;
-    }
-    if (threadIdx.x == 0) team_->above[block_] = s.listed;
-    reinterpret_cast<uint4*>(own_bins())[threadIdx.x] = uint4{};
-    Wait();
-    if (TooLong()) return false;
-    ForListed([&](uint32_t e, int b, uint32_t entry) {
-      const int64_t place = ListOf(b) + entry;
-      const uint32_t key = __ldcg(args_.list_key + place), at = __ldcg(args_.list_at + place);
-      keys()[e] = key, positions()[e] = static_cast<int32_t>(at & 0x7fffffffu);
-      if (key != 0) atomicAdd(own_bins() + BinOf(ScoreOf(key), best), 1u);
-    });
-    __syncthreads();
-    constexpr int kThreadBins = kBins / kSelectThreads;
-    static_assert(kThreadBins == 4);
-    const int top_bin = kBins - 1 - static_cast<int>(threadIdx.x) * kThreadBins;
-    const uint4 piece = *reinterpret_cast<const uint4*>(own_bins() + top_bin + 1 - kThreadBins);
-    const uint32_t count[kThreadBins] = {piece.w, piece.z, piece.y, piece.x};
-    uint32_t total, above = BlockPrefix((piece.x + piece.y) + (piece.z + piece.w), scratch, &total);
-#pragma unroll
-    for (int i = 0; i < kThreadBins; ++i) {
-      if (above < k && k <= above + count[i]) s.bin = top_bin - i, s.above = above, s.inside = count[i];
-      above += count[i];
-    }
-    __syncthreads();
-    if (total < k || s.inside > kListRoom) return false;
-    if (warp() < 2) {
-      const uint32_t key = FirstKeyOf(s.bin + warp(), best, lane());
-      if (lane() == 0) s.edge[warp()] = key;
-    }
-    __syncthreads();
-    const uint32_t from = s.edge[0], to = s.edge[1], listed = s.starts[args_.team_blocks];
-    for (int h = 0; h < args_.group; ++h) {
-      if (!(s.bar[h] - offset[h] < ScoreOf(from))) return false;  // the sample misled
-    }
-    uint32_t* const member_key = own_bins();
-    int32_t* const member_position = reinterpret_cast<int32_t*>(own_bins() + kListRoom);
-    uint32_t before = 0;
-    const auto keep = [&](int32_t position) {
-      const int32_t at = position - begin_;
-      before += at < 0 ? 1 : 0;
-      if (at >= 0 && position < end_) atomicOr(kept_words() + at / 32, 1u << (at % 32));
-    };
-    for (uint32_t e = threadIdx.x; e < listed; e += kSelectThreads) {
-      const uint32_t key = keys()[e];
-      if (key < from) continue;
-      if (key >= to) {
-        keep(positions()[e]);
-        continue;
-      }
-      const uint32_t i = atomicAdd(&s.members, 1u);
-      member_key[i] = key, member_position[i] = positions()[e], entries()[i] = e;
-    }
-    __syncthreads();
-    ForFirst(k - s.above, member_key, member_position, static_cast<int>(s.members), [&](int i) {
-      keys()[entries()[i]] = 0xffffffffu;
-      keep(member_position[i]);
-    });
-    before = __reduce_add_sync(kAllLanes, before);
-    if (lane() == 0 && before != 0) atomicAdd(&s.before, before);
-    __syncthreads();
-    Write(s.before, k);
-    if (rule_->lse_out != nullptr) MassOutside(to, offset);
-    return true;
-  }
-
-  // Of what is not listed, and of what is and was not chosen. The heads are shared out among the blocks.
-  __device__ void MassOutside(uint32_t to, const float (&offset)[kScanHeads]) {
-    __shared__ float of_warps[kSelectWarps];
-    // In units of the weight of rank k, or theta: none that is left out is far above it.
-    float most = fminf(ScoreOf(to), best_);
-    if (rule_->resident != nullptr) most = fmaxf(most, rule_->log_theta);
-    for (int h = block_; h < args_.group; h += args_.team_blocks) {
-      const float unit = most + (h == 0 ? offset[0] : h == 1 ? offset[1] : h == 2 ? offset[2] : offset[3]);
-      float sum = 0;
-      ForListed([&](uint32_t e, int b, uint32_t entry) {
-        const float x = __ldcg(list_z(b, h) + entry);
-        if (keys()[e] < to) sum += Exp2((x - unit) * kLog2E);
-      });
-#pragma unroll
-      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-      __syncthreads();
-      if (lane() == 0) of_warps[warp()] = sum;
-      __syncthreads();
-      if (warp() != 0) continue;
-      sum = 0;
-      for (int w = 0; w < kSelectWarps; ++w) sum += of_warps[w];
-      const Mass other = TeamMass(args_.outside, h);
-      if (lane() == 0) rule_->lse_out[h] = LogOf(sum > 0 ? Join(other, {unit, sum}) : other);
     }
   }
 

@@ -11,7 +11,7 @@ inline constexpr float kBinsPerNat = 64;    // the bins reach 32 nats below the 
 inline constexpr int kListRoom = 1024;      // members of a bin that are compared with each other
 inline constexpr int kSample = 4 * kSelectThreads;  // own positions from which a block guesses what rank k will leave far below
 inline constexpr int kMaxTeam = 64;         // blocks: two to a lane
-inline constexpr int kMostListed = 14336;   // candidates of a team (select_bars.cuh)
+inline constexpr int kMostListed = 12288;   // candidates of a block (select_bars.cuh)
 static_assert(kListRoom * 2 <= kBins, "the list takes the place of the histogram in shared memory");
 
 // What the blocks of a team share; zero before the first launch, and left so that the next one can start.
@@ -55,7 +55,6 @@ struct SelectArgs {
   int32_t list_room;     // of a block
   float* list_z;         // [teams, team_blocks, kScanHeads, list_room]
   uint32_t* list_at;     // [teams, team_blocks, list_room]: position, and a bit for residents
-  uint32_t* list_key;    // as list_at
 };
 
 // --- waiting for each other ------------------------------------------------------------------------------------------------------

@@ -531,12 +531,13 @@ class SelectByBarsCudaTest : public SelectCudaTest {
 
 TEST_F(SelectByBarsCudaTest, ChooseAsAllLogitsWould) {
   SeededRng rng;
-  for (const Case& c : {Case{.n = 40'000, .tasks = 8, .group = 4, .k = 700}, Case{.n = 40'001, .tasks = 8, .group = 3, .k = 1000, .filters = true},
-                        Case{.n = 70'063, .tasks = 8, .group = 1, .k = 64, .bits = 2}, Case{.n = 9'000, .tasks = 70, .group = 4, .k = 500, .filters = true},
-                        Case{.n = 9'037, .tasks = 150, .group = 2, .k = 300, .bits = 8}, Case{.n = 30'000, .tasks = 40, .group = 4, .k = 400, .window = 20'000},
-                        Case{.n = 50'000, .tasks = 8, .group = 4, .k = 1500, .rule = GroupRule::kMaxLogit}, Case{.n = 150'000, .tasks = 1, .group = 4, .k = 2048}}) {
+  // Logits that shared memory holds are kept there: these are more.
+  for (const Case& c : {Case{.n = 20'000, .tasks = 70, .group = 4, .k = 500}, Case{.n = 20'037, .tasks = 70, .group = 3, .k = 900, .filters = true},
+                        Case{.n = 60'000, .tasks = 70, .group = 1, .k = 64, .bits = 2}, Case{.n = 30'000, .tasks = 40, .group = 4, .k = 700, .filters = true},
+                        Case{.n = 40'063, .tasks = 40, .group = 4, .k = 300, .bits = 8, .window = 30'000}, Case{.n = 17'001, .tasks = 150, .group = 4, .k = 200},
+                        Case{.n = 33'000, .tasks = 40, .group = 4, .k = 1500, .rule = GroupRule::kMaxLogit}, Case{.n = 230'000, .tasks = 8, .group = 4, .k = 2048}}) {
     SCOPED_TRACE(testing::Message() << "n " << c.n << ", tasks " << c.tasks << ", group " << c.group << ", k " << c.k << ", bits " << c.bits);
-    CodedRows coded(rng, cuda::RowType::kF16, c.n, c.n > 60'000 ? 64 : 128, {c.bits, 64, false}, KeyKind::kNormal);
+    CodedRows coded(rng, cuda::RowType::kF16, c.n, c.n > 100'000 ? 64 : 128, {c.bits, 64, false}, KeyKind::kNormal);
     coded.SetQuery(rng.Normals(static_cast<size_t>(c.group * coded.dim), 2));
     EXPECT_EQ(Run(rng, coded, c), 0) << "tasks were scanned again";
     if (HasFailure()) return;
@@ -546,7 +547,7 @@ TEST_F(SelectByBarsCudaTest, ChooseAsAllLogitsWould) {
 TEST_F(SelectByBarsCudaTest, StartAnewWhereTheSampleMisleads) {
   SeededRng rng;
   constexpr int32_t kDim = 64;
-  const std::vector<float> q = rng.Normals(2 * kDim);
+  const std::vector<float> q = rng.Normals(4 * kDim);
   const auto coded_of = [&](int32_t n, auto&& scale_of) {  // keys near scale * q
     CodedRows coded(rng, cuda::RowType::kF16, n, kDim, {4, 64, false}, KeyKind::kNormal);
     for (int32_t p = 0; p < n; ++p) {
@@ -566,7 +567,7 @@ TEST_F(SelectByBarsCudaTest, StartAnewWhereTheSampleMisleads) {
     return coded;
   };
   // Blocks have all of a task. A warp has 16 code blocks, of which the first two are its sample; or 36, and four.
-  const Case c{.n = 16'384, .tasks = 70, .group = 2, .k = 600}, longer{.n = 36'864, .tasks = 70, .group = 2, .k = 600};
+  const Case c{.n = 16'384, .tasks = 70, .group = 4, .k = 600}, longer{.n = 36'864, .tasks = 70, .group = 4, .k = 600};
   EXPECT_EQ(Run(rng, coded_of(c.n, [](int32_t) { return 0.0f; }), c), 0);
   EXPECT_EQ(Run(rng, coded_of(c.n, [](int32_t p) { return p / 64 % 16 < 2 && p % 5 == 0 ? 0.5f : 0.0f; }), c), 2 * c.tasks) << "all that is large was sampled";
   EXPECT_EQ(Run(rng, coded_of(longer.n, [](int32_t p) { return p / 64 % 36 < 4 ? 0.0f : 0.5f; }), longer), 2 * c.tasks) << "nothing was: the lists are full";
@@ -574,11 +575,11 @@ TEST_F(SelectByBarsCudaTest, StartAnewWhereTheSampleMisleads) {
 
 TEST_F(SelectByBarsCudaTest, StartAnewWhereThereIsNoBar) {
   SeededRng rng;
-  const Case c{.n = 9'000, .tasks = 70, .group = 2, .k = 100};
+  const Case c{.n = 17'000, .tasks = 70, .group = 4, .k = 100};
   CodedRows coded(rng, cuda::RowType::kF16, c.n, 64, {4, 64, false}, KeyKind::kNormal);
-  coded.SetQuery(std::vector<float>(2 * 64, 0.0f));
+  coded.SetQuery(std::vector<float>(4 * 64, 0.0f));
   EXPECT_EQ(Run(rng, coded, c), 2 * c.tasks) << "all logits are the same";
-  coded.SetQuery(rng.Normals(2 * 64, 300));
+  coded.SetQuery(rng.Normals(4 * 64, 300));
   Run(rng, coded, c);  // far outside of the bins
 }
 
