@@ -1,5 +1,6 @@
 // scan, choose and select: checks, plans, and the kernel that chooses from logits in memory.
 #include "kernels/cuda/select.cuh"
+#include "kernels/cuda/select_bars.cuh"
 
 #include <algorithm>
 
@@ -68,17 +69,11 @@ Status MakePlan(int32_t num_tasks, int32_t max_n, bool scans, size_t scan_bytes,
   args.chunk = static_cast<int32_t>(std::max<int64_t>(1, CeilDiv(max_n, int64_t{64} * args.team_blocks)) * 64);
   args.z_stride = args.chunk + 8;  // heads 32 bytes apart: a warp's stores of one piece meet no bank twice
   const auto chunk = static_cast<size_t>(args.chunk), group = static_cast<size_t>(args.group);
-  const size_t fixed = scan_bytes + TeamMember<0>::CommonBytes(args) + 4096;  // and what the kernel declares itself
+  const size_t fixed = scan_bytes + CommonBytes(args) + 4096;  // and what the kernel declares itself
   const size_t z_bytes = scans ? group * static_cast<size_t>(args.z_stride) * 4 : 0;
   const auto room = static_cast<size_t>(limits.block_shared_bytes);
   args.z_in_shared = scans && fixed + z_bytes <= room;
   args.keep_keys = fixed + (args.z_in_shared ? z_bytes : 0) + chunk * 4 <= room;
-  using Bars = BarSelector<64, 4>;  // what is asked for is the same for all
-  args.most_samples = static_cast<int32_t>(std::clamp<int64_t>(CeilDiv(args.chunk, 8 * kSelectWarps * Bars::kTokens), 1, Bars::kMostSamples));
-  args.list_room = std::min(args.chunk, kMostListed);
-  args.bars = scans && !args.z_in_shared && args.group <= kScanHeads && args.rule != GroupRule::kMeanWeight && !args.dilate && args.format.group_tokens == Bars::kTokens &&
-              args.chunk >= 2 * kSelectWarps * Bars::kTokens;
-  args.bars = args.bars && fixed + Bars::ListBytes(args) <= room;
   PREHOC_RETURN_IF_ERROR(Check("choose").That(fixed <= room, "max_n", max_n, "positions are too many for one launch; give fewer tasks",
                                               StatusCode::kUnsupported).Take());
 
@@ -94,9 +89,18 @@ Status MakePlan(int32_t num_tasks, int32_t max_n, bool scans, size_t scan_bytes,
   args.parts = reinterpret_cast<Mass*>(part(team_count * kMaxTeam * group * sizeof(Mass)));
   args.outside = reinterpret_cast<Mass*>(part(team_count * kMaxTeam * group * sizeof(Mass)));
   args.z = reinterpret_cast<float*>(part(args.z_in_shared ? 0 : blocks * z_bytes));
+  if (scans && !args.z_in_shared) {
+    using Bars = BarSelector<256, 8>;  // which needs the most
+    args.most_samples = static_cast<int32_t>(std::clamp<int64_t>(CeilDiv(args.chunk, 8 * kSelectWarps * Bars::kTokens), 1, Bars::kMostSamples));
+    args.list_room = std::min(args.chunk, kMostListed);
+    args.bars = args.group <= kScanHeads && args.rule != GroupRule::kMeanWeight && !args.dilate && args.format.group_tokens == Bars::kTokens &&
+                Bars::SharedBytes(args) + 4096 <= room;
+  }
   const size_t listed = args.bars ? blocks * static_cast<size_t>(args.list_room) : 0;
   args.list_z = reinterpret_cast<float*>(part(listed * kScanHeads * sizeof(float)));
   args.list_at = reinterpret_cast<uint32_t*>(part(listed * sizeof(uint32_t)));
+  args.again = reinterpret_cast<uint8_t*>(part(args.bars ? static_cast<size_t>(num_tasks) : 0));
+  if (!args.bars) args.again = nullptr;
   plan->bytes = at;
   return {};
 }
@@ -166,7 +170,11 @@ Status Select(const SelectParams& params, cudaStream_t stream) {
   PREHOC_ASSIGN_OR_RETURN(const Plan plan, PlanOf(params));
   if (params.num_tasks == 0) return {};
   PREHOC_RETURN_IF_ERROR(CheckWorkspace("select", params.workspace, params.workspace_bytes, plan.bytes));
-  return DispatchHeadDim(params.head_dim, [&](auto d) { return LaunchSelect<d()>(params.format.bits, plan.args, plan.blocks, stream); });
+  return DispatchHeadDim(params.head_dim, [&](auto d) {
+    // What the first launch cannot choose, the second does; mostly it finds nothing to do.
+    if (plan.args.bars) PREHOC_RETURN_IF_ERROR(LaunchBars<d()>(params.format.bits, plan.args, plan.blocks, stream));
+    return LaunchSelect<d()>(params.format.bits, plan.args, plan.blocks, stream);
+  });
 }
 
 Status Scan(const ScanParams& params, cudaStream_t stream) {

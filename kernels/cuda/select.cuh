@@ -8,16 +8,19 @@
 // Ties are broken by position without sorting: keys are compared with positions where few are equal, and counted where many are.
 // Dilation adds a second cut (rank m), a bitmap of neighbours, and one more wait.
 #pragma once
-#include "kernels/cuda/select_bars.cuh"
+#include "kernels/cuda/select_team.cuh"
 
 namespace prehoc::cuda {
 
 template <int D, int BITS>  // BITS 0: the logits are there
-class Selector : public BarSelector<D, BITS> {
-  using Base = BarSelector<D, BITS>;
+class Selector : public TeamMember<Selector<D, BITS>, ScanMemory<D, BITS>::kBytes> {
+  using M = ScanMemory<D, BITS>;
+  using Base = TeamMember<Selector, M::kBytes>;
+  friend Base;
   using Base::args_, Base::rule_, Base::team_, Base::block_, Base::team_index_, Base::n_, Base::begin_, Base::end_, Base::sinks_, Base::lo_, Base::hi_;
-  using Base::best_, Base::simple_, Base::source_, Base::lane, Base::warp, Base::own_bins, Base::kept_words, Base::class_words, Base::lse, Base::top;
-  using Base::level, Base::header, Base::steps, Base::Wait, Base::Leads, Base::InSight, Base::PartOf, Base::TeamMass, Base::JoinMass, Base::ForFirst, Base::Write;
+  using Base::best_, Base::simple_, Base::round_, Base::lane, Base::warp, Base::own_bins, Base::fixed, Base::kept_words, Base::class_words, Base::lse;
+  using Base::top, Base::level, Base::room, Base::Wait, Base::Leads, Base::InSight, Base::PartOf, Base::TeamMass, Base::JoinMass, Base::Write;
+  using Base::kThreadBins, Base::TopOfThread, Base::FindCut, Base::Keep, Base::AddMember, Base::JoinOutside;
 
  public:
   static constexpr bool kScans = BITS != 0;
@@ -26,12 +29,13 @@ class Selector : public BarSelector<D, BITS> {
     size_t bytes = 0;
     if (args.keep_keys) bytes += static_cast<size_t>(args.chunk) * 4;
     if (args.z_in_shared) bytes += static_cast<size_t>(args.group) * static_cast<size_t>(args.z_stride) * 4;
-    return Base::CommonBytes(args) + std::max(bytes, Base::ListBytes(args));
+    return Base::CommonBytes(args) + bytes;
   }
 
   using Base::Base;
 
   __device__ void Run(int task_index) {
+    if (args_.again != nullptr && args_.again[task_index] == 0) return;
     if constexpr (kScans) {
       const SelectTask& task = args_.select[task_index];
       source_ = &task.source, rule_ = &task.rule;
@@ -43,11 +47,8 @@ class Selector : public BarSelector<D, BITS> {
       n_ = *task.n;
     }
     if (!this->Divide()) return;
+    round_ = 0;
     if constexpr (kScans) {
-      if (this->TakesBars()) {
-        if (ChooseListed(static_cast<uint32_t>(rule_->k))) return;
-        if (Leads() && threadIdx.x == 0 && args_.restarts != nullptr) atomicAdd(args_.restarts, 1);
-      }
       ScanOwn();
     } else {
       const ChooseTask& task = args_.choose[task_index];
@@ -57,7 +58,6 @@ class Selector : public BarSelector<D, BITS> {
     if constexpr (!kScans) BlockMass(args_.parts, [&](int32_t i) { return InSight(i); });
     Wait();
     JoinMass();
-    round_ = 0;
     const int32_t middle = hi_ - lo_;
     const int32_t k = min(max(rule_->k, 0), middle), m = args_.dilate ? min(max(rule_->dilate_m, 0), k) : 0;
     uint32_t offset = 0, count = 0;
@@ -74,88 +74,13 @@ class Selector : public BarSelector<D, BITS> {
   }
 
  private:
-  __device__ uint32_t* keys() const { return reinterpret_cast<uint32_t*>(this->room()); }  // [own], with keep_keys
+  __device__ std::byte* header() const { return fixed() + warp() * M::kHeaderBytes; }
+  __device__ uint4* steps() const { return reinterpret_cast<uint4*>(fixed() + M::kSteps); }
+  __device__ uint32_t* keys() const { return reinterpret_cast<uint32_t*>(room()); }  // [own], with keep_keys
   __device__ float* kept_z_shared() const { return reinterpret_cast<float*>(keys() + (args_.keep_keys ? args_.chunk : 0)); }
   __device__ float* kept_z() const {  // [group, z_stride] of this launch
     if (args_.z_in_shared) return kept_z_shared();
     return args_.z + (int64_t{team_index_} * args_.team_blocks + block_) * args_.group * args_.z_stride;
-  }
-
-  // --- without logits (select_bars.cuh)
-  // False: nothing is chosen, and all blocks of the team say so; what they share is as it was before.
-  __device__ bool ChooseListed(uint32_t k) {
-    const bool barred = this->ScanListed();
-    Wait();
-    if (Leads()) this->ClearSample();  // all have read it
-    round_ = 0;
-    bool good = false;
-    if (barred) JoinMass();
-    if (barred && simple_) {
-      listed_ = this->listed();
-      const Cut cut = FindCut(k);
-      good = candidates_ > k && !this->Misses(ScoreOf(cut.from));
-      if (good) {
-        uint32_t offset = 0;
-        Keep(cut, &offset);
-        Write(offset, cut.kept);
-        if (rule_->lse_out != nullptr) MassOutsideListed(fminf(ScoreOf(cut.to), best_));
-      }
-      listed_ = -1;
-    }
-    if (good) return true;
-    Wait();  // all have read the masses and the histogram
-    if (Leads() && round_ > 0) ClearHistogram(round_ - 1);
-    Wait();
-    return false;
-  }
-  // As CountKeys, of what is listed.
-  __device__ void CountListed(const Cut& cut, bool refines, int shift) {
-    reinterpret_cast<uint4*>(own_bins())[threadIdx.x] = uint4{};
-    __syncthreads();
-    const bool first = round_ == 0, filters = rule_->resident != nullptr;
-    const float log_theta = rule_->log_theta, best = best_;
-#pragma unroll 2
-    for (int32_t e = static_cast<int32_t>(threadIdx.x); e < listed_; e += kSelectThreads) {
-      uint32_t key = 0;
-      if (first) {
-        float score = -Infinity();
-#pragma unroll
-        for (int h = 0; h < kScanHeads; ++h) {
-          if (h < args_.group) score = fmaxf(score, this->listed_z(h)[e] - (args_.rule != GroupRule::kMaxLogit ? lse()[h] : 0));
-        }
-        key = !filters || this->listed_at()[e] >> 31 != 0 || score > log_theta ? KeyOf(score) : 0;
-        keys()[e] = key;
-      } else {
-        key = keys()[e];
-      }
-      const bool counts = refines ? key >= cut.from && key < cut.to : key != 0;
-      if (counts) atomicAdd(own_bins() + (refines ? static_cast<int>((key - cut.from) >> shift) : BinOf(ScoreOf(key), best)), 1u);
-    }
-    __syncthreads();
-  }
-  // Adds what was listed and not chosen to the mass of what was not listed. `most`: about the score of rank k, not below it.
-  __device__ void MassOutsideListed(float most) {
-    __shared__ float of_warps[kSelectWarps];
-    // No weight that is left out is far above that of rank k, or else theta: in units of the larger one.
-    if (rule_->resident != nullptr) most = fmaxf(most, rule_->log_theta);
-    const int h = warp() % kScanHeads;  // a warp takes a head of a part of it
-    const float unit = most + (h < args_.group && args_.rule != GroupRule::kMaxLogit ? lse()[h] : 0);
-    float sum = 0;
-    for (int32_t e = warp() / kScanHeads * kWarp + lane(); h < args_.group && e < listed_; e += kSelectThreads / kScanHeads) {
-      const int32_t at = static_cast<int32_t>(this->listed_at()[e] & 0x7fffffffu) - begin_;
-      if (((kept_words()[at / 32] >> (at % 32)) & 1) == 0) sum += Exp2((this->listed_z(h)[e] - unit) * kLog2E);
-    }
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-    if (lane() == 0) of_warps[warp()] = sum;
-    __syncthreads();
-    if (warp() < args_.group && lane() == 0) {
-      float all = 0;
-      for (int w = warp(); w < kSelectWarps; w += kScanHeads) all += of_warps[w];
-      Mass* const part = PartOf(args_.outside, h, block_);
-      if (all > 0) *part = Join(*part, {unit, all});
-    }
-    JoinOutside();
   }
 
   // --- 1
@@ -255,19 +180,21 @@ class Selector : public BarSelector<D, BITS> {
     if (lane() == 0) *PartOf(parts, h, block_) = mass;
   }
   // --- 2
-  static __device__ float HeadScore(GroupRule rule, float lse, float z) {
+  __device__ float HeadScore(int h, float z) const {
     if (isnan(z) || z == -Infinity()) return -Infinity();
-    if (z == Infinity() || rule == GroupRule::kMaxLogit) return z;
-    return isnan(lse) ? -Infinity() : z - lse;
+    if (z == Infinity()) return z;
+    if (args_.rule == GroupRule::kMaxLogit) return z;
+    return isnan(lse()[h]) ? -Infinity() : z - lse()[h];
   }
-  // Any rule, any numbers. Out of the way: code that is run once costs the time to fetch it. Not a member: whose address a call needs lies in memory.
-  static __device__ __noinline__ float Score(GroupRule rule, int group, const float* lse, const float* z, int64_t stride) {
+  // Any rule, any numbers. Out of the way: code that is run once costs the time to fetch it.
+  __device__ __noinline__ float Score(int32_t at) const {
+    const float* const z = z_ + at;
     float most = -Infinity();
-    for (int h = 0; h < group; ++h) most = fmaxf(most, HeadScore(rule, lse[h], z[h * stride]));
-    if (rule != GroupRule::kMeanWeight || isinf(most)) return most;
+    for (int h = 0; h < args_.group; ++h) most = fmaxf(most, HeadScore(h, z[h * z_stride_]));
+    if (args_.rule != GroupRule::kMeanWeight || isinf(most)) return most;
     float sum = 0;
-    for (int h = 0; h < group; ++h) sum += __expf(HeadScore(rule, lse[h], z[h * stride]) - most);
-    return most + __logf(sum / static_cast<float>(group));
+    for (int h = 0; h < args_.group; ++h) sum += __expf(HeadScore(h, z[h * z_stride_]) - most);
+    return most + __logf(sum / static_cast<float>(args_.group));
   }
   // Of four own positions by a rule that takes the maximum, where every logit is a number or -inf.
   __device__ static float4 MostOf(const float* z, int stride, int group, const float* offset) {
@@ -304,7 +231,7 @@ class Selector : public BarSelector<D, BITS> {
       return most;
     }
 #pragma unroll 1
-    for (int t = 0; t < 4; ++t) most = {most.y, most.z, most.w, Score(args_.rule, args_.group, lse(), z_ + min(at + t, end_ - begin_ - 1), z_stride_)};
+    for (int t = 0; t < 4; ++t) most = {most.y, most.z, most.w, Score(min(at + t, end_ - begin_ - 1))};
     return most;
   }
   // Keys of four own positions; 0 where a position is no candidate. `at` is a multiple of 4.
@@ -420,120 +347,14 @@ class Selector : public BarSelector<D, BITS> {
     }
     __syncthreads();
   }
-  static constexpr int kThreadBins = kBins / kSelectThreads;
-  static_assert(kThreadBins == 4 && kBins % kSelectThreads == 0, "a thread's bins are one piece");
-  // Each thread takes kThreadBins bins, from this one down.
-  __device__ static int TopOfThread() { return kBins - 1 - static_cast<int>(threadIdx.x) * kThreadBins; }
-
-  // Adds up what the blocks counted, and finds the bin of rank `target` (from 1, from the top), and how many are above and inside. False if there
-  // are fewer; `candidates_` are all.
-  __device__ bool FindBin(uint32_t target, int* bin, uint32_t* above, uint32_t* inside) {
-    __shared__ uint32_t scratch[kSelectWarps];
-    __shared__ uint32_t found[3];
-    uint32_t* const histogram = team_->histogram[round_ % 3];
-    for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kSelectThreads) {
-      if (own_bins()[i] != 0) atomicAdd(histogram + i, own_bins()[i]);
-    }
-    Wait();
-    // Thread t sums bins from the top.
-    const int top = TopOfThread();
-    const uint4 piece = __ldcg(reinterpret_cast<const uint4*>(histogram + top + 1 - kThreadBins));
-    const uint32_t count[kThreadBins] = {piece.w, piece.z, piece.y, piece.x};
-    const uint32_t mine = (piece.x + piece.y) + (piece.z + piece.w);
-    uint32_t total;
-    uint32_t before = BlockPrefix(mine, scratch, &total);
-    if (before < target && target <= before + mine) {
-#pragma unroll
-      for (int i = 0; i < kThreadBins; ++i) {
-        if (before < target && target <= before + count[i]) {
-          found[0] = static_cast<uint32_t>(top - i), found[1] = before, found[2] = count[i];
-        }
-        before += count[i];
-      }
-    }
-    // All have read the histogram of the round before: they are past the wait.
-    if (Leads() && round_ > 0) ClearHistogram(round_ - 1);
-    __syncthreads();
-    ++round_;
-    *bin = static_cast<int>(found[0]), *above = found[1], *inside = found[2];
-    candidates_ = total;
-    return target <= total;
-  }
-  __device__ void ClearHistogram(int round) {
-    for (int i = threadIdx.x; i < kBins; i += kSelectThreads) team_->histogram[round % 3][i] = 0;
-  }
-
-  __device__ Cut FindCut(uint32_t k) {
-    __shared__ uint32_t edge[2];
-    Cut cut{};
-    uint32_t need = max(k, 1u);
-    bool refines = false;
-#pragma unroll 1
-    for (;;) {
-      int shift = 0;
-      while (refines && ((cut.to - cut.from - 1) >> shift) >= kBins) ++shift;
-      if (kScans && listed_ >= 0) {
-        CountListed(cut, refines, shift);
-      } else {
-        CountKeys(k, cut, refines, shift);
-      }
-      int bin = 0;
-      uint32_t above = 0, inside = 0;
-      const bool was_first = round_ == 0, enough = FindBin(need, &bin, &above, &inside);
-      if (!refines) {
-        if (k == 0) return NoneOf();
-        if (!enough || k == candidates_) return AllOf(candidates_);
-        // A guess that was wrong (the same in every block): bins below it are counted now.
-        if (was_first && static_cast<uint32_t>(bin) < __ldcg(&team_->floor)) continue;
-        if (warp() < 2) {
-          const uint32_t key = FirstKeyOf(bin + warp(), best_, lane());
-          if (lane() == 0) edge[warp()] = key;
-        }
-        __syncthreads();
-        cut.from = edge[0], cut.to = edge[1];
-        cut.kept = k;
-      } else {
-        const uint32_t from = cut.from + (static_cast<uint32_t>(bin) << shift);
-        cut.to = min(cut.to - 1, from + ((1u << shift) - 1)) + 1;
-        cut.from = from;
-      }
-      cut.need = need -= above;
-      cut.equal = inside;
-      refines = true;
-      if (cut.ByList() || cut.to - cut.from == 1) return cut;
-    }
-  }
 
   // --- 4
-  // Adds what `cut` keeps of the own part to kept_words(); *offset: how many the blocks before keep.
-  __device__ void Keep(const Cut& cut, uint32_t* offset) {
-    __shared__ uint32_t scratch[kSelectWarps];
-    __shared__ uint32_t before, own_in, own_class, in_before, class_before;
+  __device__ void PlaceKeys(const Cut& cut, uint32_t* in, uint32_t* of_class) {
     const int32_t own = end_ - begin_, words = (own + 31) / 32;
-    if (threadIdx.x == 0) before = own_in = own_class = 0;
-    __syncthreads();
-    uint32_t in = 0, of_class = 0;  // in the first lane of eight
     const bool lists = cut.ByList();
     const uint64_t* const resident = rule_->resident;
     const float log_theta = rule_->log_theta;
-    if (kScans && listed_ >= 0) {
-      for (int32_t w = static_cast<int32_t>(threadIdx.x); w < words; w += kSelectThreads) class_words()[w] = 0;
-      __syncthreads();
-#pragma unroll 2
-      for (int32_t e = static_cast<int32_t>(threadIdx.x); e < listed_; e += kSelectThreads) {
-        const uint32_t key = keys()[e];
-        if (key < cut.from) continue;
-        const auto position = static_cast<int32_t>(this->listed_at()[e] & 0x7fffffffu);
-        const int32_t at = position - begin_;
-        const bool is_in = key >= cut.to;
-        atomicOr((is_in ? kept_words() : class_words()) + at / 32, 1u << (at % 32));
-        in += is_in ? 1 : 0, of_class += is_in ? 0 : 1;
-        if (is_in || !lists) continue;
-        const uint32_t entry = atomicAdd(&team_->list_size, 1u);
-        team_->list_key[entry] = key, team_->list_position[entry] = position;
-      }
-    }
-    for (int32_t from = warp() * 4 * kWarp; listed_ < 0 && from < own; from += kSelectWarps * 4 * kWarp) {
+    for (int32_t from = warp() * 4 * kWarp; from < own; from += kSelectWarps * 4 * kWarp) {
       const int32_t at = from + 4 * lane();
       uint4 key{};
       if (at < own) key = KeysAgain(at, resident, log_theta);
@@ -543,8 +364,7 @@ class Selector : public BarSelector<D, BITS> {
         if (one < cut.from || one >= cut.to) return;
         class_word |= 1u << t;
         if (!lists) return;
-        const uint32_t entry = atomicAdd(&team_->list_size, 1u);
-        team_->list_key[entry] = one, team_->list_position[entry] = begin_ + at + t;
+        AddMember(one, begin_ + at + t);
       };
       place(key.x, 0), place(key.y, 1), place(key.z, 2), place(key.w, 3);
       in_word <<= 4 * (lane() % 8), class_word <<= 4 * (lane() % 8);
@@ -557,78 +377,9 @@ class Selector : public BarSelector<D, BITS> {
       if (lane() % 8 == 0 && w < words) {
         kept_words()[w] |= in_word;
         class_words()[w] = class_word;
-        in += __popc(in_word), of_class += __popc(class_word);
+        *in += __popc(in_word), *of_class += __popc(class_word);
       }
     }
-    in = __reduce_add_sync(kAllLanes, in), of_class = __reduce_add_sync(kAllLanes, of_class);
-    if (lane() == 0) {
-      if (in != 0) atomicAdd(&own_in, in);
-      if (of_class != 0) atomicAdd(&own_class, of_class);
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) team_->above[block_] = own_in, team_->equal[block_] = own_class;
-    Wait();
-    if (Leads()) {  // all are past reading them
-      ClearHistogram(round_ - 1);
-      if (threadIdx.x == 0) team_->floor = 0;
-    }
-    if (warp() == 0) {
-      uint32_t above_here = 0, equal_here = 0;
-      for (int b = lane(); b < block_; b += kWarp) above_here += __ldcg(team_->above + b), equal_here += __ldcg(team_->equal + b);
-      above_here = __reduce_add_sync(kAllLanes, above_here), equal_here = __reduce_add_sync(kAllLanes, equal_here);
-      if (lane() == 0) in_before = above_here, class_before = equal_here;
-    }
-    __syncthreads();
-    uint32_t above_before = in_before;
-    const uint32_t equal_before = class_before;
-    if (cut.equal > 0) {
-      if (cut.ByList()) {
-        RankList(cut, &before);
-        __syncthreads();
-        above_before += before;
-      } else {
-        TakeInOrder(cut, equal_before, scratch);
-        above_before += min(equal_before, cut.need);
-      }
-    }
-    *offset = above_before;
-    __syncthreads();
-  }
-
-  // The members of the class of which fewer than `need` come before (by key, then position) are kept: own ones in kept_words(), those of
-  // the blocks before are counted.
-  __device__ void RankList(const Cut& cut, uint32_t* before) {
-    uint32_t* const key = own_bins();
-    int32_t* const position = reinterpret_cast<int32_t*>(own_bins() + kListRoom);
-    const int size = static_cast<int>(cut.equal);
-    for (int i = threadIdx.x; i < size; i += kSelectThreads) {
-      key[i] = __ldcg(team_->list_key + i), position[i] = __ldcg(team_->list_position + i);
-    }
-    __syncthreads();
-    ForFirst(cut.need, key, position, size, [&](int i) {
-      const int32_t at = position[i] - begin_;
-      if (at < 0) atomicAdd(before, 1u);
-      if (at >= 0 && position[i] < end_) atomicOr(kept_words() + at / 32, 1u << (at % 32));
-    });
-  }
-
-  // All keys of the class are equal: the lowest positions are kept.
-  __device__ void TakeInOrder(const Cut& cut, uint32_t equal_before, uint32_t* scratch) {
-    const int words = (end_ - begin_ + 31) / 32, each = (words + kSelectThreads - 1) / kSelectThreads;
-    const int first = static_cast<int>(threadIdx.x) * each;
-    uint32_t mine = 0, total;
-    for (int w = first; w < min(first + each, words); ++w) mine += __popc(class_words()[w]);
-    uint32_t rank = equal_before + BlockPrefix(mine, scratch, &total);
-    for (int w = first; w < min(first + each, words); ++w) {
-      uint32_t left = class_words()[w], kept = 0;
-      while (left != 0 && rank < cut.need) {
-        const uint32_t bit = left & (~left + 1);
-        kept |= bit, left ^= bit;
-        ++rank;
-      }
-      kept_words()[w] |= kept;
-    }
-    __syncthreads();
   }
 
   // Dilation: the neighbours of what kept_words() holds (rank <= m) go to the bitmap of the team; kept_words() starts anew.
@@ -724,36 +475,10 @@ class Selector : public BarSelector<D, BITS> {
     }
     JoinOutside();
   }
-  __device__ void JoinOutside() {
-    if (!LastOfTeam()) return;
-    for (int h = warp(); h < args_.group; h += kSelectWarps) {
-      const Mass mass = TeamMass(args_.outside, h);
-      if (lane() == 0) rule_->lse_out[h] = LogOf(mass);
-    }
-  }
-  // True in the last block that is here: all have written then.
-  __device__ bool LastOfTeam() {
-    if (args_.team_blocks == 1) {
-      __syncthreads();
-      return true;
-    }
-    __shared__ bool last;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      __threadfence();
-      last = atomicAdd(&team_->finished, 1u) + 1 == static_cast<uint32_t>(args_.team_blocks);
-      if (last) team_->finished = 0;
-      __threadfence();
-    }
-    __syncthreads();
-    return last;
-  }
 
+  const ScanSource* source_ = nullptr;
   const float* z_ = nullptr;  // logit of head h at own position i: z_[h * z_stride_ + i]
   int64_t z_stride_ = 0;
-  int round_ = 0;
-  uint32_t candidates_ = 0;
-  int32_t listed_ = -1;  // candidates are what is listed, so many; -1: all own positions
 };
 
 template <int D, int BITS>

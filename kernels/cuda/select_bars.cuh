@@ -6,54 +6,62 @@
 //   2. from it for each head a bar that somewhat more than k eligible positions reach. The rest is scanned: where a head reaches its bar, the
 //      position is listed with all heads' logits; of everything else only the mass is added up
 // The choice is then made among what is listed (select.cuh). What is not scores less than (bar - lse) of every head: if that is below the score
-// of rank k, the choice is that of all positions, to the last tie. If it is not (a sample that misled), or if a list is full, the team starts anew
-// and keeps all logits.
+// of rank k, the choice is that of all positions, to the last tie. If it is not (a sample that misled), or if a list is full, the task is left to
+// the launch that follows, which keeps all logits (select.cuh).
 #pragma once
 #include "kernels/cuda/select_team.cuh"
 
 namespace prehoc::cuda {
 
-// Shared memory of a scan: heads of code blocks and q; of each warp what it needs beside the codes, of each thread a mass.
+// Beside what each scan needs: of each warp what it needs beside the codes, of each thread a mass.
 template <int D, int BITS>
-struct ScanMemory {
-  static constexpr int32_t kTokens = 64;                 // of a code block; others are not taken this way
-  static constexpr size_t kHeaderBytes = size_t{8} * D;  // of two code blocks of a warp
-  static constexpr size_t kSteps = kSelectWarps * kHeaderBytes;
-  static constexpr size_t kWords = kSteps + CodeShape<D, BITS>::kQueryBytes;
+struct BarMemory : ScanMemory<D, BITS> {
+  static constexpr int32_t kTokens = 64;  // of a code block; others are not taken this way
+  static constexpr size_t kWords = ScanMemory<D, BITS>::kBytes;
   static constexpr size_t kScores = kWords + size_t{16} * kSelectWarps;
   static constexpr size_t kMasses = kScores + size_t{8} * kTokens * kSelectWarps;
   static constexpr size_t kBytes = kMasses + size_t{8} * kSelectThreads;
 };
-template <int D>
-struct ScanMemory<D, 0> {
-  static constexpr int32_t kTokens = 64;
-  static constexpr size_t kHeaderBytes = 0, kSteps = 0, kWords = 0, kScores = 0, kMasses = 0, kBytes = 0;
-};
 
 template <int D, int BITS>
-class BarSelector : public TeamMember<ScanMemory<D, BITS>::kBytes> {
-  using M = ScanMemory<D, BITS>;
-  using Base = TeamMember<M::kBytes>;
-
- protected:
+class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::kBytes> {
+  using M = BarMemory<D, BITS>;
+  using Base = TeamMember<BarSelector, M::kBytes>;
+  friend Base;
   using Base::args_, Base::rule_, Base::team_, Base::block_, Base::team_index_, Base::n_, Base::chunk_, Base::begin_, Base::end_, Base::sinks_;
-  using Base::lo_, Base::hi_, Base::best_, Base::simple_, Base::lane, Base::warp, Base::own_bins, Base::fixed, Base::kept_words, Base::lse;
-  using Base::level, Base::room, Base::Wait, Base::Leads, Base::PartOf, Base::TeamMass, Base::JoinMass, Base::ForFirst, Base::Write;
+  using Base::lo_, Base::hi_, Base::best_, Base::simple_, Base::round_, Base::candidates_, Base::lane, Base::warp, Base::own_bins, Base::fixed;
+  using Base::kept_words, Base::class_words, Base::lse, Base::level, Base::room, Base::Wait, Base::Leads, Base::PartOf, Base::JoinMass, Base::Write;
+  using Base::FindCut, Base::Keep, Base::AddMember, Base::JoinOutside;
 
  public:
-  using Base::Base, Base::CommonBytes;
   static constexpr int32_t kTokens = M::kTokens;
   static constexpr int kMostSamples = 4;
   static constexpr int kHeadBins = kBins / kScanHeads;
   static constexpr float kSampleBinsPerNat = 4;  // the bins reach 64 nats to both sides of 0
 
   static __host__ __device__ int SampleStride(const SelectArgs& args) { return (args.most_samples * kSelectWarps + 1) * kTokens + 8; }
-  static size_t ListBytes(const SelectArgs& args) {
-    const size_t sample = size_t{kScanHeads} * static_cast<size_t>(SampleStride(args)) * 4, list = static_cast<size_t>(args.list_room) * 4;
-    return args.bars ? (sample > list ? sample : list) : 0;
+  static size_t RoomBytes(const SelectArgs& args) {  // for the sample, then for the list
+    const size_t sample = size_t{kScanHeads} * static_cast<size_t>(SampleStride(args)) * 4, list = static_cast<size_t>(args.list_room) * 8;
+    return sample > list ? sample : list;
+  }
+  static size_t SharedBytes(const SelectArgs& args) { return Base::CommonBytes(args) + RoomBytes(args); }
+
+  using Base::Base;
+
+  __device__ void Run(int task_index) {
+    const SelectTask& task = args_.select[task_index];
+    source_ = &task.source, rule_ = &task.rule;
+    n_ = *task.source.n;
+    bool chosen = true;
+    if (this->Divide()) {
+      const bool tries = TakesBars();
+      chosen = tries && Choose(static_cast<uint32_t>(rule_->k));
+      if (Leads() && threadIdx.x == 0 && tries && !chosen && args_.restarts != nullptr) atomicAdd(args_.restarts, 1);
+    }
+    if (Leads() && threadIdx.x == 0) args_.again[task_index] = chosen ? 0 : 1;
   }
 
- protected:
+ private:
   __device__ std::byte* header() const { return fixed() + warp() * M::kHeaderBytes; }
   __device__ uint4* steps() const { return reinterpret_cast<uint4*>(fixed() + M::kSteps); }
 
@@ -62,18 +70,34 @@ class BarSelector : public TeamMember<ScanMemory<D, BITS>::kBytes> {
     return args_.bars && rule_->k > 0 && chunk_ >= 2 * kSelectWarps * kTokens && (hi_ - lo_) / 8 >= rule_->k &&
            (rule_->pooled == nullptr || rule_->pool_level != nullptr);  // lse_all comes too late for pooled scores
   }
-  // Lists and masses of the own part. False, in all blocks of the team, if there are no bars. After the next wait the leader clears the sample.
-  __device__ bool ScanListed() {
+  // False: nothing is chosen, all blocks of the team say so, and what they share is as it was.
+  __device__ bool Choose(uint32_t k) {
     parity_ ^= 1;
-    return ScanByBars(rule_->k);
+    const bool barred = ScanByBars(static_cast<int32_t>(k));
+    Wait();
+    if (Leads()) {  // all have read it
+      for (int i = static_cast<int>(threadIdx.x); i < kBins + 4; i += kSelectThreads) team_->sample[parity_][i] = 0;
+    }
+    round_ = 0;
+    if (barred) {
+      JoinMass();
+      if (simple_) {
+        listed_ = static_cast<int32_t>(shared().listed);
+        const Cut cut = FindCut(k);
+        if (candidates_ > k && !Misses(ScoreOf(cut.from))) {
+          uint32_t offset = 0;
+          Keep(cut, &offset);
+          Write(offset, cut.kept);
+          if (rule_->lse_out != nullptr) MassOutside(fminf(ScoreOf(cut.to), best_));
+          return true;
+        }
+      }
+    }
+    Wait();  // all have read the masses and the histogram
+    if (Leads() && round_ > 0) this->ClearHistogram(round_ - 1);
+    Wait();
+    return false;
   }
-  __device__ void ClearSample() const {
-    for (int i = static_cast<int>(threadIdx.x); i < kBins + 4; i += kSelectThreads) team_->sample[parity_][i] = 0;
-  }
-  // What this block has listed: logits of a head; position, and a bit for residents.
-  static __device__ int32_t listed() { return static_cast<int32_t>(shared().listed); }
-  __device__ const float* listed_z(int h) const { return list_z(h); }
-  __device__ const uint32_t* listed_at() const { return args_.list_at + ListOf(block_); }
   // Whether a score above `least` may not have been listed.
   __device__ bool Misses(float least) const {
     bool misses = false;
@@ -94,9 +118,6 @@ class BarSelector : public TeamMember<ScanMemory<D, BITS>::kBytes> {
     return isnan(mine) ? -Infinity() : mine;
   }
 
-  const ScanSource* source_ = nullptr;
-
- private:
   struct Shared {
     const uint64_t* resident;
     float* pooled;
@@ -114,6 +135,9 @@ class BarSelector : public TeamMember<ScanMemory<D, BITS>::kBytes> {
   __device__ float* sample_z(int h) const { return reinterpret_cast<float*>(room()) + h * SampleStride(args_); }
   __device__ float* tail_z(int h) const { return sample_z(h) + args_.most_samples * kSelectWarps * kTokens; }
   __device__ int64_t ListOf(int block) const { return (int64_t{team_index_} * args_.team_blocks + block) * args_.list_room; }
+  __device__ uint32_t* list_at() const { return args_.list_at + ListOf(block_); }
+  __device__ uint32_t* keys() const { return reinterpret_cast<uint32_t*>(room()); }                // [list_room]
+  __device__ int32_t* places() const { return reinterpret_cast<int32_t*>(keys() + args_.list_room); }  // [list_room] own positions
   __device__ float* list_z(int h) const { return args_.list_z + ListOf(block_) * kScanHeads + h * args_.list_room; }
 
   // --- 1, 2
@@ -204,7 +228,7 @@ class BarSelector : public TeamMember<ScanMemory<D, BITS>::kBytes> {
     at += (passes >> 2) & 1;
     if ((passes & 8) != 0 && at < room) to[at] = z.w;
     at = entry + __popc(listed & ((1u << lane()) - 1));
-    if (((passes >> j) & 1) != 0 && at < room) args_.list_at[ListOf(block_) + at] = static_cast<uint32_t>(i + j) | ((resident >> j) & 1) << 31;
+    if (((passes >> j) & 1) != 0 && at < room) list_at()[at] = static_cast<uint32_t>(i + j) | ((resident >> j) & 1) << 31;
   }
 
   // The sample, the bars, the rest: lists, and masses to `parts` (all) and `outside` (what is not listed). False without bars.
@@ -403,7 +427,90 @@ class BarSelector : public TeamMember<ScanMemory<D, BITS>::kBytes> {
     }
   }
 
+  // --- the choice
+  __device__ void CountKeys(uint32_t, const Cut& cut, bool refines, int shift) {
+    reinterpret_cast<uint4*>(own_bins())[threadIdx.x] = uint4{};
+    __syncthreads();
+    const bool first = round_ == 0, filters = rule_->resident != nullptr;
+    const float log_theta = rule_->log_theta, best = best_;
+#pragma unroll 4
+    for (int32_t e = static_cast<int32_t>(threadIdx.x); e < listed_; e += kSelectThreads) {
+      uint32_t key = 0;
+      if (first) {
+        float score = -Infinity();
+#pragma unroll
+        for (int h = 0; h < kScanHeads; ++h) {
+          if (h < args_.group) score = fmaxf(score, list_z(h)[e] - (args_.rule != GroupRule::kMaxLogit ? lse()[h] : 0));
+        }
+        const uint32_t at = list_at()[e];
+        key = !filters || at >> 31 != 0 || score > log_theta ? KeyOf(score) : 0;
+        keys()[e] = key, places()[e] = static_cast<int32_t>(at & 0x7fffffffu) - begin_;
+      } else {
+        key = keys()[e];
+      }
+      const bool counts = refines ? key >= cut.from && key < cut.to : key != 0;
+      if (counts) atomicAdd(own_bins() + (refines ? static_cast<int>((key - cut.from) >> shift) : BinOf(ScoreOf(key), best)), 1u);
+    }
+    __syncthreads();
+  }
+  // Adds what was listed and not chosen to the mass of what was not listed. `most`: about the score of rank k, not below it.
+  __device__ void MassOutside(float most) {
+    __shared__ float of_warps[kSelectWarps];
+    // No weight that is left out is far above that of rank k, or else theta: in units of the larger one.
+    if (rule_->resident != nullptr) most = fmaxf(most, rule_->log_theta);
+    const int h = warp() % kScanHeads;  // a warp takes a head of a part of it
+    const float unit = most + (h < args_.group && args_.rule != GroupRule::kMaxLogit ? lse()[h] : 0);
+    float sum = 0;
+    const int32_t listed = h < args_.group ? listed_ : 0;
+#pragma unroll 8
+    for (int32_t e = warp() / kScanHeads * kWarp + lane(); e < listed; e += kSelectThreads / kScanHeads) {
+      const int32_t at = places()[e];
+      if (((kept_words()[at / 32] >> (at % 32)) & 1) == 0) sum += Exp2((list_z(h)[e] - unit) * kLog2E);
+    }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+    if (lane() == 0) of_warps[warp()] = sum;
+    __syncthreads();
+    if (warp() < args_.group && lane() == 0) {
+      float all = 0;
+      for (int w = warp(); w < kSelectWarps; w += kScanHeads) all += of_warps[w];
+      Mass* const part = PartOf(args_.outside, h, block_);
+      if (all > 0) *part = Join(*part, {unit, all});
+    }
+    JoinOutside();
+  }
+
+  __device__ void PlaceKeys(const Cut& cut, uint32_t* in, uint32_t* of_class) {
+    for (int32_t w = static_cast<int32_t>(threadIdx.x); w < (end_ - begin_ + 31) / 32; w += kSelectThreads) class_words()[w] = 0;
+    __syncthreads();
+#pragma unroll 4
+    for (int32_t e = static_cast<int32_t>(threadIdx.x); e < listed_; e += kSelectThreads) {
+      const uint32_t key = keys()[e];
+      if (key < cut.from) continue;
+      const int32_t at = places()[e];
+      const bool is_in = key >= cut.to;
+      atomicOr((is_in ? kept_words() : class_words()) + at / 32, 1u << (at % 32));
+      *in += is_in ? 1 : 0, *of_class += is_in ? 0 : 1;
+      if (!is_in && cut.ByList()) AddMember(key, begin_ + at);
+    }
+  }
+
+  const ScanSource* source_ = nullptr;
+  int32_t listed_ = 0;  // by this block
   int parity_ = 0;
 };
+
+template <int D, int BITS>
+__global__ void __launch_bounds__(kSelectThreads, 1) BarKernel(const __grid_constant__ SelectArgs args) {
+  WaitForEarlierWork();
+  LetLaterWorkLaunch();
+  BarSelector<D, BITS> selector(args);
+  const int teams = gridDim.x / args.team_blocks;
+  for (int task = blockIdx.x / args.team_blocks; task < args.num_tasks; task += teams) {
+    selector.Run(task);
+    __syncthreads();
+  }
+  selector.Leave();
+}
 
 }  // namespace prehoc::cuda

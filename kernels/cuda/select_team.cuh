@@ -49,8 +49,9 @@ struct SelectArgs {
   Mass* outside;         // [teams, group, kMaxTeam]
   uint32_t* bitmaps;     // [teams, max_n / 32 rounded up], zero between calls; only with dilate
   float* z;              // [teams, team_blocks, group, z_stride], unless in shared memory or found
+  bool bars;             // select_bars.cuh first
   int32_t* restarts;     // or null
-  bool bars;             // candidates are listed first (select_bars.cuh)
+  uint8_t* again;        // [num_tasks] 1: select_bars.cuh has not chosen; or null: all tasks are to be chosen
   int32_t most_samples;  // code blocks of a warp
   int32_t list_room;     // of a block
   float* list_z;         // [teams, team_blocks, kScanHeads, list_room]
@@ -154,10 +155,31 @@ __device__ inline uint32_t FirstKeyOf(int bin, float best, int lane) {
   return from;
 }
 
+// Shared memory of a scan: the heads of two code blocks of each warp, and q.
+template <int D, int BITS>
+struct ScanMemory {
+  static constexpr size_t kHeaderBytes = size_t{8} * D;
+  static constexpr size_t kSteps = kSelectWarps * kHeaderBytes;
+  static constexpr size_t kBytes = kSteps + CodeShape<D, BITS>::kQueryBytes;
+};
+template <int D>
+struct ScanMemory<D, 0> {
+  static constexpr size_t kHeaderBytes = 0, kSteps = 0, kBytes = 0;
+};
+
+// What each way to choose has: histogram or list, of each head three numbers, words of the chosen and of the class.
+__host__ __device__ inline size_t CommonBytes(const SelectArgs& args) {
+  return size_t{kBins} * 4 + static_cast<size_t>((3 * args.group + 3) / 4 * 4) * 4 + static_cast<size_t>(args.chunk / 32) * 8;
+}
+
 // --- a block at a task -------------------------------------------------------------------------------------------------------------
 
-// FIXED: bytes of shared memory that a way to scan has at an address that is known when it is compiled.
-template <size_t FIXED>
+// A way to choose, WAY, brings
+//   CountKeys(k, cut, refines, shift)   own_bins(): how many own candidates lie in which bin; or of the class of `cut`, in bins of 2^shift keys
+//   PlaceKeys(cut, &in, &of_class)      kept_words() and class_words() of the own candidates, their numbers, and AddMember() for the class if it is
+//                                       decided by list
+// FIXED: bytes of shared memory that it has at an address that is known when it is compiled.
+template <class WAY, size_t FIXED>
 class TeamMember {
  public:
   __device__ explicit TeamMember(const SelectArgs& args)
@@ -165,11 +187,7 @@ class TeamMember {
         team_(args.teams + team_index_) {}
   __device__ void Leave() { LeaveTeam(team_, args_.team_blocks, args_.cluster); }
 
-  // Shared memory: histogram or list, what is fixed, of each head three numbers, words of the chosen and of the class; then what a way to
-  // choose adds.
-  static __host__ __device__ size_t CommonBytes(const SelectArgs& args) {
-    return size_t{kBins} * 4 + FIXED + static_cast<size_t>((3 * args.group + 3) / 4 * 4) * 4 + static_cast<size_t>(args.chunk / 32) * 8;
-  }
+  static __host__ __device__ size_t CommonBytes(const SelectArgs& args) { return FIXED + cuda::CommonBytes(args); }
 
  protected:
   // Where things lie is computed anew at each use: registers are needed for products.
@@ -261,6 +279,170 @@ class TeamMember {
     }
   }
 
+  static constexpr int kThreadBins = kBins / kSelectThreads;
+  static_assert(kThreadBins == 4 && kBins % kSelectThreads == 0, "a thread's bins are one piece");
+  // Each thread takes kThreadBins bins, from this one down.
+  __device__ static int TopOfThread() { return kBins - 1 - static_cast<int>(threadIdx.x) * kThreadBins; }
+
+  // Adds up what the blocks counted, and finds the bin of rank `target` (from 1, from the top), and how many are above and inside. False if there
+  // are fewer; `candidates_` are all.
+  __device__ bool FindBin(uint32_t target, int* bin, uint32_t* above, uint32_t* inside) {
+    __shared__ uint32_t scratch[kSelectWarps];
+    __shared__ uint32_t found[3];
+    uint32_t* const histogram = team_->histogram[round_ % 3];
+    for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kSelectThreads) {
+      if (own_bins()[i] != 0) atomicAdd(histogram + i, own_bins()[i]);
+    }
+    Wait();
+    // Thread t sums bins from the top.
+    const int top = TopOfThread();
+    const uint4 piece = __ldcg(reinterpret_cast<const uint4*>(histogram + top + 1 - kThreadBins));
+    const uint32_t count[kThreadBins] = {piece.w, piece.z, piece.y, piece.x};
+    const uint32_t mine = (piece.x + piece.y) + (piece.z + piece.w);
+    uint32_t total;
+    uint32_t before = BlockPrefix(mine, scratch, &total);
+    if (before < target && target <= before + mine) {
+#pragma unroll
+      for (int i = 0; i < kThreadBins; ++i) {
+        if (before < target && target <= before + count[i]) {
+          found[0] = static_cast<uint32_t>(top - i), found[1] = before, found[2] = count[i];
+        }
+        before += count[i];
+      }
+    }
+    // All have read the histogram of the round before: they are past the wait.
+    if (Leads() && round_ > 0) ClearHistogram(round_ - 1);
+    __syncthreads();
+    ++round_;
+    *bin = static_cast<int>(found[0]), *above = found[1], *inside = found[2];
+    candidates_ = total;
+    return target <= total;
+  }
+  __device__ void ClearHistogram(int round) {
+    for (int i = threadIdx.x; i < kBins; i += kSelectThreads) team_->histogram[round % 3][i] = 0;
+  }
+
+  __device__ Cut FindCut(uint32_t k) {
+    __shared__ uint32_t edge[2];
+    Cut cut{};
+    uint32_t need = max(k, 1u);
+    bool refines = false;
+#pragma unroll 1
+    for (;;) {
+      int shift = 0;
+      while (refines && ((cut.to - cut.from - 1) >> shift) >= kBins) ++shift;
+      way().CountKeys(k, cut, refines, shift);
+      int bin = 0;
+      uint32_t above = 0, inside = 0;
+      const bool was_first = round_ == 0, enough = FindBin(need, &bin, &above, &inside);
+      if (!refines) {
+        if (k == 0) return NoneOf();
+        if (!enough || k == candidates_) return AllOf(candidates_);
+        // A guess that was wrong (the same in every block): bins below it are counted now.
+        if (was_first && static_cast<uint32_t>(bin) < __ldcg(&team_->floor)) continue;
+        if (warp() < 2) {
+          const uint32_t key = FirstKeyOf(bin + warp(), best_, lane());
+          if (lane() == 0) edge[warp()] = key;
+        }
+        __syncthreads();
+        cut.from = edge[0], cut.to = edge[1];
+        cut.kept = k;
+      } else {
+        const uint32_t from = cut.from + (static_cast<uint32_t>(bin) << shift);
+        cut.to = min(cut.to - 1, from + ((1u << shift) - 1)) + 1;
+        cut.from = from;
+      }
+      cut.need = need -= above;
+      cut.equal = inside;
+      refines = true;
+      if (cut.ByList() || cut.to - cut.from == 1) return cut;
+    }
+  }
+
+  // Adds what `cut` keeps of the own part to kept_words(); *offset: how many the blocks before keep.
+  __device__ void Keep(const Cut& cut, uint32_t* offset) {
+    __shared__ uint32_t scratch[kSelectWarps];
+    __shared__ uint32_t before, own_in, own_class, in_before, class_before;
+    if (threadIdx.x == 0) before = own_in = own_class = 0;
+    __syncthreads();
+    uint32_t in = 0, of_class = 0;  // of this thread
+    way().PlaceKeys(cut, &in, &of_class);
+    in = __reduce_add_sync(kAllLanes, in), of_class = __reduce_add_sync(kAllLanes, of_class);
+    if (lane() == 0) {
+      if (in != 0) atomicAdd(&own_in, in);
+      if (of_class != 0) atomicAdd(&own_class, of_class);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) team_->above[block_] = own_in, team_->equal[block_] = own_class;
+    Wait();
+    if (Leads()) {  // all are past reading them
+      ClearHistogram(round_ - 1);
+      if (threadIdx.x == 0) team_->floor = 0;
+    }
+    if (warp() == 0) {
+      uint32_t above_here = 0, equal_here = 0;
+      for (int b = lane(); b < block_; b += kWarp) above_here += __ldcg(team_->above + b), equal_here += __ldcg(team_->equal + b);
+      above_here = __reduce_add_sync(kAllLanes, above_here), equal_here = __reduce_add_sync(kAllLanes, equal_here);
+      if (lane() == 0) in_before = above_here, class_before = equal_here;
+    }
+    __syncthreads();
+    uint32_t above_before = in_before;
+    const uint32_t equal_before = class_before;
+    if (cut.equal > 0) {
+      if (cut.ByList()) {
+        RankList(cut, &before);
+        __syncthreads();
+        above_before += before;
+      } else {
+        TakeInOrder(cut, equal_before, scratch);
+        above_before += min(equal_before, cut.need);
+      }
+    }
+    *offset = above_before;
+    __syncthreads();
+  }
+
+  // The members of the class of which fewer than `need` come before (by key, then position) are kept: own ones in kept_words(), those of
+  // the blocks before are counted.
+  __device__ void RankList(const Cut& cut, uint32_t* before) {
+    uint32_t* const key = own_bins();
+    int32_t* const position = reinterpret_cast<int32_t*>(own_bins() + kListRoom);
+    const int size = static_cast<int>(cut.equal);
+    for (int i = threadIdx.x; i < size; i += kSelectThreads) {
+      key[i] = __ldcg(team_->list_key + i), position[i] = __ldcg(team_->list_position + i);
+    }
+    __syncthreads();
+    ForFirst(cut.need, key, position, size, [&](int i) {
+      const int32_t at = position[i] - begin_;
+      if (at < 0) atomicAdd(before, 1u);
+      if (at >= 0 && position[i] < end_) atomicOr(kept_words() + at / 32, 1u << (at % 32));
+    });
+  }
+
+  // All keys of the class are equal: the lowest positions are kept.
+  __device__ void TakeInOrder(const Cut& cut, uint32_t equal_before, uint32_t* scratch) {
+    const int words = (end_ - begin_ + 31) / 32, each = (words + kSelectThreads - 1) / kSelectThreads;
+    const int first = static_cast<int>(threadIdx.x) * each;
+    uint32_t mine = 0, total;
+    for (int w = first; w < min(first + each, words); ++w) mine += __popc(class_words()[w]);
+    uint32_t rank = equal_before + BlockPrefix(mine, scratch, &total);
+    for (int w = first; w < min(first + each, words); ++w) {
+      uint32_t left = class_words()[w], kept = 0;
+      while (left != 0 && rank < cut.need) {
+        const uint32_t bit = left & (~left + 1);
+        kept |= bit, left ^= bit;
+        ++rank;
+      }
+      kept_words()[w] |= kept;
+    }
+    __syncthreads();
+  }
+
+  __device__ void AddMember(uint32_t key, int32_t position) const {
+    const uint32_t entry = atomicAdd(&team_->list_size, 1u);
+    team_->list_key[entry] = key, team_->list_position[entry] = position;
+  }
+
   // Calls kept(i) for the members of which fewer than `need` come before (larger key, then lower position). Of the whole block.
   template <class Kept>
   __device__ void ForFirst(uint32_t need, const uint32_t* key, const int32_t* position, int size, Kept&& kept) const {
@@ -301,6 +483,32 @@ class TeamMember {
     }
   }
 
+  // lse_out, when the last block has written its part of `outside`.
+  __device__ void JoinOutside() {
+    if (!LastOfTeam()) return;
+    for (int h = warp(); h < args_.group; h += kSelectWarps) {
+      const Mass mass = TeamMass(args_.outside, h);
+      if (lane() == 0) rule_->lse_out[h] = LogOf(mass);
+    }
+  }
+  // True in the last block that is here: all have written then.
+  __device__ bool LastOfTeam() {
+    if (args_.team_blocks == 1) {
+      __syncthreads();
+      return true;
+    }
+    __shared__ bool last;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      __threadfence();
+      last = atomicAdd(&team_->finished, 1u) + 1 == static_cast<uint32_t>(args_.team_blocks);
+      if (last) team_->finished = 0;
+      __threadfence();
+    }
+    __syncthreads();
+    return last;
+  }
+
   const SelectArgs& args_;
   const ChooseRule* rule_ = nullptr;
   int team_index_, block_;
@@ -309,6 +517,11 @@ class TeamMember {
   float best_ = 0;      // an upper bound of the scores that matter
   bool simple_ = false;  // all lse are finite, and the score is a maximum
   uint32_t waits_ = 0;
+  int round_ = 0;
+  uint32_t candidates_ = 0;
+
+ private:
+  __device__ WAY& way() { return *static_cast<WAY*>(this); }
 };
 
 }  // namespace prehoc::cuda

@@ -1,0 +1,5 @@
+#include "kernels/cuda/inst/bars.cuh"
+
+namespace prehoc::cuda {
+PREHOC_INSTANTIATE_BARS(256);
+}
