@@ -109,6 +109,12 @@ __device__ inline uint32_t LoadAcquire(const uint32_t* p) {
   return value;
 }
 
+// As atomicAdd() of one thread: without the vote of the warp that the compiler puts around it.
+__device__ inline uint32_t AddShared(uint32_t* p, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(before) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(p))), "r"(value) : "memory");
+  return before;
+}
 // Copies 4, 8 or 16 bytes from global to shared memory without registers; they are there, for this thread, after WaitForCopies().
 template <int BYTES>
 __device__ inline void CopyAsync(void* to, const void* from) {

@@ -58,6 +58,7 @@ class Selector : public TeamMember<Selector<D, BITS>, ScanMemory<D, BITS>::kByte
     if constexpr (!kScans) BlockMass(args_.parts, [&](int32_t i) { return InSight(i); });
     Wait();
     JoinMass();
+    Base::WriteLse();
     const int32_t middle = hi_ - lo_;
     const int32_t k = min(max(rule_->k, 0), middle), m = args_.dilate ? min(max(rule_->dilate_m, 0), k) : 0;
     uint32_t offset = 0, count = 0;

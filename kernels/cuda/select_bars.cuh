@@ -67,7 +67,8 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
 
   // Whether the task may be scanned this way: the same in all blocks of the team.
   __device__ bool TakesBars() const {
-    return args_.bars && rule_->k > 0 && chunk_ >= 2 * kSelectWarps * kTokens && (hi_ - lo_) / 8 >= rule_->k &&
+    return args_.bars && rule_->k > 0 && chunk_ >= 2 * kSelectWarps * kTokens && (hi_ - lo_) / 24 >= rule_->k &&  // else lists are long
+          
            (rule_->pooled == nullptr || rule_->pool_level != nullptr);  // lse_all comes too late for pooled scores
   }
   // False: nothing is chosen, all blocks of the team say so, and what they share is as it was.
@@ -87,6 +88,7 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
         if (candidates_ > k && !Misses(ScoreOf(cut.from))) {
           uint32_t offset = 0;
           Keep(cut, &offset);
+          this->WriteLse();
           Write(offset, cut.kept);
           if (rule_->lse_out != nullptr) MassOutside(fminf(ScoreOf(cut.to), best_));
           return true;
@@ -126,6 +128,8 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
     uint32_t sampled;  // positions of the middle
     uint32_t listed;   // by this block
     int misled;
+    float* list_z[kScanHeads];
+    uint32_t* list_at;
     float2 bars[kScanHeads];  // of what is resident, and of what is not
   };
   static __device__ Shared& shared() {
@@ -150,8 +154,9 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
   static __device__ float HigherBar(float2 bars) { return fmaxf(bars.x, isinf(bars.y) ? bars.x : bars.y); }
   __device__ bool HasHead() const { return lane() % 4 < args_.group; }
   // Of a warp: the words of residents and the pooled scores of the code block that is scanned, and of the next.
-  __device__ uint64_t* side_word(int32_t at) const { return reinterpret_cast<uint64_t*>(fixed() + M::kWords) + 2 * warp() + at / kTokens % 2; }
-  __device__ float* side_scores(int32_t at) const { return reinterpret_cast<float*>(fixed() + M::kScores) + (2 * warp() + at / kTokens % 2) * kTokens; }
+  __device__ uint64_t* side_word(int32_t at) const { return reinterpret_cast<uint64_t*>(fixed() + M::kWords) + 2 * warp() + Odd(at); }
+  __device__ float* side_scores(int32_t at) const { return reinterpret_cast<float*>(fixed() + M::kScores) + (2 * warp() + Odd(at)) * kTokens; }
+  static __device__ int Odd(int32_t at) { return static_cast<int>((static_cast<uint32_t>(at) / kTokens) & 1u); }
   __device__ float2* edge_mass() const { return reinterpret_cast<float2*>(fixed() + M::kMasses) + threadIdx.x; }  // of a thread: sinks and local
   __device__ void FetchSide(int32_t at) const {
     const uint64_t* const resident = Fresh(shared().resident);
@@ -207,28 +212,34 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
       }
     }
     const float unit = -HigherBar(bars) * kLog2E;
-    const float a = Exp2(fmaf(z.x, kLog2E, unit)), b = Exp2(fmaf(z.y, kLog2E, unit)), c = Exp2(fmaf(z.z, kLog2E, unit)), d = Exp2(fmaf(z.w, kLog2E, unit));
-    *sum += ((others & 1) != 0 ? a : 0) + ((others & 2) != 0 ? b : 0);
-    *sum += ((others & 4) != 0 ? c : 0) + ((others & 8) != 0 ? d : 0);
+    const auto weight = [&](float x) {
+      float y;  // what is no normal number counts as 0
+      asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(fmaf(x, kLog2E, unit)));
+      return y;
+    };
+    const float a = weight(z.x), b = weight(z.y), c = weight(z.z), d = weight(z.w);
+    if ((others & 1) != 0) *sum += a;
+    if ((others & 2) != 0) *sum += b;
+    if ((others & 4) != 0) *sum += c;
+    if ((others & 8) != 0) *sum += d;
     // Lane j of a quad speaks for token j.
     const uint32_t listed = __ballot_sync(kAllLanes, ((passes >> j) & 1) != 0);
     if (listed == 0) return;
-    uint32_t entry = 0;
-    if (lane() == 0) entry = atomicAdd(&shared().listed, static_cast<uint32_t>(__popc(listed)));
+    uint32_t entry = 0, count = __popc(listed);
+    if (lane() == 0) entry = AddShared(&shared().listed, count);
     entry = __shfl_sync(kAllLanes, entry, 0);
-    const auto room = static_cast<uint32_t>(args_.list_room);
-    float* const to = list_z(j);
-    const uint32_t before = (1u << (lane() - j)) - 1;  // lanes of the quads before
-    uint32_t at = entry + __popc(listed & before);
-    if ((passes & 1) != 0 && at < room) to[at] = z.x;
-    at += passes & 1;
-    if ((passes & 2) != 0 && at < room) to[at] = z.y;
-    at += (passes >> 1) & 1;
-    if ((passes & 4) != 0 && at < room) to[at] = z.z;
-    at += (passes >> 2) & 1;
-    if ((passes & 8) != 0 && at < room) to[at] = z.w;
-    at = entry + __popc(listed & ((1u << lane()) - 1));
-    if (((passes >> j) & 1) != 0 && at < room) list_at()[at] = static_cast<uint32_t>(i + j) | ((resident >> j) & 1) << 31;
+    if (entry + count > static_cast<uint32_t>(args_.list_room)) return;  // too many: they are counted
+    float* to = Fresh(shared().list_z[j]) + entry + __popc(listed & ((1u << (lane() - j)) - 1));  // behind those of the quads before
+    if ((passes & 1) != 0) *to = z.x;
+    to += passes & 1;
+    if ((passes & 2) != 0) *to = z.y;
+    to += (passes >> 1) & 1;
+    if ((passes & 4) != 0) *to = z.z;
+    to += (passes >> 2) & 1;
+    if ((passes & 8) != 0) *to = z.w;
+    if (((passes >> j) & 1) != 0) {
+      Fresh(shared().list_at)[entry + __popc(listed & ((1u << lane()) - 1))] = static_cast<uint32_t>(i + j) | ((resident >> j) & 1) << 31;
+    }
   }
 
   // The sample, the bars, the rest: lists, and masses to `parts` (all) and `outside` (what is not listed). False without bars.
@@ -245,6 +256,8 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
       s.sampled = s.listed = 0;
       s.resident = rule_->resident, s.pooled = rule_->pooled, s.anew = rule_->pool_reset != 0;
       s.lo = lo_, s.hi = hi_, s.sinks = sinks_;
+      s.list_at = list_at();
+      for (int h = 0; h < kScanHeads; ++h) s.list_z[h] = list_z(h);
     }
     if (lane() == 0) *side_word(0) = *side_word(kTokens) = ~uint64_t{0};  // without residents all are
     if (warp() == 0) PrepareQuery<D, BITS>(source_->q, 0, args_.group, lane(), steps(), &scale);
@@ -290,13 +303,14 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
       if (at < unsampled && lane() == 0) {
         atomicAdd(&shared().sampled, static_cast<uint32_t>(max(min(at + kTokens, Fresh(shared().hi)) - max(at, Fresh(shared().lo)), 0)));
       }
+      const bool whole = at >= Fresh(shared().lo) && at + kTokens <= Fresh(shared().hi);
       const auto emit = [&](int token, const auto& z) {
         if (Fresh(shared().pooled) != nullptr) Pool(at + token, z, Fresh(side_scores(at)[token / 32 * 32 + lane()]));
         const uint32_t resident = static_cast<uint32_t>(Fresh(*side_word(at)) >> token) & 15u;
         if (at < unsampled) {
           Sample(at + token, z, resident, to + at + token);
         } else {
-          Take(at + token, z, resident, at >= Fresh(shared().lo) && at + kTokens <= Fresh(shared().hi), &other);
+          Take(at + token, z, resident, whole, &other);
         }
       };
       scan.Run(block, next, emit, [](int, const auto&) {});

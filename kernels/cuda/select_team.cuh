@@ -251,7 +251,7 @@ class TeamMember {
     }
     return WarpJoin(mass);
   }
-  // lse_all of all heads from `parts`; nothing is kept yet.
+  // lse() of all heads from `parts`; nothing is kept yet.
   __device__ void JoinMass() {
     __shared__ int odd;
     if (threadIdx.x == 0) {
@@ -267,7 +267,6 @@ class TeamMember {
       lse()[h] = all;
       top()[h] = mass.most;
       if (!isfinite(all)) odd = 1;
-      if (Leads()) rule_->lse_all[h] = all;
     }
     __syncthreads();
     simple_ = odd == 0 && args_.rule != GroupRule::kMeanWeight;
@@ -441,6 +440,11 @@ class TeamMember {
   __device__ void AddMember(uint32_t key, int32_t position) const {
     const uint32_t entry = atomicAdd(&team_->list_size, 1u);
     team_->list_key[entry] = key, team_->list_position[entry] = position;
+  }
+
+  __device__ void WriteLse() const {
+    if (!Leads()) return;
+    for (int h = static_cast<int>(threadIdx.x); h < args_.group; h += kSelectThreads) rule_->lse_all[h] = lse()[h];
   }
 
   // Calls kept(i) for the members of which fewer than `need` come before (larger key, then lower position). Of the whole block.

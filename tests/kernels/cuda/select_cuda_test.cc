@@ -468,7 +468,7 @@ class SelectByBarsCudaTest : public SelectCudaTest {
     GroupRule rule = GroupRule::kMaxWeight;
   };
   // Selects for `c.tasks` equal tasks; the number that were scanned again.
-  int32_t Run(Rng& rng, const CodedRows& coded, const Case& c, double log_theta = -9) {
+  int32_t Run(Rng& rng, const CodedRows& coded, const Case& c, double log_theta = -5) {
     const int64_t stride = (coded.n + 3) / 4 * 4;
     const CudaArray<float> z(static_cast<size_t>(c.group * stride));
     const CudaArray<cuda::ScanTask> scan(std::vector<cuda::ScanTask>{{.source = coded.Source(), .z = z.data(), .z_stride = stride}});
@@ -532,10 +532,10 @@ class SelectByBarsCudaTest : public SelectCudaTest {
 TEST_F(SelectByBarsCudaTest, ChooseAsAllLogitsWould) {
   SeededRng rng;
   // Logits that shared memory holds are kept there: these are more.
-  for (const Case& c : {Case{.n = 20'000, .tasks = 70, .group = 4, .k = 500}, Case{.n = 20'037, .tasks = 70, .group = 3, .k = 900, .filters = true},
+  for (const Case& c : {Case{.n = 20'000, .tasks = 70, .group = 4, .k = 500}, Case{.n = 20'037, .tasks = 70, .group = 3, .k = 800, .filters = true},
                         Case{.n = 60'000, .tasks = 70, .group = 1, .k = 64, .bits = 2}, Case{.n = 30'000, .tasks = 40, .group = 4, .k = 700, .filters = true},
                         Case{.n = 40'063, .tasks = 40, .group = 4, .k = 300, .bits = 8, .window = 30'000}, Case{.n = 17'001, .tasks = 150, .group = 4, .k = 200},
-                        Case{.n = 33'000, .tasks = 40, .group = 4, .k = 1500, .rule = GroupRule::kMaxLogit}, Case{.n = 230'000, .tasks = 8, .group = 4, .k = 2048}}) {
+                        Case{.n = 33'000, .tasks = 40, .group = 4, .k = 1300, .rule = GroupRule::kMaxLogit}, Case{.n = 230'000, .tasks = 8, .group = 4, .k = 2048}}) {
     SCOPED_TRACE(testing::Message() << "n " << c.n << ", tasks " << c.tasks << ", group " << c.group << ", k " << c.k << ", bits " << c.bits);
     CodedRows coded(rng, cuda::RowType::kF16, c.n, c.n > 100'000 ? 64 : 128, {c.bits, 64, false}, KeyKind::kNormal);
     coded.SetQuery(rng.Normals(static_cast<size_t>(c.group * coded.dim), 2));
