@@ -418,7 +418,7 @@ class Step {
     MakeAttendWorkspace(c_.k + kSinks + kLocal);
     restarts_ = std::make_unique<Array<int32_t>>(std::vector<int32_t>{0});
     select_params_ = {.tasks = select_->data(), .num_tasks = tasks_, .max_n = max_n_, .format = format, .group = s_.group(), .head_dim = s_.d,
-                      .restarts = restarts_->data()};
+                      .gated = c_.tau < 1, .restarts = restarts_->data()};
     select_space_ = std::make_unique<Array<std::byte>>(OrExit(cuda::SelectWorkspaceBytes(select_params_)));
     select_params_.workspace = select_space_->data(), select_params_.workspace_bytes = select_space_->size();
     // Turns may differ by one unit, and the workspace with the number of tasks.

@@ -144,6 +144,7 @@ struct SelectParams {
   int32_t group = 0, head_dim = 0;
   GroupRule rule = GroupRule::kMaxWeight;
   bool dilate = false;
+  bool gated = false;           // tasks may hold: the blocks of those that do work for the others. No faster where none does
   int32_t* restarts = nullptr;  // [1] += tasks whose candidates were not enough, which were scanned again; or null
   std::byte* workspace = nullptr;
   size_t workspace_bytes = 0;

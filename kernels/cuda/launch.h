@@ -17,6 +17,7 @@ namespace prehoc::cuda {
 struct DeviceLimits {
   int multiprocessors = 0;
   int block_shared_bytes = 0;
+  int l2_bytes = 0;
   int major = 0;  // compute capability
   bool clusters() const { return major >= 9; }
 };

@@ -7,20 +7,24 @@ namespace prehoc::cuda {
 
 Result<DeviceLimits> CurrentLimits() {
   constexpr int kDevices = 64;
+  static std::array<std::atomic<int>, kDevices> l2{};         // written first
   static std::array<std::atomic<int64_t>, kDevices> known{};  // major << 48 | multiprocessors << 32 | shared bytes
   int device = 0;
   PREHOC_CUDA_TRY(cudaGetDevice(&device));
   std::atomic<int64_t>* const slot = device < kDevices ? &known[static_cast<size_t>(device)] : nullptr;
-  const int64_t packed = slot != nullptr ? slot->load(std::memory_order_relaxed) : 0;
+  const int64_t packed = slot != nullptr ? slot->load(std::memory_order_acquire) : 0;
   if (packed != 0) {
-    return DeviceLimits{static_cast<int>((packed >> 32) & 0xffff), static_cast<int>(packed & 0xffffffff), static_cast<int>(packed >> 48)};
+    return DeviceLimits{.multiprocessors = static_cast<int>((packed >> 32) & 0xffff), .block_shared_bytes = static_cast<int>(packed & 0xffffffff),
+                        .l2_bytes = l2[static_cast<size_t>(device)].load(std::memory_order_relaxed), .major = static_cast<int>(packed >> 48)};
   }
   DeviceLimits limits;
   PREHOC_CUDA_TRY(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device));
   PREHOC_CUDA_TRY(cudaDeviceGetAttribute(&limits.block_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   PREHOC_CUDA_TRY(cudaDeviceGetAttribute(&limits.major, cudaDevAttrComputeCapabilityMajor, device));
+  PREHOC_CUDA_TRY(cudaDeviceGetAttribute(&limits.l2_bytes, cudaDevAttrL2CacheSize, device));
   if (slot != nullptr) {
-    slot->store(int64_t{limits.major} << 48 | int64_t{limits.multiprocessors} << 32 | limits.block_shared_bytes, std::memory_order_relaxed);
+    l2[static_cast<size_t>(device)].store(limits.l2_bytes, std::memory_order_relaxed);
+    slot->store(int64_t{limits.major} << 48 | int64_t{limits.multiprocessors} << 32 | limits.block_shared_bytes, std::memory_order_release);
   }
   return limits;
 }

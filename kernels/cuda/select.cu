@@ -39,6 +39,8 @@ int PlacesOf(int log, const DeviceLimits& limits) {
                    {.threads = kSelectThreads, .shared_bytes = static_cast<size_t>(limits.block_shared_bytes - kDeclared)}, log);
 }
 
+bool CanRegroup(const SelectArgs& args) { return args.num_tasks <= kSelectThreads; }
+
 // A task is split over as many blocks as there are multiprocessors for it, but for short ones: waiting costs more than they do. Clusters
 // wait for each other faster than other teams, but have 2^i blocks, at most 16: worth it unless they leave much more idle.
 void MakeTeams(int tasks, int32_t max_n, const DeviceLimits& limits, Plan* plan) {
@@ -47,7 +49,7 @@ void MakeTeams(int tasks, int32_t max_n, const DeviceLimits& limits, Plan* plan)
   args.team_blocks = static_cast<int>(std::clamp<int64_t>(std::min<int64_t>(limits.multiprocessors / tasks, useful), 1, kMaxTeam));
   args.cluster = false;
   int teams = std::min(tasks, limits.multiprocessors / args.team_blocks);
-  for (int log = ClusterPlaces::kMostLog; log > 0 && limits.clusters() && args.team_blocks > 1; --log) {
+  for (int log = ClusterPlaces::kMostLog; log > 0 && limits.clusters() && args.team_blocks > 1 && !args.regroup; --log) {
     const int blocks = 1 << log;
     if (blocks >= 2 * useful || blocks * 4 < args.team_blocks * 3 || PlacesOf(log, limits) < tasks * blocks) continue;
     args.team_blocks = blocks;
@@ -89,7 +91,7 @@ Status MakePlan(int32_t num_tasks, int32_t max_n, bool scans, size_t scan_bytes,
   args.parts = reinterpret_cast<Mass*>(part(team_count * kMaxTeam * group * sizeof(Mass)));
   args.outside = reinterpret_cast<Mass*>(part(team_count * kMaxTeam * group * sizeof(Mass)));
   args.z = reinterpret_cast<float*>(part(args.z_in_shared ? 0 : blocks * z_bytes));
-  if (scans && !args.z_in_shared) {
+  if (scans && !args.z_in_shared && blocks * z_bytes > static_cast<size_t>(limits.l2_bytes)) {  // else logits are written and read fast
     using Bars = BarSelector<256, 8>;  // which needs the most
     args.most_samples = static_cast<int32_t>(std::clamp<int64_t>(CeilDiv(args.chunk, 8 * kSelectWarps * Bars::kTokens), 1, Bars::kMostSamples));
     args.list_room = std::min(args.chunk, kMostListed);
@@ -130,6 +132,8 @@ Result<Plan> PlanOf(const SelectParams& params) {
   plan.args.rule = params.rule;
   plan.args.dilate = params.dilate;
   plan.args.restarts = params.restarts;
+  plan.args.num_tasks = params.num_tasks;
+  plan.args.regroup = params.gated && params.num_tasks > 1 && CanRegroup(plan.args);
   size_t scan_bytes = 0;
   PREHOC_RETURN_IF_ERROR(DispatchHeadDim(params.head_dim, [&](auto d) {
     scan_bytes = ScanMemory<d(), 8>::kBytes;  // the most
@@ -162,7 +166,7 @@ Status Choose(const ChooseParams& params, cudaStream_t stream) {
   using Kernel = Selector<0, 0>;
   const Shape shape{.grid = dim3(static_cast<unsigned>(plan.blocks)), .threads = kSelectThreads,
                     .shared_bytes = Kernel::SharedBytes(plan.args), .cluster = plan.args.cluster ? plan.args.team_blocks : 1,
-                    .cooperative = !plan.args.cluster && plan.args.team_blocks > 1};
+                    .cooperative = Cooperates(plan.args)};
   return LaunchKernel(SelectKernel<0, 0>, "choose", plan.args, shape, stream);
 }
 
@@ -171,9 +175,12 @@ Status Select(const SelectParams& params, cudaStream_t stream) {
   if (params.num_tasks == 0) return {};
   PREHOC_RETURN_IF_ERROR(CheckWorkspace("select", params.workspace, params.workspace_bytes, plan.bytes));
   return DispatchHeadDim(params.head_dim, [&](auto d) {
-    // What the first launch cannot choose, the second does; mostly it finds nothing to do.
-    if (plan.args.bars) PREHOC_RETURN_IF_ERROR(LaunchBars<d()>(params.format.bits, plan.args, plan.blocks, stream));
-    return LaunchSelect<d()>(params.format.bits, plan.args, plan.blocks, stream);
+    if (!plan.args.bars) return LaunchSelect<d()>(params.format.bits, plan.args, plan.blocks, stream);
+    // What the first launch cannot choose, the second does, with all blocks for the few tasks that there are; mostly there is none.
+    PREHOC_RETURN_IF_ERROR(LaunchBars<d()>(params.format.bits, plan.args, plan.blocks, stream));
+    SelectArgs rest = plan.args;
+    if (CanRegroup(rest)) rest.regroup = true, rest.cluster = false;
+    return LaunchSelect<d()>(params.format.bits, rest, plan.blocks, stream);
   });
 }
 

@@ -24,6 +24,7 @@ class Selector : public TeamMember<Selector<D, BITS>, ScanMemory<D, BITS>::kByte
 
  public:
   static constexpr bool kScans = BITS != 0;
+  static constexpr bool kLists = false;
   // Keys and logits of the own part, if they fit.
   static size_t SharedBytes(const SelectArgs& args) {
     size_t bytes = 0;
@@ -81,7 +82,7 @@ class Selector : public TeamMember<Selector<D, BITS>, ScanMemory<D, BITS>::kByte
   __device__ float* kept_z_shared() const { return reinterpret_cast<float*>(keys() + (args_.keep_keys ? args_.chunk : 0)); }
   __device__ float* kept_z() const {  // [group, z_stride] of this launch
     if (args_.z_in_shared) return kept_z_shared();
-    return args_.z + (int64_t{team_index_} * args_.team_blocks + block_) * args_.group * args_.z_stride;
+    return args_.z + int64_t{blockIdx.x} * args_.group * args_.z_stride;
   }
 
   // --- 1
@@ -419,7 +420,7 @@ class Selector : public TeamMember<Selector<D, BITS>, ScanMemory<D, BITS>::kByte
     if (threadIdx.x == 0) team_->above[block_] = total;
     Wait();
     *offset = 0, *count = 0;
-    for (int b = 0; b < args_.team_blocks; ++b) {  // (dilation is not the fast path)
+    for (int b = 0; b < this->team_blocks_; ++b) {  // (dilation is not the fast path)
       const uint32_t here = __ldcg(team_->above + b);
       if (b < block_) *offset += here;
       *count += here;
@@ -486,13 +487,7 @@ template <int D, int BITS>
 __global__ void __launch_bounds__(kSelectThreads, 1) SelectKernel(const __grid_constant__ SelectArgs args) {
   WaitForEarlierWork();
   LetLaterWorkLaunch();
-  Selector<D, BITS> selector(args);
-  const int teams = gridDim.x / args.team_blocks;
-  for (int task = blockIdx.x / args.team_blocks; task < args.num_tasks; task += teams) {
-    selector.Run(task);
-    __syncthreads();
-  }
-  selector.Leave();
+  RunTasks<Selector<D, BITS>>(args);
 }
 
 }  // namespace prehoc::cuda

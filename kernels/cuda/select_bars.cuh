@@ -28,7 +28,7 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
   using M = BarMemory<D, BITS>;
   using Base = TeamMember<BarSelector, M::kBytes>;
   friend Base;
-  using Base::args_, Base::rule_, Base::team_, Base::block_, Base::team_index_, Base::n_, Base::chunk_, Base::begin_, Base::end_, Base::sinks_;
+  using Base::args_, Base::rule_, Base::team_, Base::block_, Base::n_, Base::chunk_, Base::begin_, Base::end_, Base::sinks_;
   using Base::lo_, Base::hi_, Base::best_, Base::simple_, Base::round_, Base::candidates_, Base::lane, Base::warp, Base::own_bins, Base::fixed;
   using Base::kept_words, Base::class_words, Base::lse, Base::level, Base::room, Base::Wait, Base::Leads, Base::PartOf, Base::JoinMass, Base::Write;
   using Base::FindCut, Base::Keep, Base::AddMember, Base::JoinOutside;
@@ -36,6 +36,7 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
  public:
   static constexpr int32_t kTokens = M::kTokens;
   static constexpr int kMostSamples = 4;
+  static constexpr bool kLists = true;
   static constexpr int kHeadBins = kBins / kScanHeads;
   static constexpr float kSampleBinsPerNat = 4;  // the bins reach 64 nats to both sides of 0
 
@@ -138,11 +139,10 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
   }
   __device__ float* sample_z(int h) const { return reinterpret_cast<float*>(room()) + h * SampleStride(args_); }
   __device__ float* tail_z(int h) const { return sample_z(h) + args_.most_samples * kSelectWarps * kTokens; }
-  __device__ int64_t ListOf(int block) const { return (int64_t{team_index_} * args_.team_blocks + block) * args_.list_room; }
-  __device__ uint32_t* list_at() const { return args_.list_at + ListOf(block_); }
+  __device__ uint32_t* list_at() const { return args_.list_at + int64_t{blockIdx.x} * args_.list_room; }
   __device__ uint32_t* keys() const { return reinterpret_cast<uint32_t*>(room()); }                // [list_room]
   __device__ int32_t* places() const { return reinterpret_cast<int32_t*>(keys() + args_.list_room); }  // [list_room] own positions
-  __device__ float* list_z(int h) const { return args_.list_z + ListOf(block_) * kScanHeads + h * args_.list_room; }
+  __device__ float* list_z(int h) const { return args_.list_z + (int64_t{blockIdx.x} * kScanHeads + h) * args_.list_room; }
 
   // --- 1, 2
   // The scan needs all registers for products: what it uses beside is in shared memory, and loaded anew each time.
@@ -518,13 +518,7 @@ template <int D, int BITS>
 __global__ void __launch_bounds__(kSelectThreads, 1) BarKernel(const __grid_constant__ SelectArgs args) {
   WaitForEarlierWork();
   LetLaterWorkLaunch();
-  BarSelector<D, BITS> selector(args);
-  const int teams = gridDim.x / args.team_blocks;
-  for (int task = blockIdx.x / args.team_blocks; task < args.num_tasks; task += teams) {
-    selector.Run(task);
-    __syncthreads();
-  }
-  selector.Leave();
+  RunTasks<BarSelector<D, BITS>>(args);
 }
 
 }  // namespace prehoc::cuda

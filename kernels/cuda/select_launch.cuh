@@ -16,7 +16,7 @@ Status LaunchSelect(int bits, const SelectArgs& args, int blocks, cudaStream_t s
   return Dispatch<2, 4, 8>(bits, [&](auto b) {
     const Shape shape{.grid = dim3(static_cast<unsigned>(blocks)), .threads = kSelectThreads,
                       .shared_bytes = Selector<D, b()>::SharedBytes(args), .cluster = args.cluster ? args.team_blocks : 1,
-                      .cooperative = !args.cluster && args.team_blocks > 1};
+                      .cooperative = Cooperates(args)};
     return LaunchKernel(SelectKernel<D, b()>, "select", args, shape, stream);
   });
 }

@@ -38,8 +38,9 @@ struct SelectArgs {
   int32_t group;
   GroupRule rule;
   bool dilate;
-  int32_t team_blocks;   // blocks per team
+  int32_t team_blocks;   // blocks per team, at least
   bool cluster;          // a team is a cluster; else all blocks of the launch run at once
+  bool regroup;          // not a cluster: the blocks of tasks that need nothing join the teams of the others
   int32_t chunk;         // most positions of a block, a multiple of 64
   int64_t z_stride;      // [floats] of a head in the logits that this launch keeps
   bool z_in_shared;
@@ -48,14 +49,14 @@ struct SelectArgs {
   Mass* parts;           // [teams, group, kMaxTeam]
   Mass* outside;         // [teams, group, kMaxTeam]
   uint32_t* bitmaps;     // [teams, max_n / 32 rounded up], zero between calls; only with dilate
-  float* z;              // [teams, team_blocks, group, z_stride], unless in shared memory or found
+  float* z;              // [blocks, group, z_stride], unless in shared memory or found
   bool bars;             // select_bars.cuh first
   int32_t* restarts;     // or null
   uint8_t* again;        // [num_tasks] 1: select_bars.cuh has not chosen; or null: all tasks are to be chosen
   int32_t most_samples;  // code blocks of a warp
   int32_t list_room;     // of a block
-  float* list_z;         // [teams, team_blocks, kScanHeads, list_room]
-  uint32_t* list_at;     // [teams, team_blocks, list_room]: position, and a bit for residents
+  float* list_z;         // [blocks, kScanHeads, list_room]
+  uint32_t* list_at;     // [blocks, list_room]: position, and a bit for residents
 };
 
 // --- waiting for each other ------------------------------------------------------------------------------------------------------
@@ -167,6 +168,8 @@ struct ScanMemory<D, 0> {
   static constexpr size_t kHeaderBytes = 0, kSteps = 0, kBytes = 0;
 };
 
+// Whether the blocks of a launch must all run at once: they wait for each other.
+inline bool Cooperates(const SelectArgs& args) { return !args.cluster && (args.team_blocks > 1 || args.regroup); }
 // What each way to choose has: histogram or list, of each head three numbers, words of the chosen and of the class.
 __host__ __device__ inline size_t CommonBytes(const SelectArgs& args) {
   return size_t{kBins} * 4 + static_cast<size_t>((3 * args.group + 3) / 4 * 4) * 4 + static_cast<size_t>(args.chunk / 32) * 8;
@@ -182,10 +185,10 @@ __host__ __device__ inline size_t CommonBytes(const SelectArgs& args) {
 template <class WAY, size_t FIXED>
 class TeamMember {
  public:
-  __device__ explicit TeamMember(const SelectArgs& args)
-      : args_(args), team_index_(static_cast<int>(blockIdx.x) / args.team_blocks), block_(static_cast<int>(blockIdx.x) % args.team_blocks),
+  __device__ TeamMember(const SelectArgs& args, int team_blocks)
+      : args_(args), team_blocks_(team_blocks), team_index_(static_cast<int>(blockIdx.x) / team_blocks), block_(static_cast<int>(blockIdx.x) % team_blocks),
         team_(args.teams + team_index_) {}
-  __device__ void Leave() { LeaveTeam(team_, args_.team_blocks, args_.cluster); }
+  __device__ void Leave() { LeaveTeam(team_, team_blocks_, args_.cluster); }
 
   static __host__ __device__ size_t CommonBytes(const SelectArgs& args) { return FIXED + cuda::CommonBytes(args); }
 
@@ -206,7 +209,7 @@ class TeamMember {
   __device__ uint32_t* class_words() const { return kept_words() + args_.chunk / 32; }                   // [own / 32] the class of the last cut
   __device__ std::byte* room() const { return reinterpret_cast<std::byte*>(class_words() + args_.chunk / 32); }
 
-  __device__ void Wait() { WaitForTeam(team_, args_.team_blocks, args_.cluster, &waits_); }
+  __device__ void Wait() { WaitForTeam(team_, team_blocks_, args_.cluster, &waits_); }
   __device__ bool Leads() const { return block_ == 0; }
   __device__ bool InSight(int32_t i) const { return i < sinks_ || i >= lo_; }
 
@@ -217,7 +220,7 @@ class TeamMember {
       Refuse();
       return false;
     }
-    chunk_ = (n_ + 64 * args_.team_blocks - 1) / (64 * args_.team_blocks) * 64;
+    chunk_ = (n_ + 64 * team_blocks_ - 1) / (64 * team_blocks_) * 64;
     begin_ = min(block_ * chunk_, n_), end_ = min(begin_ + chunk_, n_);
     sinks_ = min(max(rule_->sinks, 0), n_);
     hi_ = max(sinks_, n_ - max(rule_->local, 0));
@@ -245,7 +248,7 @@ class TeamMember {
   // Of the team, in every lane.
   __device__ Mass TeamMass(Mass* parts, int h) const {
     Mass mass = NoMass();
-    for (int b = lane(); b < args_.team_blocks; b += kWarp) {
+    for (int b = lane(); b < team_blocks_; b += kWarp) {
       const float2 part = __ldcg(reinterpret_cast<const float2*>(PartOf(parts, h, b)));
       mass = Join(mass, {part.x, part.y});
     }
@@ -497,7 +500,7 @@ class TeamMember {
   }
   // True in the last block that is here: all have written then.
   __device__ bool LastOfTeam() {
-    if (args_.team_blocks == 1) {
+    if (team_blocks_ == 1) {
       __syncthreads();
       return true;
     }
@@ -505,7 +508,7 @@ class TeamMember {
     __syncthreads();
     if (threadIdx.x == 0) {
       __threadfence();
-      last = atomicAdd(&team_->finished, 1u) + 1 == static_cast<uint32_t>(args_.team_blocks);
+      last = atomicAdd(&team_->finished, 1u) + 1 == static_cast<uint32_t>(team_blocks_);
       if (last) team_->finished = 0;
       __threadfence();
     }
@@ -515,7 +518,7 @@ class TeamMember {
 
   const SelectArgs& args_;
   const ChooseRule* rule_ = nullptr;
-  int team_index_, block_;
+  int team_blocks_, team_index_, block_;
   Team* team_;
   int32_t n_ = 0, chunk_ = 0, begin_ = 0, end_ = 0, sinks_ = 0, lo_ = 0, hi_ = 0;
   float best_ = 0;      // an upper bound of the scores that matter
@@ -527,5 +530,42 @@ class TeamMember {
  private:
   __device__ WAY& way() { return *static_cast<WAY*>(this); }
 };
+
+// The tasks of a launch, by teams of blocks. WAY::kLists: it leaves tasks to the launch that follows, by `again`.
+template <class WAY>
+__device__ inline void RunTasks(const SelectArgs& args) {
+  __shared__ uint16_t needed[kSelectThreads];
+  __shared__ uint32_t scratch[kSelectWarps];
+  int tasks = args.num_tasks, team_blocks = args.team_blocks;
+  if (args.regroup) {
+    const auto t = static_cast<int>(threadIdx.x);
+    bool needs = t < tasks;
+    if (needs && args.select != nullptr) {
+      const uint8_t* const hold = args.select[t].rule.hold;
+      needs = hold == nullptr || *hold == 0;
+      if constexpr (WAY::kLists) {
+        if (!needs && blockIdx.x == 0) args.again[t] = 0;
+      } else if (args.again != nullptr) {
+        needs = needs && args.again[t] != 0;
+      }
+    }
+    uint32_t total = 0;
+    const uint32_t before = BlockPrefix(needs ? 1 : 0, scratch, &total);
+    if (needs) needed[before] = static_cast<uint16_t>(t);
+    __syncthreads();
+    if (total == 0) return;
+    tasks = static_cast<int>(total);
+    team_blocks = max(team_blocks, min(static_cast<int>(gridDim.x) / tasks, kMaxTeam));
+  }
+  const int teams = static_cast<int>(gridDim.x) / team_blocks;
+  const int first = static_cast<int>(blockIdx.x) / team_blocks;
+  if (first >= min(teams, tasks)) return;
+  WAY way(args, team_blocks);
+  for (int i = first; i < tasks; i += teams) {
+    way.Run(args.regroup ? needed[i] : i);
+    __syncthreads();
+  }
+  way.Leave();
+}
 
 }  // namespace prehoc::cuda

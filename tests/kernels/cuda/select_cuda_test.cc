@@ -583,5 +583,57 @@ TEST_F(SelectByBarsCudaTest, StartAnewWhereThereIsNoBar) {
   Run(rng, coded, c);  // far outside of the bins
 }
 
+// Where some tasks hold, the blocks of a launch are divided among the others: the same choices, and nothing of those that hold is touched.
+TEST_F(SelectByBarsCudaTest, BlocksOfTasksThatHoldWorkForOthers) {
+  SeededRng rng;
+  for (const auto& [n, tasks_wanted] : {std::pair{3000, 8}, std::pair{40'000, 8}, std::pair{20'000, 70}, std::pair{500, 150}}) {
+    for (const double held : {0.0, 0.5, 0.9, 1.0}) {
+      SCOPED_TRACE(testing::Message() << "n " << n << ", tasks " << tasks_wanted << ", held " << held);
+      constexpr int32_t kDim = 64, kGroup = 4;
+      CodedRows coded(rng, cuda::RowType::kF16, n, kDim, {4, 64, false}, KeyKind::kNormal);
+      coded.SetQuery(rng.Normals(kGroup * kDim));
+      const cuda::ChooseRule rule{.sinks = 8, .local = 32, .k = n / 40};
+      std::vector<uint8_t> holds;
+      for (int t = 0; t < tasks_wanted; ++t) holds.push_back(rng.Chance(held) ? 1 : 0);
+      const CudaArray<uint8_t> device_holds(holds);
+      std::vector<Results> results;
+      std::vector<cuda::SelectTask> tasks;
+      for (int t = 0; t < tasks_wanted; ++t) {
+        results.emplace_back(rule.k, kGroup, n);
+        tasks.push_back({.source = coded.Source(), .rule = results.back().Into(rule)});
+        tasks.back().rule.pool_level = tasks.back().rule.lse_all;
+        tasks.back().rule.hold = device_holds.data() + t;
+      }
+      const CudaArray<cuda::SelectTask> device(tasks);
+      cuda::SelectParams params{.tasks = device.data(), .num_tasks = tasks_wanted, .max_n = n, .format = coded.format, .group = kGroup, .head_dim = kDim,
+                                .gated = true};
+      const auto workspace = Workspace(cuda::SelectWorkspaceBytes(params));
+      params.workspace = workspace.data(), params.workspace_bytes = workspace.size();
+      for (int i = 0; i < 2; ++i) ASSERT_OK(cuda::Select(params, stream()));
+      ASSERT_OK(Wait());
+      EXPECT_TRUE(workspace.GuardsIntact());
+      const int64_t stride = (n + 3) / 4 * 4;
+      const CudaArray<float> z(static_cast<size_t>(kGroup * stride));
+      const CudaArray<cuda::ScanTask> scan(std::vector<cuda::ScanTask>{{.source = coded.Source(), .z = z.data(), .z_stride = stride}});
+      ASSERT_OK(cuda::Scan({.tasks = scan.data(), .num_tasks = 1, .max_n = n, .format = coded.format, .group = kGroup, .head_dim = kDim}, stream()));
+      ASSERT_OK(Wait());
+      const std::vector<float> logits = z.Read();
+      const ChooseModel model = RunChooseModel(HostTask(logits, n, stride, rule, nullptr, GroupRule::kMaxWeight), kGroup);
+      for (size_t t = 0; t < tasks.size(); ++t) {
+        if (holds[t] != 0) {
+          EXPECT_EQ(results[t].all.Read()[0], z_poison_) << t;
+          EXPECT_EQ(results[t].pooled.Read(), std::vector<float>(static_cast<size_t>(n), -20.0f)) << t;
+          continue;
+        }
+        const Outcome o = results[t].Read();
+        EXPECT_EQ(o.chosen.size(), model.chosen.size()) << t;
+        double least = 1e300;
+        for (const int32_t p : model.chosen) least = std::min(least, model.score[static_cast<size_t>(p)]);
+        for (const int32_t p : o.chosen) EXPECT_GE(model.score[static_cast<size_t>(p)], least - 1e-5 * (1 + std::abs(least))) << t;
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace prehoc
