@@ -135,6 +135,9 @@ struct ChooseParams {
   std::byte* workspace = nullptr;  // of ChooseWorkspaceBytes(); zeroed once before its first use, then left to this entry; calls
   size_t workspace_bytes = 0;      // that share one are ordered
 };
+// How: with all logits kept, or only with those that reach a bar (select_bars.cuh), which pays where the others would not stay in a cache. The choice
+// is the same. kBars is taken for code blocks of 64 tokens, up to 4 heads, rules that take a maximum, and without dilation.
+enum class SelectBy : uint8_t { kAny = 0, kLogits = 1, kBars = 2 };
 struct SelectParams {
   const SelectTask* tasks = nullptr;
   int32_t num_tasks = 0;
@@ -144,6 +147,7 @@ struct SelectParams {
   int32_t group = 0, head_dim = 0;
   GroupRule rule = GroupRule::kMaxWeight;
   bool dilate = false;
+  SelectBy by = SelectBy::kAny;
   bool gated = false;           // tasks may hold: the blocks of those that do work for the others. No faster where none does
   int32_t* restarts = nullptr;  // [1] += tasks whose candidates were not enough, which were scanned again; or null
   std::byte* workspace = nullptr;

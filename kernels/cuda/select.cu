@@ -61,7 +61,7 @@ void MakeTeams(int tasks, int32_t max_n, const DeviceLimits& limits, Plan* plan)
 }
 
 // Each block keeps what fits in its shared memory.
-Status MakePlan(int32_t num_tasks, int32_t max_n, bool scans, size_t scan_bytes, std::byte* workspace, Plan* plan) {
+Status MakePlan(int32_t num_tasks, int32_t max_n, bool scans, size_t scan_bytes, SelectBy by, std::byte* workspace, Plan* plan) {
   PREHOC_ASSIGN_OR_RETURN(const DeviceLimits limits, CurrentLimits());
   SelectArgs& args = plan->args;
   MakeTeams(std::max(num_tasks, 1), max_n, limits, plan);
@@ -91,7 +91,8 @@ Status MakePlan(int32_t num_tasks, int32_t max_n, bool scans, size_t scan_bytes,
   args.parts = reinterpret_cast<Mass*>(part(team_count * kMaxTeam * group * sizeof(Mass)));
   args.outside = reinterpret_cast<Mass*>(part(team_count * kMaxTeam * group * sizeof(Mass)));
   args.z = reinterpret_cast<float*>(part(args.z_in_shared ? 0 : blocks * z_bytes));
-  if (scans && !args.z_in_shared && blocks * z_bytes > static_cast<size_t>(limits.l2_bytes)) {  // else logits are written and read fast
+  const bool leaves_cache = !args.z_in_shared && blocks * z_bytes > static_cast<size_t>(limits.l2_bytes);
+  if (scans && (by == SelectBy::kBars || (by == SelectBy::kAny && leaves_cache))) {
     using Bars = BarSelector<256, 8>;  // which needs the most
     args.most_samples = static_cast<int32_t>(std::clamp<int64_t>(CeilDiv(args.chunk, 8 * kSelectWarps * Bars::kTokens), 1, Bars::kMostSamples));
     args.list_room = std::min(args.chunk, kMostListed);
@@ -115,7 +116,7 @@ Result<Plan> PlanOf(const ChooseParams& params) {
   plan.args.group = params.group;
   plan.args.rule = params.rule;
   plan.args.dilate = params.dilate;
-  PREHOC_RETURN_IF_ERROR(MakePlan(params.num_tasks, params.max_n, false, 0, params.workspace, &plan));
+  PREHOC_RETURN_IF_ERROR(MakePlan(params.num_tasks, params.max_n, false, 0, SelectBy::kLogits, params.workspace, &plan));
   return plan;
 }
 Result<Plan> PlanOf(const SelectParams& params) {
@@ -123,6 +124,7 @@ Result<Plan> PlanOf(const SelectParams& params) {
                              .Group(params.group).Type(params.type)
                              .That(params.rule <= GroupRule::kMaxLogit, "rule", static_cast<int64_t>(params.rule), "use 0, 1 or 2").Take());
   PREHOC_RETURN_IF_ERROR(CheckFormat("select", params.format));
+  PREHOC_RETURN_IF_ERROR(Check("select").That(params.by <= SelectBy::kBars, "by", static_cast<int64_t>(params.by), "use kAny, kLogits or kBars").Take());
   Plan plan;
   plan.args.select = params.tasks;
   plan.args.format = params.format;
@@ -139,7 +141,7 @@ Result<Plan> PlanOf(const SelectParams& params) {
     scan_bytes = ScanMemory<d(), 8>::kBytes;  // the most
     return Status{};
   }));
-  PREHOC_RETURN_IF_ERROR(MakePlan(params.num_tasks, params.max_n, true, scan_bytes, params.workspace, &plan));
+  PREHOC_RETURN_IF_ERROR(MakePlan(params.num_tasks, params.max_n, true, scan_bytes, params.by, params.workspace, &plan));
   return plan;
 }
 

@@ -38,7 +38,7 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
   static constexpr int kMostSamples = 4;
   static constexpr bool kLists = true;
   static constexpr int kHeadBins = kBins / kScanHeads;
-  static constexpr float kSampleBinsPerNat = 4;  // the bins reach 64 nats to both sides of 0
+  static constexpr float kSampleBinsPerNat = 4;  // the bins reach 64 nats to both sides of the head's centre
 
   static __host__ __device__ int SampleStride(const SelectArgs& args) { return (args.most_samples * kSelectWarps + 1) * kTokens + 8; }
   static size_t RoomBytes(const SelectArgs& args) {  // for the sample, then for the list
@@ -131,6 +131,7 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
     int misled;
     float* list_z[kScanHeads];
     uint32_t* list_at;
+    float centre[kScanHeads];
     float2 bars[kScanHeads];  // of what is resident, and of what is not
   };
   static __device__ Shared& shared() {
@@ -182,9 +183,10 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
     if (!HasHead()) return;
     *reinterpret_cast<float4*>(to) = z;
     const uint32_t counts = resident & OfMiddle(i);
+    const float centre = Fresh(shared().centre[lane() % 4]);
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
-      const int bin = min(max(__float2int_rd(Of(z, t) * kSampleBinsPerNat) + kHeadBins / 2, 0), kHeadBins - 1);
+      const int bin = min(max(__float2int_rd((Of(z, t) - centre) * kSampleBinsPerNat) + kHeadBins / 2, 0), kHeadBins - 1);
       if ((counts >> t) & 1) atomicAdd(own_bins() + lane() % 4 * kHeadBins + bin, 1u);
     }
   }
@@ -247,6 +249,7 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
     __shared__ QueryScale scale;
     const int32_t coded = n_ / kTokens * kTokens, coded_end = min(end_, coded), run = (chunk_ / kTokens + kSelectWarps - 1) / kSelectWarps;
     const int32_t samples = min((run + 7) / 8, args_.most_samples);
+    if (warp() > 0 && warp() <= args_.group) FindCentre(warp() - 1, min(lo_, coded - 1) / kTokens);
     const bool has_tail = end_ > max(begin_, coded);  // one block: its part ends with less than a code block
     reinterpret_cast<uint4*>(own_bins())[threadIdx.x] = uint4{};
     *edge_mass() = {-Infinity(), 0};
@@ -381,6 +384,17 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
     return edges[warp][h];
   }
 
+  // Where the logits of a head lie, roughly and for all blocks the same: that of the middle of a code block.
+  __device__ void FindCentre(int h, int32_t code_block) const {
+    const __half* const lo = reinterpret_cast<const __half*>(source_->blocks + int64_t{code_block} * static_cast<int64_t>(args_.layout.bytes));
+    const float* const q = source_->q + h * D;
+    float sum = 0;
+    for (int c = lane(); c < D; c += kWarp) sum += q[c] * (__half2float(lo[c]) + __half2float(lo[D + c]) * (0.5f * ((1 << BITS) - 1)));
+#pragma unroll
+    for (int offset = 1; offset < kWarp; offset *= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
+    sum *= __frsqrt_rn(static_cast<float>(D));
+    if (lane() == 0) shared().centre[h] = isfinite(sum) ? sum : 0;
+  }
   // False, in all blocks of the team, if the sample has too few eligible positions.
   __device__ bool SetBars(int32_t k) {
     uint32_t* const bins = team_->sample[parity_];
@@ -407,7 +421,8 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
       count[i] = x.x, count[i + 1] = x.y, count[i + 2] = x.z, count[i + 3] = x.w;
     }
     const float sampled = static_cast<float>(__ldcg(bins + kBins));
-    const auto edge = [&](int i) { return static_cast<float>(lowest + i - kHeadBins / 2) / kSampleBinsPerNat; };
+    const float centre = shared().centre[h];
+    const auto edge = [&](int i) { return static_cast<float>(lowest + i - kHeadBins / 2) / kSampleBinsPerNat; };  // above the centre
     float mass = 0;  // of the sample: not more than that of all
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
@@ -433,9 +448,9 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
       if (above < rank && rank <= above + count[i]) {
         if (lowest + i == 0) shared().misled = 1;
         const float inside = lowest + i == kHeadBins - 1 ? 1 : static_cast<float>(rank - above) / static_cast<float>(count[i]);
-        const float bar = edge(i) + (1 - inside) / kSampleBinsPerNat;
+        const float bar = centre + edge(i) + (1 - inside) / kSampleBinsPerNat;
         // What is not resident must also weigh more than theta: no more than it seems to by a part of the mass.
-        shared().bars[h] = {bar, rule_->resident != nullptr ? fmaxf(bar, __logf(mass) + rule_->log_theta - 0.01f) : Infinity()};
+        shared().bars[h] = {bar, rule_->resident != nullptr ? fmaxf(bar, centre + __logf(mass) + rule_->log_theta - 0.01f) : Infinity()};
       }
       above += count[i];
     }

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <tuple>
 
 #include "kernels/code_block.h"
 #include "tests/kernels/choose_model.h"
@@ -491,7 +492,7 @@ class SelectByBarsCudaTest : public SelectCudaTest {
     const CudaArray<cuda::SelectTask> device(tasks);
     const CudaArray<int32_t> restarts(std::vector<int32_t>{0});
     cuda::SelectParams params{.tasks = device.data(), .num_tasks = c.tasks, .max_n = coded.n + 1000, .format = coded.format, .group = c.group, .head_dim = coded.dim,
-                              .rule = c.rule, .restarts = restarts.data()};
+                              .rule = c.rule, .by = cuda::SelectBy::kBars, .restarts = restarts.data()};
     const auto workspace = Workspace(cuda::SelectWorkspaceBytes(params));
     params.workspace = workspace.data(), params.workspace_bytes = workspace.size();
     EXPECT_OK(cuda::Select(params, stream()));
@@ -531,7 +532,6 @@ class SelectByBarsCudaTest : public SelectCudaTest {
 
 TEST_F(SelectByBarsCudaTest, ChooseAsAllLogitsWould) {
   SeededRng rng;
-  // Logits that shared memory holds are kept there: these are more.
   for (const Case& c : {Case{.n = 20'000, .tasks = 70, .group = 4, .k = 500}, Case{.n = 20'037, .tasks = 70, .group = 3, .k = 800, .filters = true},
                         Case{.n = 60'000, .tasks = 70, .group = 1, .k = 64, .bits = 2}, Case{.n = 30'000, .tasks = 40, .group = 4, .k = 700, .filters = true},
                         Case{.n = 40'063, .tasks = 40, .group = 4, .k = 300, .bits = 8, .window = 30'000}, Case{.n = 17'001, .tasks = 150, .group = 4, .k = 200},
@@ -586,7 +586,8 @@ TEST_F(SelectByBarsCudaTest, StartAnewWhereThereIsNoBar) {
 // Where some tasks hold, the blocks of a launch are divided among the others: the same choices, and nothing of those that hold is touched.
 TEST_F(SelectByBarsCudaTest, BlocksOfTasksThatHoldWorkForOthers) {
   SeededRng rng;
-  for (const auto& [n, tasks_wanted] : {std::pair{3000, 8}, std::pair{40'000, 8}, std::pair{20'000, 70}, std::pair{500, 150}}) {
+  for (const auto& [n, tasks_wanted, by] : {std::tuple{3000, 8, cuda::SelectBy::kAny}, std::tuple{40'000, 8, cuda::SelectBy::kBars},
+                                            std::tuple{20'000, 70, cuda::SelectBy::kBars}, std::tuple{500, 150, cuda::SelectBy::kAny}}) {
     for (const double held : {0.0, 0.5, 0.9, 1.0}) {
       SCOPED_TRACE(testing::Message() << "n " << n << ", tasks " << tasks_wanted << ", held " << held);
       constexpr int32_t kDim = 64, kGroup = 4;
@@ -606,7 +607,7 @@ TEST_F(SelectByBarsCudaTest, BlocksOfTasksThatHoldWorkForOthers) {
       }
       const CudaArray<cuda::SelectTask> device(tasks);
       cuda::SelectParams params{.tasks = device.data(), .num_tasks = tasks_wanted, .max_n = n, .format = coded.format, .group = kGroup, .head_dim = kDim,
-                                .gated = true};
+                                .by = by, .gated = true};
       const auto workspace = Workspace(cuda::SelectWorkspaceBytes(params));
       params.workspace = workspace.data(), params.workspace_bytes = workspace.size();
       for (int i = 0; i < 2; ++i) ASSERT_OK(cuda::Select(params, stream()));
