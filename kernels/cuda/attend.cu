@@ -1,6 +1,7 @@
 #include "kernels/cuda/attend.cuh"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 
 #include "base/units.h"
@@ -9,49 +10,33 @@
 namespace prehoc::cuda {
 namespace {
 
+constexpr int kWarps = 4;
+
 struct Plan {
+  int heads = 0;       // of a tile
   int head_tiles = 0;
   int splits = 1;
   bool cluster = false;
   size_t counter_bytes = 0, bytes = 0;
 };
 
-// How busy `at_once` places are with `blocks` blocks.
-double BusyShare(int64_t blocks, int64_t at_once) {
-  return static_cast<double>(blocks) / static_cast<double>(CeilDiv(blocks, at_once) * at_once);
-}
-
-// As few parts as keep the multiprocessors busy: each part costs a merge.
-int SplitsOf(int64_t blocks, int64_t most, int multiprocessors) {
-  double best = 0;
-  int splits = 1;
-  for (int64_t s = 1; s <= std::min<int64_t>(most, 256); ++s) {
-    const double busy = BusyShare(blocks * s, multiprocessors);
-    if (busy > best * 1.04) best = busy, splits = static_cast<int>(s);
-    if (blocks * s > 4 * multiprocessors) break;
-  }
-  return splits;
-}
-
-// Blocks that run at once in clusters of 2^log; 0 if there are no such clusters.
-int PlacesOf(int log) {
+// The most blocks in a cluster; 0 if there are none.
+int MostInCluster() {
   static ClusterPlaces places;
-  using S = AttendShape<128>;  // like all of them one block to a multiprocessor
-  return places.Of(reinterpret_cast<const void*>(AttendKernel<RowType::kF16, 128>), {.threads = S::kThreads, .shared_bytes = S::kSharedBytes}, log);
+  const Shape shape{.threads = kWarps * kWarp, .shared_bytes = AttendShape<128, 4>::SharedBytes(kWarps)};
+  for (int log = ClusterPlaces::kMostLog; log > 0; --log) {
+    if (places.Of(reinterpret_cast<const void*>(AttendKernel<RowType::kF16, 128, 4>), shape, log) > 0) return 1 << log;
+  }
+  return 0;
 }
 
-// Clusters merge in a fraction of the time, but must be of 2^i blocks: worth it unless they leave much more idle.
+// As few parts as keep the multiprocessors busy: each part costs a merge, which clusters do in a fraction of the time.
 void ChooseSplits(int64_t blocks, int64_t most, const DeviceLimits& limits, Plan* plan) {
-  plan->splits = SplitsOf(blocks, most, limits.multiprocessors);
+  const int64_t wanted = std::min(most, CeilDiv(int64_t{limits.multiprocessors} * 9 / 10, blocks));
+  plan->splits = static_cast<int>(std::clamp<int64_t>(wanted, 1, 256));
   if (plan->splits == 1 || !limits.clusters()) return;
-  const double busy = BusyShare(blocks * plan->splits, limits.multiprocessors);
-  double best = 0.85 * busy;
-  for (int log = 1; log <= ClusterPlaces::kMostLog; ++log) {
-    const int places = PlacesOf(log);
-    if (places == 0 || (int64_t{1} << log) >= 2 * most) break;
-    const double share = BusyShare(blocks << log, places) * places / limits.multiprocessors;
-    if (share > best) best = share * 1.04, plan->splits = 1 << log, plan->cluster = true;
-  }
+  const int cluster = static_cast<int>(std::bit_ceil(static_cast<unsigned>(plan->splits)));
+  if (cluster <= MostInCluster()) plan->splits = cluster, plan->cluster = true;
 }
 
 Result<Plan> PlanOf(const AttendParams& params) {
@@ -59,15 +44,15 @@ Result<Plan> PlanOf(const AttendParams& params) {
                              .Type(params.type).That(params.max_rows >= 0, "max_rows", params.max_rows, "use 0 or more").Take());
   PREHOC_ASSIGN_OR_RETURN(const DeviceLimits limits, CurrentLimits());
   Plan plan;
-  plan.head_tiles = static_cast<int>(CeilDiv(params.group, kHeadTile));
-  const int warps = params.head_dim == 256 ? 4 : 8;
-  const int64_t most = std::max<int64_t>(1, CeilDiv(params.max_rows, warps * kKeyTile));
+  plan.heads = params.group <= 4 ? 4 : 8;
+  plan.head_tiles = static_cast<int>(CeilDiv(params.group, plan.heads));
+  const int64_t most = std::max<int64_t>(1, CeilDiv(params.max_rows, kWarps * kKeyTile));
   const int64_t blocks = int64_t{std::max(params.num_tasks, 1)} * plan.head_tiles;
   ChooseSplits(blocks, most, limits, &plan);
   plan.counter_bytes = RoundUp(static_cast<size_t>(blocks) * sizeof(uint32_t), 256);
   if (plan.splits > 1 && !plan.cluster) {
-    plan.bytes = plan.counter_bytes + static_cast<size_t>(blocks) * static_cast<size_t>(plan.splits) * kHeadTile *
-                                          static_cast<size_t>(params.head_dim + 2) * sizeof(float);
+    plan.bytes = plan.counter_bytes + static_cast<size_t>(blocks) * static_cast<size_t>(plan.splits) * static_cast<size_t>(plan.heads) *
+                                          static_cast<size_t>(params.head_dim + 8) * sizeof(float);
   }
   return plan;
 }
@@ -92,11 +77,11 @@ Status Attend(const AttendParams& params, cudaStream_t stream) {
   args.scale = 1.4426950408889634f / std::sqrt(static_cast<float>(params.head_dim));
   const dim3 grid(static_cast<unsigned>(plan.splits), static_cast<unsigned>(params.num_tasks), static_cast<unsigned>(plan.head_tiles));
   return DispatchHeadDim(params.head_dim, [&](auto d) {
-    using S = AttendShape<d()>;
-    const Shape shape{.grid = grid, .threads = S::kThreads, .shared_bytes = S::kSharedBytes,
-                      .cluster = plan.cluster ? plan.splits : 1};
-    return params.type == RowType::kF16 ? LaunchKernel(AttendKernel<RowType::kF16, d()>, "attend", args, shape, stream)
-                                        : LaunchKernel(AttendKernel<RowType::kBF16, d()>, "attend", args, shape, stream);
+    return Dispatch<4, 8>(plan.heads, [&](auto heads) {
+      const Shape shape{.grid = grid, .threads = kWarps * kWarp, .shared_bytes = AttendShape<d(), heads()>::SharedBytes(kWarps), .cluster = plan.cluster ? plan.splits : 1};
+      return params.type == RowType::kF16 ? LaunchKernel(AttendKernel<RowType::kF16, d(), heads()>, "attend", args, shape, stream)
+                                          : LaunchKernel(AttendKernel<RowType::kBF16, d(), heads()>, "attend", args, shape, stream);
+    });
   });
 }
 
