@@ -192,7 +192,7 @@ class TileRing {
       const uint32_t valid = __ballot_sync(kAllLanes, loads);
       const std::byte* const row = ref >= 0 ? rows.rows + int64_t{ref} * S::kRowBytes : rows.host_rows + int64_t{~ref} * S::kRowBytes;
       const uint32_t to = ring_ + stage * S::kTileBytes;
-#pragma unroll
+#pragma unroll 8  // all of them would cost too many registers
       for (int p = 0; p < S::kTileBytes / 16 / kWarp; ++p) {
         const int piece = p * kWarp + lane_, key = piece / S::kRowPieces, c = piece % S::kRowPieces;
         const uint64_t from = __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(row), key) + 16 * c;
