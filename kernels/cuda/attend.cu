@@ -10,33 +10,38 @@
 namespace prehoc::cuda {
 namespace {
 
-constexpr int kWarps = 4;
-
 struct Plan {
   int heads = 0;       // of a tile
   int head_tiles = 0;
+  int warps = 0;       // of a block
   int splits = 1;
   bool cluster = false;
+  size_t shared_bytes = 0;
   size_t counter_bytes = 0, bytes = 0;
 };
 
-// The most blocks in a cluster; 0 if there are none.
-int MostInCluster() {
-  static ClusterPlaces places;
-  const Shape shape{.threads = kWarps * kWarp, .shared_bytes = AttendShape<128, 4>::SharedBytes(kWarps)};
-  for (int log = ClusterPlaces::kMostLog; log > 0; --log) {
-    if (places.Of(reinterpret_cast<const void*>(AttendKernel<RowType::kF16, 128, 4>), shape, log) > 0) return 1 << log;
-  }
-  return 0;
+// Blocks that run at once in clusters of 2^log, if one or two of them share a multiprocessor; 0 if there are no such clusters.
+int PlacesOf(bool two, int log) {
+  static ClusterPlaces places[2];
+  const int warps = two ? 4 : 8;
+  return places[two].Of(reinterpret_cast<const void*>(AttendKernel<RowType::kF16, 128, 4>),
+                        {.threads = warps * kWarp, .shared_bytes = AttendShape<128, 4>::SharedBytes(warps)}, log);
 }
 
-// As few parts as keep the multiprocessors busy: each part costs a merge, which clusters do in a fraction of the time.
-void ChooseSplits(int64_t blocks, int64_t most, const DeviceLimits& limits, Plan* plan) {
-  const int64_t wanted = std::min(most, CeilDiv(int64_t{limits.multiprocessors} * 9 / 10, blocks));
-  plan->splits = static_cast<int>(std::clamp<int64_t>(wanted, 1, 256));
-  if (plan->splits == 1 || !limits.clusters()) return;
-  const int cluster = static_cast<int>(std::bit_ceil(static_cast<unsigned>(plan->splits)));
-  if (cluster <= MostInCluster()) plan->splits = cluster, plan->cluster = true;
+// Few tasks are split, so that each multiprocessor has a block of 8 warps. Many come in blocks of 4 warps, two to a multiprocessor (where its
+// shared memory holds two): one begins or ends while the other works.
+void ChooseBlocks(int64_t tiles, int64_t rows, size_t (*shared_bytes)(int warps), const DeviceLimits& limits, Plan* plan) {
+  const auto room = static_cast<size_t>(limits.block_shared_bytes);
+  int64_t splits = limits.multiprocessors / tiles;
+  const bool wide = shared_bytes(8) <= room && splits * tiles >= limits.multiprocessors * 3 / 4, two = !wide && 2 * shared_bytes(4) <= room;
+  if (two) splits = 2 * limits.multiprocessors / tiles;
+  plan->warps = wide ? 8 : 4;
+  plan->splits = static_cast<int>(std::clamp<int64_t>(std::min(splits, CeilDiv(rows, plan->warps * kKeyTile)), 1, 256));
+  plan->shared_bytes = shared_bytes(plan->warps);
+  // Clusters merge faster, if all of them find a place at once.
+  const int log = std::bit_width(static_cast<unsigned>(plan->splits - 1));
+  if (log == 0 || log > ClusterPlaces::kMostLog || !limits.clusters()) return;
+  if (tiles << log <= PlacesOf(two, log)) plan->splits = 1 << log, plan->cluster = true;
 }
 
 Result<Plan> PlanOf(const AttendParams& params) {
@@ -46,13 +51,19 @@ Result<Plan> PlanOf(const AttendParams& params) {
   Plan plan;
   plan.heads = params.group <= 4 ? 4 : 8;
   plan.head_tiles = static_cast<int>(CeilDiv(params.group, plan.heads));
-  const int64_t most = std::max<int64_t>(1, CeilDiv(params.max_rows, kWarps * kKeyTile));
-  const int64_t blocks = int64_t{std::max(params.num_tasks, 1)} * plan.head_tiles;
-  ChooseSplits(blocks, most, limits, &plan);
-  plan.counter_bytes = RoundUp(static_cast<size_t>(blocks) * sizeof(uint32_t), 256);
+  const int64_t tiles = int64_t{std::max(params.num_tasks, 1)} * plan.head_tiles;
+  size_t part = 0;  // floats
+  PREHOC_RETURN_IF_ERROR(DispatchHeadDim(params.head_dim, [&](auto d) {
+    return Dispatch<4, 8>(plan.heads, [&](auto heads) -> Status {
+      using S = AttendShape<d(), heads()>;
+      part = S::kPart;
+      ChooseBlocks(tiles, params.max_rows, S::SharedBytes, limits, &plan);
+      return {};
+    });
+  }));
+  plan.counter_bytes = RoundUp(static_cast<size_t>(tiles) * sizeof(uint32_t), 256);
   if (plan.splits > 1 && !plan.cluster) {
-    plan.bytes = plan.counter_bytes + static_cast<size_t>(blocks) * static_cast<size_t>(plan.splits) * static_cast<size_t>(plan.heads) *
-                                          static_cast<size_t>(params.head_dim + 8) * sizeof(float);
+    plan.bytes = plan.counter_bytes + static_cast<size_t>(tiles) * static_cast<size_t>(plan.splits) * part * sizeof(float);
   }
   return plan;
 }
@@ -78,7 +89,7 @@ Status Attend(const AttendParams& params, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(plan.splits), static_cast<unsigned>(params.num_tasks), static_cast<unsigned>(plan.head_tiles));
   return DispatchHeadDim(params.head_dim, [&](auto d) {
     return Dispatch<4, 8>(plan.heads, [&](auto heads) {
-      const Shape shape{.grid = grid, .threads = kWarps * kWarp, .shared_bytes = AttendShape<d(), heads()>::SharedBytes(kWarps), .cluster = plan.cluster ? plan.splits : 1};
+      const Shape shape{.grid = grid, .threads = plan.warps * kWarp, .shared_bytes = plan.shared_bytes, .cluster = plan.cluster ? plan.splits : 1};
       return params.type == RowType::kF16 ? LaunchKernel(AttendKernel<RowType::kF16, d(), heads()>, "attend", args, shape, stream)
                                           : LaunchKernel(AttendKernel<RowType::kBF16, d(), heads()>, "attend", args, shape, stream);
     });

@@ -14,6 +14,57 @@ namespace prehoc::cuda {
 
 inline constexpr int kKeyTile = 16;
 
+// --- barriers in shared memory that count one arrival a round and the bytes of bulk copies (which sm_90 has) ------------------------------
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+inline constexpr bool kBulkCopies = true;
+#else
+inline constexpr bool kBulkCopies = false;
+#endif
+__device__ inline void InitBarrier(uint32_t at) { asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(at) : "memory"); }
+// Barriers made by this thread are seen by bulk copies.
+__device__ inline void FenceBarriers() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+__device__ inline void Arrive(uint32_t at) {
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(at) : "memory");
+}
+__device__ inline void ArriveExpecting([[maybe_unused]] uint32_t at, [[maybe_unused]] uint32_t bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+#endif
+}
+// The round does not end before the copies that this thread has asked for (other than bulk ones) have arrived.
+__device__ inline void ArriveAfterCopies(uint32_t at) { asm volatile("cp.async.mbarrier.arrive.shared.b64 [%0];" ::"r"(at) : "memory"); }
+// Waits for the end of the round: even ones have parity 0.
+__device__ inline void WaitBarrier(uint32_t at, uint32_t parity) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define PREHOC_TEST_BARRIER "mbarrier.try_wait.parity.shared.b64"
+#else
+#define PREHOC_TEST_BARRIER "mbarrier.test_wait.parity.shared.b64"
+#endif
+  uint32_t done;
+  do {
+    asm volatile("{ .reg .pred p; " PREHOC_TEST_BARRIER " p, [%1], %2; selp.u32 %0, 1, 0, p; }" : "=r"(done) : "r"(at), "r"(parity) : "memory");
+  } while (done == 0);
+#undef PREHOC_TEST_BARRIER
+}
+// `bytes`, a multiple of 16, in order.
+__device__ inline void CopyBulk([[maybe_unused]] uint32_t to, [[maybe_unused]] const void* from, [[maybe_unused]] uint32_t bytes,
+                                [[maybe_unused]] uint32_t barrier) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+#endif
+}
+// Bulk copies write after what others have written.
+__device__ inline void FenceBulkCopies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 struct AttendArgs {
   const AttendTask* tasks;
   float* parts;        // [tasks, head tiles, splits, kPart]
@@ -31,14 +82,15 @@ struct AttendShape {
   static constexpr int kSteps = D / 16;                        // of a product over channels; 16 channels of the output
   static constexpr int kRowBytes = 4 * D;
   static constexpr int kRowPieces = kRowBytes / 16;
-  static constexpr int kTileBytes = kKeyTile * kRowBytes;
+  static constexpr int kRowStride = kRowBytes + 16;            // in shared memory: 8 rows of a matrix then meet no bank twice
+  static constexpr int kTileBytes = kKeyTile * kRowStride;
   static constexpr int kStages = D == 64 ? 6 : D == 96 ? 4 : D == 128 ? 3 : 2;
   static constexpr int kRingBytes = kStages * kTileBytes;      // of a warp
   static constexpr int kHeadPart = D + 8;                      // floats: out, then most, then sum
   static constexpr int kPart = H * kHeadPart;
   static constexpr int kInboxEntries = H * D / 4;
   static constexpr size_t SharedBytes(int warps) { return size_t(warps) * kRingBytes + kInboxEntries * 2 * sizeof(float4); }
-  static_assert(D % 32 == 0, "pieces of a row are turned round in groups of 8, and V begins at an even one");
+  static_assert(kRowStride / 16 % 2 == 1);
   static_assert(kPart * sizeof(float) <= kRingBytes, "a warp leaves its part in its ring");
 };
 
@@ -129,88 +181,96 @@ struct Query {
 };
 
 // The ring of one warp: tile after tile, `stride` keys apart, each to the place of the one before it by kStages.
-// Piece c (16 bytes) of key k lies at piece c ^ (k % 8) of its row, so that neither a row nor a column of 8 x 8 numbers meets a bank twice.
 template <int D, int H>
 class TileRing {
   using S = AttendShape<D, H>;
 
  public:
-  // Asks for the refs of the first tiles and the one after them. The number of refs need not be known yet.
-  __device__ TileRing(const AttendTask& task, std::byte* ring, int64_t first, int64_t stride, int lane)
-      : refs_(task.refs), ring_(SharedAddress(ring)), next_(first), stride_(stride), lane_(lane) {
+  // `arrived` [kStages] of this warp. No memory is read before Start().
+  __device__ TileRing(std::byte* ring, uint64_t* arrived, int64_t first, int64_t stride, int lane)
+      : ring_(SharedAddress(ring)), arrived_(SharedAddress(arrived)), next_(first), stride_(stride), lane_(lane) {
+    if (lane < S::kStages) InitBarrier(arrived_ + 8 * lane);
+    FenceBarriers();
+    __syncwarp();
+    // What Keys() and Values() name: of each, four matrices of 8 rows, a lane a row.
+    keys_ = ring_ + lane % 16 * S::kRowStride + lane / 16 * 16;
+    values_ = ring_ + (lane % 8 + lane / 16 * 8) * S::kRowStride + lane / 8 % 2 * 16 + 2 * D;
+  }
+  // Asks for the refs of the first tiles and of the one after them. The number of refs need not be known yet.
+  __device__ void LoadRefs(const int32_t* refs, int32_t room) {
+    refs_ = refs;
 #pragma unroll
     for (int s = 0; s <= S::kStages; ++s) {
-      const int64_t i = first + s * stride + lane;
-      listed_[s] = refs_ != nullptr && lane < kKeyTile && i < task.refs_room ? refs_[i] : 0;
+      const int64_t i = next_ + s * stride_ + lane_;
+      listed_[s] = refs != nullptr && lane_ < kKeyTile && i < room ? refs[i] : 0;
     }
-    // What Keys() and Values() name: of each, four matrices of 8 rows, a lane a row.
-    const int k = lane % 16, v = lane % 8 + lane / 16 * 8;
-    key_row_ = ring_ + k * S::kRowBytes, key_turn_ = 16 * (lane / 16 ^ k % 8);
-    value_row_ = ring_ + v * S::kRowBytes, value_turn_ = 16 * (lane / 8 % 2 ^ v % 8);
   }
+  // Asks for the first tiles.
   __device__ void Start(const AttendRows& rows) {
 #pragma unroll
     for (int s = 0; s < S::kStages; ++s) Ask(rows, s, listed_[s]);
     listed_[0] = listed_[S::kStages];
   }
   // The next tile is there.
-  __device__ void Wait() {
-    WaitForCopies<S::kStages - 1>();
-    __syncwarp();
-  }
+  __device__ void Wait() { WaitBarrier(arrived_ + 8 * stage_, parity_); }
   // It has been used.
   __device__ void Next(const AttendRows& rows) {
     __syncwarp();
     Ask(rows, stage_, listed_[0]);
     const int64_t i = next_ + lane_;
     listed_[0] = lane_ < kKeyTile && i < rows.chosen ? refs_[i] : 0;  // long before it is needed
-    if (++stage_ == S::kStages) stage_ = 0;
+    if (++stage_ == S::kStages) stage_ = 0, parity_ ^= 1;
   }
-  // Nothing is on its way. Whether all rows existed.
-  __device__ bool Finish() {
-    WaitForCopies<0>();
-    return !__any_sync(kAllLanes, missing_);
-  }
+  // A row that was asked for does not exist.
+  __device__ bool Missing() const { return __any_sync(kAllLanes, missing_); }
   // Channels 16 s .. + 15 of K as left operand, and of V transposed.
-  __device__ void Keys(int s, uint32_t (&a)[4]) const { LoadMatrices(PieceAt(key_row_, key_turn_, 2 * s), a); }
-  __device__ void Values(int s, uint32_t (&a)[4]) const { LoadTransposed(PieceAt(value_row_, value_turn_, D / 8 + 2 * s), a); }
+  __device__ void Keys(int s, uint32_t (&a)[4]) const { LoadMatrices(keys_ + stage_ * S::kTileBytes + 32 * s, a); }
+  __device__ void Values(int s, uint32_t (&a)[4]) const { LoadTransposed(values_ + stage_ * S::kTileBytes + 32 * s, a); }
 
  private:
-  __device__ uint32_t PieceAt(uint32_t row, uint32_t turn, int even) const {
-    return row + stage_ * S::kTileBytes + 128 * (even / 8) + (16 * (even % 8) ^ turn);
-  }
   // Lane k < 16 names the row of key k. A row that does not exist is zeros; so are those after the last, for no number may meet the weight 0
   // that makes it NaN.
   __device__ void Ask(const AttendRows& rows, int stage, int32_t listed) {
     const int64_t i = next_ + lane_;
     next_ += stride_;
-    if (i - lane_ < rows.total()) {
-      const bool exists = lane_ < kKeyTile && i < rows.total();
-      const int32_t ref = exists ? rows.Ref(static_cast<int32_t>(i), listed) : 0;
-      const bool loads = exists && rows.Exists(ref);
-      missing_ |= exists && !loads;
-      const uint32_t valid = __ballot_sync(kAllLanes, loads);
-      const std::byte* const row = ref >= 0 ? rows.rows + int64_t{ref} * S::kRowBytes : rows.host_rows + int64_t{~ref} * S::kRowBytes;
-      const uint32_t to = ring_ + stage * S::kTileBytes;
-#pragma unroll 8  // all of them would cost too many registers
-      for (int p = 0; p < S::kTileBytes / 16 / kWarp; ++p) {
-        const int piece = p * kWarp + lane_, key = piece / S::kRowPieces, c = piece % S::kRowPieces;
-        const uint64_t from = __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(row), key) + 16 * c;
-        CopyAsync16(to + key * S::kRowBytes + 16 * (c ^ key % 8), reinterpret_cast<const void*>(from), (valid >> key & 1) != 0);
-      }
+    if (i - lane_ >= rows.total()) return;
+    const bool exists = lane_ < kKeyTile && i < rows.total();
+    const int32_t ref = exists ? rows.Ref(static_cast<int32_t>(i), listed) : 0;
+    const bool loads = exists && rows.Exists(ref);
+    missing_ |= exists && !loads;
+    const std::byte* const row = ref >= 0 ? rows.rows + int64_t{ref} * S::kRowBytes : rows.host_rows + int64_t{~ref} * S::kRowBytes;
+    const uint32_t to = ring_ + stage * S::kTileBytes, arrived = arrived_ + 8 * stage;
+    const uint32_t valid = __ballot_sync(kAllLanes, loads), near = __ballot_sync(kAllLanes, loads && ref >= 0);
+    if (kBulkCopies && near == (1u << kKeyTile) - 1) {
+      if (mixed_) FenceBulkCopies();
+      if (lane_ == 0) ArriveExpecting(arrived, kKeyTile * S::kRowBytes);
+      __syncwarp();
+      if (lane_ < kKeyTile) CopyBulk(to + lane_ * S::kRowStride, row, S::kRowBytes, arrived);
+      return;
     }
-    CommitCopies();
+    mixed_ = true;
+#pragma unroll 8  // all of them would cost too many registers
+    for (int p = 0; p < kKeyTile * S::kRowPieces / kWarp; ++p) {
+      const int piece = p * kWarp + lane_, key = piece / S::kRowPieces, c = piece % S::kRowPieces;
+      const uint64_t from = __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(row), key) + 16 * c;
+      CopyAsync16(to + key * S::kRowStride + 16 * c, reinterpret_cast<const void*>(from), (valid >> key & 1) != 0);
+    }
+    ArriveAfterCopies(arrived);
+    __syncwarp();
+    if (lane_ == 0) Arrive(arrived);
   }
 
-  const int32_t* const refs_;
-  const uint32_t ring_;
+  const uint32_t ring_, arrived_;
   int64_t next_;  // the tile to be asked for
   const int64_t stride_;
   const int lane_;
-  uint32_t key_row_, key_turn_, value_row_, value_turn_;
+  uint32_t keys_, values_;
+  const int32_t* refs_ = nullptr;
   int32_t listed_[S::kStages + 1];  // refs of tiles to be asked for; after Start() only the first is used
   int stage_ = 0;                   // of the tile in use
+  uint32_t parity_ = 0;
   bool missing_ = false;            // a row of this lane
+  bool mixed_ = false;              // a tile came by other copies than bulk ones
 };
 
 // Online softmax of the heads of a tile: lane (g, j) holds `most` of head 4 t + j (the same in all g), its own part of the sum, and of the output
@@ -228,13 +288,13 @@ struct Softmax {
   }
   // Of the tile in use, of which `keys` exist.
   __device__ void Add(const Query<R, D, H>& q, const TileRing<D, H>& ring, int keys, int g) {
-    float z[S::kColumns][4] = {};
+    float z[S::kColumns][2][4] = {};  // two sums, so that one does not wait for the other
 #pragma unroll
     for (int s = 0; s < S::kSteps; ++s) {
       uint32_t a[4];
       ring.Keys(s, a);
 #pragma unroll
-      for (int t = 0; t < S::kColumns; ++t) Number<R>::Mma(z[t], a[0], a[1], a[2], a[3], q.b[t][s][0], q.b[t][s][1]);
+      for (int t = 0; t < S::kColumns; ++t) Number<R>::Mma(z[t][s % 2], a[0], a[1], a[2], a[3], q.b[t][s][0], q.b[t][s][1]);
     }
     float w[S::kColumns][2];  // keys g and g + 8
     bool grows = false;
@@ -242,7 +302,7 @@ struct Softmax {
     for (int t = 0; t < S::kColumns; ++t) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float x = z[t][2 * i] + z[t][2 * i + 1];
+        const float x = (z[t][0][2 * i] + z[t][1][2 * i]) + (z[t][0][2 * i + 1] + z[t][1][2 * i + 1]);
         w[t][i] = g + 8 * i < keys ? fmaf(x, q.factor[t], x - x) : -Infinity();  // x - x: NaN of what is infinite
         grows |= w[t][i] > most[t];
       }
@@ -307,14 +367,14 @@ struct Softmax {
 };
 
 // Joins `count` parts of one head, `stride` floats apart, for channels [c, c + 4): the weighted sum, and (in *most, *sum) its weight. Two
-// neighbouring lanes share the work and both have the result; each loads four parts before it uses the first.
+// neighbouring lanes share the work and both have the result; each loads some parts before it uses the first.
 template <int D, bool kFromOtherBlocks>
 __device__ inline float4 JoinParts(const float* parts, int64_t stride, int count, int c, float* most, float* sum) {
   const auto load = [](const float* p) { return kFromOtherBlocks ? __ldcg(p) : *p; };
   const auto load4 = [](const float* p) {
     return kFromOtherBlocks ? __ldcg(reinterpret_cast<const float4*>(p)) : *reinterpret_cast<const float4*>(p);
   };
-  constexpr int kAtOnce = 4;
+  constexpr int kAtOnce = kFromOtherBlocks ? 8 : 4;
   float4 out{};
   float top = -Infinity(), total = 0;
   const auto join = [&](float4 x, float m, float l) {
@@ -364,20 +424,22 @@ __global__ void __launch_bounds__(AttendShape<D, H>::kMostWarps * kWarp, 1) Atte
   using S = AttendShape<D, H>;
   extern __shared__ float4 shared_[];
   __shared__ bool last;
+  __shared__ uint64_t arrived[S::kMostWarps][S::kStages];
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp, g = lane / 4, j = lane % 4;
   const int threads = static_cast<int>(blockDim.x), warps = threads / kWarp;
   const int splits = static_cast<int>(gridDim.x), split = static_cast<int>(blockIdx.x), first_head = static_cast<int>(blockIdx.z) * H;
   const AttendTask task = args.tasks[blockIdx.y];
+  float* const rings = reinterpret_cast<float*>(shared_);
+  float* const ring_part = rings + warp * (S::kRingBytes / 4);
+  const int64_t first = (int64_t{split} * warps + warp) * kKeyTile, stride = int64_t{splits} * warps * kKeyTile;
+  TileRing<D, H> ring(reinterpret_cast<std::byte*>(ring_part), arrived[warp], first, stride, lane);
   if (args.cluster) ClusterArrive();
   WaitForEarlierWork();
   LetLaterWorkLaunch();
 
   // --- the keys of this warp. First loads that do not wait for each other: lengths, the first refs, q.
-  float* const rings = reinterpret_cast<float*>(shared_);
-  float* const ring_part = rings + warp * (S::kRingBytes / 4);
-  const int64_t first = (int64_t{split} * warps + warp) * kKeyTile, stride = int64_t{splits} * warps * kKeyTile;
   const int32_t visible = *task.n, num_refs = task.refs != nullptr ? *task.num_refs : 0;
-  TileRing<D, H> ring(task, reinterpret_cast<std::byte*>(ring_part), first, stride, lane);
+  ring.LoadRefs(task.refs, task.refs_room);
   Query<R, D, H> q;
   q.Load(task.q, first_head, args.group, g, j);
   const AttendRows rows = RowsOf(task, visible, num_refs);
@@ -390,7 +452,7 @@ __global__ void __launch_bounds__(AttendShape<D, H>::kMostWarps * kWarp, 1) Atte
     softmax.Add(q, ring, static_cast<int>(min(rows.total() - at, int64_t{kKeyTile})), g);
     ring.Next(rows);
   }
-  if (!ring.Finish()) softmax.Spoil();
+  if (ring.Missing()) softmax.Spoil();
   __syncwarp();
   softmax.Store(ring_part, g, j);
   __syncthreads();
