@@ -16,32 +16,47 @@ struct Plan {
   int warps = 0;       // of a block
   int splits = 1;
   bool cluster = false;
-  size_t shared_bytes = 0;
+  size_t shared_bytes = 0, most_shared_bytes = 0;
   size_t counter_bytes = 0, bytes = 0;
 };
 
+// Shared memory of a block, by its warps.
+struct SharedBytes {
+  size_t (*of)(int warps);
+  size_t room;
+  bool wide() const { return of(8) <= room; }     // a block may have 8 warps
+  bool two() const { return 2 * of(4) <= room; }  // or a multiprocessor two of 4
+  size_t most() const { return of(wide() ? 8 : 4); }
+};
+
 // Blocks that run at once in clusters of 2^log, if one or two of them share a multiprocessor; 0 if there are no such clusters.
-int PlacesOf(bool two, int log) {
+int PlacesOf(bool two, int log, size_t room) {
   static ClusterPlaces places[2];
-  const int warps = two ? 4 : 8;
+  const SharedBytes bytes{AttendShape<128, 4>::SharedBytes, room};
+  const int warps = two || !bytes.wide() ? 4 : 8;
   return places[two].Of(reinterpret_cast<const void*>(AttendKernel<RowType::kF16, 128, 4>),
-                        {.threads = warps * kWarp, .shared_bytes = AttendShape<128, 4>::SharedBytes(warps)}, log);
+                        {.threads = warps * kWarp, .shared_bytes = bytes.of(warps), .most_shared_bytes = bytes.most()}, log);
 }
 
 // Few tasks are split, so that each multiprocessor has a block of 8 warps. Many come in blocks of 4 warps, two to a multiprocessor (where its
 // shared memory holds two): one begins or ends while the other works.
-void ChooseBlocks(int64_t tiles, int64_t rows, size_t (*shared_bytes)(int warps), const DeviceLimits& limits, Plan* plan) {
-  const auto room = static_cast<size_t>(limits.block_shared_bytes);
+void ChooseBlocks(int64_t tiles, int64_t rows, const SharedBytes& shared, const DeviceLimits& limits, Plan* plan) {
   int64_t splits = limits.multiprocessors / tiles;
-  const bool wide = shared_bytes(8) <= room && splits * tiles >= limits.multiprocessors * 3 / 4, two = !wide && 2 * shared_bytes(4) <= room;
+  const bool wide = shared.wide() && splits * tiles >= limits.multiprocessors * 3 / 4, two = !wide && shared.two();
   if (two) splits = 2 * limits.multiprocessors / tiles;
   plan->warps = wide ? 8 : 4;
   plan->splits = static_cast<int>(std::clamp<int64_t>(std::min(splits, CeilDiv(rows, plan->warps * kKeyTile)), 1, 256));
-  plan->shared_bytes = shared_bytes(plan->warps);
-  // Clusters merge faster, if all of them find a place at once.
-  const int log = std::bit_width(static_cast<unsigned>(plan->splits - 1));
-  if (log == 0 || log > ClusterPlaces::kMostLog || !limits.clusters()) return;
-  if (tiles << log <= PlacesOf(two, log)) plan->splits = 1 << log, plan->cluster = true;
+  plan->shared_bytes = shared.of(plan->warps);
+  plan->most_shared_bytes = shared.most();
+  // Clusters merge faster, if all of them find a place at once; by so much that warps may have two tiles for it where they would have one.
+  if (!limits.clusters()) return;
+  const int fits = std::bit_width(static_cast<unsigned>(plan->splits - 1));
+  for (int log = std::min(fits, ClusterPlaces::kMostLog); log > 0; --log) {
+    if (log < fits && rows > int64_t{2 * kKeyTile} * plan->warps << log) return;
+    if (tiles << log > PlacesOf(two, log, shared.room)) continue;
+    plan->splits = 1 << log, plan->cluster = true;
+    return;
+  }
 }
 
 Result<Plan> PlanOf(const AttendParams& params) {
@@ -57,7 +72,7 @@ Result<Plan> PlanOf(const AttendParams& params) {
     return Dispatch<4, 8>(plan.heads, [&](auto heads) -> Status {
       using S = AttendShape<d(), heads()>;
       part = S::kPart;
-      ChooseBlocks(tiles, params.max_rows, S::SharedBytes, limits, &plan);
+      ChooseBlocks(tiles, params.max_rows, {S::SharedBytes, static_cast<size_t>(limits.block_shared_bytes)}, limits, &plan);
       return {};
     });
   }));
@@ -89,7 +104,8 @@ Status Attend(const AttendParams& params, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(plan.splits), static_cast<unsigned>(params.num_tasks), static_cast<unsigned>(plan.head_tiles));
   return DispatchHeadDim(params.head_dim, [&](auto d) {
     return Dispatch<4, 8>(plan.heads, [&](auto heads) {
-      const Shape shape{.grid = grid, .threads = plan.warps * kWarp, .shared_bytes = plan.shared_bytes, .cluster = plan.cluster ? plan.splits : 1};
+      const Shape shape{.grid = grid, .threads = plan.warps * kWarp, .shared_bytes = plan.shared_bytes,
+                        .most_shared_bytes = plan.most_shared_bytes, .cluster = plan.cluster ? plan.splits : 1};
       return params.type == RowType::kF16 ? LaunchKernel(AttendKernel<RowType::kF16, d(), heads()>, "attend", args, shape, stream)
                                           : LaunchKernel(AttendKernel<RowType::kBF16, d(), heads()>, "attend", args, shape, stream);
     });
