@@ -135,6 +135,23 @@ TEST_F(AttendCudaTest, EndsAnywhereInARing) {
   }
 }
 
+// How tasks are laid on multiprocessors depends on their number: split or whole, one block or two on each.
+TEST_F(AttendCudaTest, AnyNumberOfTasks) {
+  SeededRng rng;
+  for (const int32_t tasks : {1, 20, 70, 140, 300}) {
+    for (const int32_t group : {2, 6}) {
+      SCOPED_TRACE(testing::Message() << tasks << " tasks, group " << group);
+      std::vector<Scene> scenes;
+      for (int32_t i = 0; i < tasks; ++i) {
+        const int32_t size = std::vector<int32_t>{300, 0, 1, 33, 150}[static_cast<size_t>(i % 5)];
+        scenes.push_back(Make(rng, cuda::RowType::kF16, 64, group, size, 0, size / 3, size - size / 3));
+      }
+      Run(scenes, cuda::RowType::kF16, 64, group, 300);
+      for (const Scene& s : scenes) Check(s, cuda::RowType::kF16, 64, group);
+    }
+  }
+}
+
 TEST_F(AttendCudaTest, WhatLiesBeyondTheLastKeyHasNoPart) {
   SeededRng rng;
   for (const int32_t n : {1, 5, 17, 63, 200}) {
