@@ -1,6 +1,7 @@
 #include "kernels/cuda/attend.cuh"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 
 #include "base/units.h"
@@ -10,47 +11,51 @@ namespace prehoc::cuda {
 namespace {
 
 struct Plan {
+  int heads = 0;       // of a tile
   int head_tiles = 0;
+  int warps = 0;       // of a block
   int splits = 1;
   bool cluster = false;
+  size_t shared_bytes = 0, most_shared_bytes = 0;
   size_t counter_bytes = 0, bytes = 0;
 };
 
-// How busy `at_once` places are with `blocks` blocks.
-double BusyShare(int64_t blocks, int64_t at_once) {
-  return static_cast<double>(blocks) / static_cast<double>(CeilDiv(blocks, at_once) * at_once);
+// Shared memory of a block, by its warps.
+struct SharedBytes {
+  size_t (*of)(int warps);
+  size_t room;
+  bool wide() const { return of(8) <= room; }     // a block may have 8 warps
+  bool two() const { return 2 * of(4) <= room; }  // or a multiprocessor two of 4
+  size_t most() const { return of(wide() ? 8 : 4); }
+};
+
+// Blocks that run at once in clusters of 2^log, if one or two of them share a multiprocessor; 0 if there are no such clusters.
+int PlacesOf(bool two, int log, size_t room) {
+  static ClusterPlaces places[2];
+  const SharedBytes bytes{AttendShape<128, 4>::SharedBytes, room};
+  const int warps = two || !bytes.wide() ? 4 : 8;
+  return places[two].Of(reinterpret_cast<const void*>(AttendKernel<RowType::kF16, 128, 4>),
+                        {.threads = warps * kWarp, .shared_bytes = bytes.of(warps), .most_shared_bytes = bytes.most()}, log);
 }
 
-// As few parts as keep the multiprocessors busy: each part costs a merge.
-int SplitsOf(int64_t blocks, int64_t most, int multiprocessors) {
-  double best = 0;
-  int splits = 1;
-  for (int64_t s = 1; s <= std::min<int64_t>(most, 256); ++s) {
-    const double busy = BusyShare(blocks * s, multiprocessors);
-    if (busy > best * 1.04) best = busy, splits = static_cast<int>(s);
-    if (blocks * s > 4 * multiprocessors) break;
-  }
-  return splits;
-}
-
-// Blocks that run at once in clusters of 2^log; 0 if there are no such clusters.
-int PlacesOf(int log) {
-  static ClusterPlaces places;
-  using S = AttendShape<128>;  // like all of them one block to a multiprocessor
-  return places.Of(reinterpret_cast<const void*>(AttendKernel<RowType::kF16, 128>), {.threads = S::kThreads, .shared_bytes = S::kSharedBytes}, log);
-}
-
-// Clusters merge in a fraction of the time, but must be of 2^i blocks: worth it unless they leave much more idle.
-void ChooseSplits(int64_t blocks, int64_t most, const DeviceLimits& limits, Plan* plan) {
-  plan->splits = SplitsOf(blocks, most, limits.multiprocessors);
-  if (plan->splits == 1 || !limits.clusters()) return;
-  const double busy = BusyShare(blocks * plan->splits, limits.multiprocessors);
-  double best = 0.85 * busy;
-  for (int log = 1; log <= ClusterPlaces::kMostLog; ++log) {
-    const int places = PlacesOf(log);
-    if (places == 0 || (int64_t{1} << log) >= 2 * most) break;
-    const double share = BusyShare(blocks << log, places) * places / limits.multiprocessors;
-    if (share > best) best = share * 1.04, plan->splits = 1 << log, plan->cluster = true;
+// Few tasks are split, so that each multiprocessor has a block of 8 warps. Many come in blocks of 4 warps, two to a multiprocessor (where its
+// shared memory holds two): one begins or ends while the other works.
+void ChooseBlocks(int64_t tiles, int64_t rows, const SharedBytes& shared, const DeviceLimits& limits, Plan* plan) {
+  int64_t splits = limits.multiprocessors / tiles;
+  const bool wide = shared.wide() && splits * tiles >= limits.multiprocessors * 3 / 4, two = !wide && shared.two();
+  if (two) splits = 2 * limits.multiprocessors / tiles;
+  plan->warps = wide ? 8 : 4;
+  plan->splits = static_cast<int>(std::clamp<int64_t>(std::min(splits, CeilDiv(rows, plan->warps * kKeyTile)), 1, 256));
+  plan->shared_bytes = shared.of(plan->warps);
+  plan->most_shared_bytes = shared.most();
+  // Clusters merge faster, if all of them find a place at once; by so much that warps may have two tiles for it where they would have one.
+  if (!limits.clusters()) return;
+  const int fits = std::bit_width(static_cast<unsigned>(plan->splits - 1));
+  for (int log = std::min(fits, ClusterPlaces::kMostLog); log > 0; --log) {
+    if (log < fits && rows > int64_t{2 * kKeyTile} * plan->warps << log) return;
+    if (tiles << log > PlacesOf(two, log, shared.room)) continue;
+    plan->splits = 1 << log, plan->cluster = true;
+    return;
   }
 }
 
@@ -59,15 +64,21 @@ Result<Plan> PlanOf(const AttendParams& params) {
                              .Type(params.type).That(params.max_rows >= 0, "max_rows", params.max_rows, "use 0 or more").Take());
   PREHOC_ASSIGN_OR_RETURN(const DeviceLimits limits, CurrentLimits());
   Plan plan;
-  plan.head_tiles = static_cast<int>(CeilDiv(params.group, kHeadTile));
-  const int warps = params.head_dim == 256 ? 4 : 8;
-  const int64_t most = std::max<int64_t>(1, CeilDiv(params.max_rows, warps * kKeyTile));
-  const int64_t blocks = int64_t{std::max(params.num_tasks, 1)} * plan.head_tiles;
-  ChooseSplits(blocks, most, limits, &plan);
-  plan.counter_bytes = RoundUp(static_cast<size_t>(blocks) * sizeof(uint32_t), 256);
+  plan.heads = params.group <= 4 ? 4 : 8;
+  plan.head_tiles = static_cast<int>(CeilDiv(params.group, plan.heads));
+  const int64_t tiles = int64_t{std::max(params.num_tasks, 1)} * plan.head_tiles;
+  size_t part = 0;  // floats
+  PREHOC_RETURN_IF_ERROR(DispatchHeadDim(params.head_dim, [&](auto d) {
+    return Dispatch<4, 8>(plan.heads, [&](auto heads) -> Status {
+      using S = AttendShape<d(), heads()>;
+      part = S::kPart;
+      ChooseBlocks(tiles, params.max_rows, {S::SharedBytes, static_cast<size_t>(limits.block_shared_bytes)}, limits, &plan);
+      return {};
+    });
+  }));
+  plan.counter_bytes = RoundUp(static_cast<size_t>(tiles) * sizeof(uint32_t), 256);
   if (plan.splits > 1 && !plan.cluster) {
-    plan.bytes = plan.counter_bytes + static_cast<size_t>(blocks) * static_cast<size_t>(plan.splits) * kHeadTile *
-                                          static_cast<size_t>(params.head_dim + 2) * sizeof(float);
+    plan.bytes = plan.counter_bytes + static_cast<size_t>(tiles) * static_cast<size_t>(plan.splits) * part * sizeof(float);
   }
   return plan;
 }
@@ -92,11 +103,12 @@ Status Attend(const AttendParams& params, cudaStream_t stream) {
   args.scale = 1.4426950408889634f / std::sqrt(static_cast<float>(params.head_dim));
   const dim3 grid(static_cast<unsigned>(plan.splits), static_cast<unsigned>(params.num_tasks), static_cast<unsigned>(plan.head_tiles));
   return DispatchHeadDim(params.head_dim, [&](auto d) {
-    using S = AttendShape<d()>;
-    const Shape shape{.grid = grid, .threads = S::kThreads, .shared_bytes = S::kSharedBytes,
-                      .cluster = plan.cluster ? plan.splits : 1};
-    return params.type == RowType::kF16 ? LaunchKernel(AttendKernel<RowType::kF16, d()>, "attend", args, shape, stream)
-                                        : LaunchKernel(AttendKernel<RowType::kBF16, d()>, "attend", args, shape, stream);
+    return Dispatch<4, 8>(plan.heads, [&](auto heads) {
+      const Shape shape{.grid = grid, .threads = plan.warps * kWarp, .shared_bytes = plan.shared_bytes,
+                        .most_shared_bytes = plan.most_shared_bytes, .cluster = plan.cluster ? plan.splits : 1};
+      return params.type == RowType::kF16 ? LaunchKernel(AttendKernel<RowType::kF16, d(), heads()>, "attend", args, shape, stream)
+                                          : LaunchKernel(AttendKernel<RowType::kBF16, d(), heads()>, "attend", args, shape, stream);
+    });
   });
 }
 

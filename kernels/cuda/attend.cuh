@@ -1,46 +1,100 @@
 // Attention of one step over scattered rows.
 //
-// A block takes a part of the keys of one task (KV head), for eight query heads; its warps take tiles of 16 keys in turn. Keys and
-// values go from memory straight into the registers of the tensor cores' operands: which channel of K is which k of the
-// product is free as long as q agrees, and which channel of V is which column of the output is free as well, so a lane loads
-// whole 16-byte pieces of a row.
-// The product has 16 rows and a tile has 8 heads: the other 8 rows carry what rounding to the row type took from q, and later
-// from the softmax weights. So both products are nearly exact, at no cost.
-// Parts are merged by log-sum-exp: the warps of a block in shared memory; the blocks of a task through each other's shared memory
-// where they form a cluster, else by the one that ends last.
+// A block takes a part of the keys of one task (KV head), for a tile of 4 or 8 query heads; its warps take tiles of 16 keys in turn. A warp has
+// a ring of tiles in shared memory, which it fills by asynchronous copies a few tiles ahead of what it works on, from wherever rows lie: what
+// limits a device of some TB/s is how many bytes are on their way. Sixteen rows of the device come by a bulk copy each (sm_90); the last tile,
+// and any with a row of pinned memory, in pieces of 16 bytes. Warps do not wait for each other before all keys are done.
+// Keys (then channels of V) are the 16 rows of the tensor cores' product and heads its columns, two each: one for q (then the softmax weights)
+// rounded to the row type, one for what rounding took. So both products are nearly exact, at no cost.
+// Parts are merged by log-sum-exp: the warps of a block in shared memory; the blocks of a task in each other's shared memory where they form a
+// cluster, else by the one that ends last.
 #pragma once
 #include "kernels/cuda/common.cuh"
 
 namespace prehoc::cuda {
 
-inline constexpr int kHeadTile = 8;
 inline constexpr int kKeyTile = 16;
+
+// --- barriers in shared memory that count one arrival a round and the bytes of bulk copies (which sm_90 has) ------------------------------
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+inline constexpr bool kBulkCopies = true;
+#else
+inline constexpr bool kBulkCopies = false;
+#endif
+__device__ inline void InitBarrier(uint32_t at) { asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(at) : "memory"); }
+// Barriers made by this thread are seen by bulk copies.
+__device__ inline void FenceBarriers() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+__device__ inline void Arrive(uint32_t at) {
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(at) : "memory");
+}
+__device__ inline void ArriveExpecting([[maybe_unused]] uint32_t at, [[maybe_unused]] uint32_t bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+#endif
+}
+// The round does not end before the copies that this thread has asked for (other than bulk ones) have arrived.
+__device__ inline void ArriveAfterCopies(uint32_t at) { asm volatile("cp.async.mbarrier.arrive.shared.b64 [%0];" ::"r"(at) : "memory"); }
+// Waits for the end of the round: even ones have parity 0.
+__device__ inline void WaitBarrier(uint32_t at, uint32_t parity) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define PREHOC_TEST_BARRIER "mbarrier.try_wait.parity.shared.b64"
+#else
+#define PREHOC_TEST_BARRIER "mbarrier.test_wait.parity.shared.b64"
+#endif
+  uint32_t done;
+  do {
+    asm volatile("{ .reg .pred p; " PREHOC_TEST_BARRIER " p, [%1], %2; selp.u32 %0, 1, 0, p; }" : "=r"(done) : "r"(at), "r"(parity) : "memory");
+  } while (done == 0);
+#undef PREHOC_TEST_BARRIER
+}
+// `bytes`, a multiple of 16, by one thread; they are counted where they arrive, and the barrier's round ends after them.
+__device__ inline void CopyBulk([[maybe_unused]] uint32_t to, [[maybe_unused]] const void* from, [[maybe_unused]] uint32_t bytes,
+                                [[maybe_unused]] uint32_t barrier) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+#endif
+}
+// Bulk copies write after what others have written.
+__device__ inline void FenceBulkCopies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
 
 struct AttendArgs {
   const AttendTask* tasks;
-  float* parts;        // [tasks, head tiles, splits, kHeadTile * (D + 2)]
+  float* parts;        // [tasks, head tiles, splits, kPart]
   uint32_t* arrived;   // [tasks, head tiles], zero between calls
   int32_t group;
   bool cluster;        // the blocks of a task are one; a power of two of them
   float scale;         // log2(e) / sqrt(head_dim)
 };
 
-template <int D>
+// H heads a tile: 4 or 8.
+template <int D, int H>
 struct AttendShape {
-  static constexpr int kWarps = D == 256 ? 4 : 8;
-  static constexpr int kThreads = kWarps * kWarp;
-  static constexpr int kKVectors = D / 32;                    // 16-byte pieces of K per lane and key
-  static constexpr int kVChannels = D % 64 == 0 ? 8 : 4;      // channels in one piece of V
-  static constexpr int kVVectors = D / (8 * kVChannels);
-  // Registers hold the output, and beside it: up to 128 channels, q and whole tiles, the next keys loaded ahead; above, q lies in
-  // shared memory and values come in halves.
-  static constexpr bool kRoomy = D <= 128;
-  static constexpr int kValuePasses = kRoomy ? 1 : 2;
-  static constexpr int kPassVectors = kVVectors / kValuePasses;
-  static constexpr int kPart = kHeadTile * (D + 2);           // floats: out, then most, then sum
-  static constexpr size_t kQueryBytes = size_t{D / 16} * kWarp * sizeof(uint4);
-  static constexpr size_t kSharedBytes = kQueryBytes + sizeof(float) * (kWarps + 1) * kPart;  // of warps, and of the block
-  static_assert(D % 32 == 0, "a lane quad loads 64 bytes of K at a time");
+  static constexpr int kMostWarps = 8;
+  static constexpr int kColumns = H / 4;                       // of products: 8 wide, two for a head
+  static constexpr int kSteps = D / 16;                        // of a product over channels; 16 channels of the output
+  static constexpr int kRowBytes = 4 * D;
+  static constexpr int kRowPieces = kRowBytes / 16;
+  // In shared memory: 8 rows of a matrix then meet no bank twice. Bulk copies alone reach 4.25 TB/s on an H200 this way, and 4.5 to places at
+  // multiples of 128 bytes: most of what is left between this kernel and a plain read.
+  static constexpr int kRowStride = kRowBytes + 16;
+  static constexpr int kTileBytes = kKeyTile * kRowStride;
+  static constexpr int kStages = D == 64 ? 6 : D == 96 ? 4 : D == 128 ? 3 : 2;
+  static constexpr int kRingBytes = kStages * kTileBytes;      // of a warp
+  static constexpr int kHeadPart = D + 8;                      // floats: out, then most, then sum
+  static constexpr int kPart = H * kHeadPart;
+  static constexpr int kInboxEntries = H * D / 4;
+  static constexpr size_t SharedBytes(int warps) { return size_t(warps) * kRingBytes + kInboxEntries * 2 * sizeof(float4); }
+  static_assert(kRowStride / 16 % 2 == 1);
+  static_assert(kPart * sizeof(float) <= kRingBytes, "a warp leaves its part in its ring");
 };
 
 // Where the rows of one task lie. Requires 0 <= i < total(). Chosen rows come first: their refs can be loaded before their
@@ -48,20 +102,21 @@ struct AttendShape {
 struct AttendRows {
   const std::byte* rows;
   const std::byte* host_rows;
-  const int32_t* refs;
   int64_t row_limit, host_limit;
   int32_t sinks, local, chosen;  // how many of each
   int32_t local_begin, sink_row, ring_row, ring_rows;
+  bool broken;                   // the number of refs is none: one row that does not exist
 
-  __device__ int32_t total() const { return sinks + local + chosen; }
-  // >= 0: row of `rows`; < 0: ~row of `host_rows`.
-  __device__ int32_t Ref(int32_t i) const {
-    if (i < chosen) return refs[i];
+  __device__ int32_t total() const { return broken ? 1 : sinks + local + chosen; }
+  // >= 0: row of `rows`; < 0: ~row of `host_rows`. `listed` is what the refs have at i, if they go so far.
+  __device__ int32_t Ref(int32_t i, int32_t listed) const {
+    if (i < chosen) return listed;
     i -= chosen;
     if (i >= local) return sink_row + i - local;
     const int32_t p = local_begin + i;
     return ring_row + (p < ring_rows ? p : p % ring_rows);
   }
+  __device__ bool Exists(int32_t ref) const { return !broken && (ref >= 0 ? ref < row_limit : ~ref < host_limit); }
 };
 
 __device__ inline AttendRows RowsOf(const AttendTask& task, int32_t visible, int32_t num_refs) {
@@ -69,237 +124,260 @@ __device__ inline AttendRows RowsOf(const AttendTask& task, int32_t visible, int
   const int32_t n = max(0, visible);
   r.rows = static_cast<const std::byte*>(task.rows);
   r.host_rows = static_cast<const std::byte*>(task.host_rows);
-  r.refs = task.refs;
   r.row_limit = task.row_limit;
   r.host_limit = task.host_rows != nullptr ? task.host_limit : 0;
+  r.broken = num_refs < 0 || num_refs > task.refs_room;
   r.sinks = min(max(task.sinks, 0), n);
   r.local = min(max(task.local, 0), n - r.sinks);
   r.local_begin = n - r.local;
-  r.chosen = num_refs;
+  r.chosen = r.broken ? 0 : num_refs;
   r.sink_row = task.sink_row;
   r.ring_row = task.ring_row;
   r.ring_rows = max(task.ring_rows, 1);
   return r;
 }
 
-// q of 8 heads as the left operand of K^T, in shared memory: [k step][lane] = {most b0, rest b0, most b1, rest b1}, where lane (g, j) of k steps 2i
-// and 2i + 1 holds channels 32 i + 8 j .. + 7 of head g. A warp takes a head, a lane four channels: one piece of the result.
-template <RowType R, int D>
-struct QueryLoader {
-  using S = AttendShape<D>;
-  static constexpr int kHeads = kHeadTile / S::kWarps, kPieces = (D / 4 + kWarp - 1) / kWarp;
-  float4 x[kHeads][kPieces];
+// q of a tile as right operand of K q^T, of a whole warp: in lane (g, j) column g is head g / 2 of four, and what its rounding took if g is odd.
+template <RowType R, int D, int H>
+struct Query {
+  using S = AttendShape<D, H>;
+  float2 x[S::kColumns][S::kSteps][2];
+  uint32_t b[S::kColumns][S::kSteps][2];
+  float factor[S::kColumns];  // what products of head 4 t + j are to be multiplied with
 
-  __device__ inline void Load(const float* q, int first_head, int group, int warp, int lane) {
+  __device__ void Load(const float* q, int first_head, int group, int g, int j) {
 #pragma unroll
-    for (int i = 0; i < kHeads; ++i) {
-      const int head = first_head + warp + i * S::kWarps;
+    for (int t = 0; t < S::kColumns; ++t) {
+      const int head = first_head + 4 * t + g / 2;
+      const float* const from = q + int64_t{head} * D + 2 * j;
 #pragma unroll
-      for (int p = 0; p < kPieces; ++p) {
-        const int piece = lane + p * kWarp;
-        x[i][p] = head < group && piece < D / 4 ? reinterpret_cast<const float4*>(q + int64_t{head} * D)[piece] : float4{};
+      for (int s = 0; s < S::kSteps; ++s) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) x[t][s][i] = head < group ? *reinterpret_cast<const float2*>(from + 16 * s + 8 * i) : float2{};
       }
     }
   }
-  // `factor` [kHeadTile]: what the logits are to be multiplied with.
-  __device__ inline void Store(float scale, int warp, int lane, uint4* steps, float* factor) {
+  __device__ void Prepare(float scale, int g, int j) {
 #pragma unroll
-    for (int i = 0; i < kHeads; ++i) {
+    for (int t = 0; t < S::kColumns; ++t) {
       float most = 0;
 #pragma unroll
-      for (int p = 0; p < kPieces; ++p) {
-        const float4& v = x[i][p];
-        most = fmaxf(most, fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))));
-      }
+      for (int s = 0; s < S::kSteps; ++s) {
 #pragma unroll
-      for (int offset = 16; offset > 0; offset /= 2) most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, offset));
+        for (int i = 0; i < 2; ++i) most = fmaxf(most, fmaxf(fabsf(x[t][s][i].x), fabsf(x[t][s][i].y)));
+      }
+      most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
+      most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));
       const float down = PowerBelow(most);  // so that halves neither overflow nor lose small heads
-      const int g = warp + i * S::kWarps;
-      if (lane == 0) factor[g] = scale / down;
+      factor[t] = __shfl_sync(kAllLanes, scale / down, 8 * j);
 #pragma unroll
-      for (int p = 0; p < kPieces; ++p) {
-        const int piece = lane + p * kWarp;
-        const float4& v = x[i][p];
-        uint4 step;
-        SplitPair<R>(v.x * down, v.y * down, &step.x, &step.y);
-        SplitPair<R>(v.z * down, v.w * down, &step.z, &step.w);
-        if (piece < D / 4) steps[(piece / 8 * 2 + piece % 2) * kWarp + g * 4 + piece % 8 / 2] = step;
-      }
-    }
-  }
-};
-
-// One tile of K: lane (g, j) holds pieces of keys g and g + 8.
-template <int D>
-struct KeyTile {
-  uint4 piece[2][AttendShape<D>::kKVectors];
-};
-// One tile of V: lane (g, j) holds pieces of keys 2j, 2j + 1, 2j + 8, 2j + 9.
-template <int D>
-struct ValueTile {
-  uint32_t word[4][AttendShape<D>::kPassVectors][AttendShape<D>::kVChannels / 2];
-};
-
-// q where the products take it from.
-template <int D, bool kInRegisters>
-struct Query {
-  uint32_t a[D / 16][4];
-  __device__ uint4 operator()(int step) const { return {a[step][0], a[step][1], a[step][2], a[step][3]}; }
-};
-template <int D>
-struct Query<D, false> {
-  const uint4* a;  // of this lane, kWarp apart
-  __device__ uint4 operator()(int step) const { return a[step * kWarp]; }
-};
-
-template <int D>
-__device__ inline const std::byte* RowAt(const AttendRows& r, int32_t ref) {
-  constexpr int64_t kRowBytes = int64_t{4} * D;
-  return ref >= 0 ? r.rows + int64_t{ref} * kRowBytes : r.host_rows + int64_t{~ref} * kRowBytes;
-}
-
-// `ref` of lane L < 16 is that of key L; `valid` has a bit for each key that is loaded, the others are zero.
-template <int D>
-__device__ inline void LoadKeys(const AttendRows& r, int32_t ref, uint32_t valid, int g, int j, KeyTile<D>* k) {
+      for (int s = 0; s < S::kSteps; ++s) {
 #pragma unroll
-  for (int t = 0; t < 2; ++t) {
-    const int key = g + 8 * t;
-    const std::byte* row = RowAt<D>(r, __shfl_sync(kAllLanes, ref, key)) + 16 * j;
-    const bool load = (valid >> key) & 1;
-#pragma unroll
-    for (int i = 0; i < AttendShape<D>::kKVectors; ++i) {
-      k->piece[t][i] = load ? __ldg(reinterpret_cast<const uint4*>(row + 64 * i)) : uint4{};
-    }
-  }
-}
-template <int D>
-__device__ inline void LoadValues(const AttendRows& r, int32_t ref, uint32_t valid, int g, int j, int pass, ValueTile<D>* v) {
-  constexpr int kVectors = AttendShape<D>::kPassVectors;
-  constexpr int kChannels = AttendShape<D>::kVChannels;
-#pragma unroll
-  for (int s = 0; s < 4; ++s) {
-    const int key = 2 * j + s % 2 + 8 * (s / 2);
-    const std::byte* row = RowAt<D>(r, __shfl_sync(kAllLanes, ref, key)) + 2 * D + 2 * kChannels * (g + 8 * kVectors * pass);
-    const bool load = (valid >> key) & 1;
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const std::byte* at = row + 16 * kChannels * i;
-      if constexpr (kChannels == 8) {
-        const uint4 x = load ? __ldg(reinterpret_cast<const uint4*>(at)) : uint4{};
-        v->word[s][i][0] = x.x, v->word[s][i][1] = x.y, v->word[s][i][2] = x.z, v->word[s][i][3] = x.w;
-      } else {
-        const uint2 x = load ? __ldg(reinterpret_cast<const uint2*>(at)) : uint2{};
-        v->word[s][i][0] = x.x, v->word[s][i][1] = x.y;
-      }
-    }
-  }
-}
-
-// Online softmax of 8 heads: lane (g, j) holds `most` of head g (the same in its quad), its own part of the sum, and of the output
-// channels 8 C v + 2 C j + c (x) and .. + C (y) with C = kVChannels: out[v * C + c] = {x most, y most, x rest, y rest}.
-template <RowType R, int D>
-struct Softmax {
-  using S = AttendShape<D>;
-  float most = -Infinity();
-  float sum = 0;
-  float out[D / 8][4] = {};
-
-  template <class Q>
-  __device__ void Add(const Q& q, const KeyTile<D>& k, float factor, uint32_t valid, uint32_t missing, int j,
-                      uint32_t (&p)[4]) {
-    float z[2][4] = {};
-#pragma unroll
-    for (int i = 0; i < S::kKVectors; ++i) {
-      const uint4 even = q(2 * i), odd = q(2 * i + 1);
-#pragma unroll
-      for (int t = 0; t < 2; ++t) {
-        const uint4& x = k.piece[t][i];
-        Number<R>::Mma(z[t], even.x, even.y, even.z, even.w, x.x, x.y);
-        Number<R>::Mma(z[t], odd.x, odd.y, odd.z, odd.w, x.z, x.w);
-      }
-    }
-    float w[4];
-    float tile_most = -Infinity();
-#pragma unroll
-    for (int s = 0; s < 4; ++s) {
-      const int key = 2 * j + s % 2 + 8 * (s / 2);
-      w[s] = (z[s / 2][s % 2] + z[s / 2][s % 2 + 2]) * factor;
-      if (!((valid >> key) & 1)) w[s] = (missing >> key) & 1 ? NotANumber() : -Infinity();
-      tile_most = fmaxf(tile_most, w[s]);
-    }
-    tile_most = fmaxf(tile_most, __shfl_xor_sync(kAllLanes, tile_most, 1));
-    tile_most = fmaxf(tile_most, __shfl_xor_sync(kAllLanes, tile_most, 2));
-    const float now = fmaxf(most, tile_most);
-    const float from = now == -Infinity() ? 0.0f : now;
-    if (__any_sync(kAllLanes, now != most)) {
-      const float shrink = Exp2(most - from);  // 0 from nothing
-      sum *= shrink;
-#pragma unroll
-      for (int i = 0; i < D / 8; ++i) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) out[i][c] *= shrink;
-      }
-      most = now;
-    }
-#pragma unroll
-    for (int s = 0; s < 4; ++s) {
-      w[s] = Exp2(w[s] - from);
-      sum += w[s];
-    }
-    SplitPair<R>(w[0], w[1], &p[0], &p[1]);
-    SplitPair<R>(w[2], w[3], &p[2], &p[3]);
-  }
-
-  template <int kPass>
-  __device__ void AddValues(const uint32_t (&p)[4], const ValueTile<D>& v) {
-#pragma unroll
-    for (int i = 0; i < S::kPassVectors; ++i) {
-#pragma unroll
-      for (int c = 0; c < S::kVChannels; ++c) {
-        const int at = c / 2;
-        const uint32_t b0 = c % 2 == 0 ? LowHalves(v.word[0][i][at], v.word[1][i][at]) : HighHalves(v.word[0][i][at], v.word[1][i][at]);
-        const uint32_t b1 = c % 2 == 0 ? LowHalves(v.word[2][i][at], v.word[3][i][at]) : HighHalves(v.word[2][i][at], v.word[3][i][at]);
-        Number<R>::Mma(out[(kPass * S::kPassVectors + i) * S::kVChannels + c], p[0], p[1], p[2], p[3], b0, b1);
-      }
-    }
-  }
-
-  // To part [kHeadTile][D], most [kHeadTile], sum [kHeadTile].
-  __device__ void Store(float* part, int g, int j) {
-    sum += __shfl_xor_sync(kAllLanes, sum, 1);
-    sum += __shfl_xor_sync(kAllLanes, sum, 2);
-    constexpr int C = S::kVChannels;
-#pragma unroll
-    for (int i = 0; i < S::kVVectors; ++i) {
-      float* to = part + g * D + 8 * C * i + 2 * C * j;
-#pragma unroll
-      for (int c = 0; c < C; c += 4) {
-        float x[4], y[4];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float(&o)[4] = out[i * C + c + e];
-          x[e] = o[0] + o[2], y[e] = o[1] + o[3];
+        for (int i = 0; i < 2; ++i) {
+          uint32_t whole, rest;
+          SplitPair<R>(x[t][s][i].x * down, x[t][s][i].y * down, &whole, &rest);
+          b[t][s][i] = g % 2 == 0 ? whole : rest;
         }
-        *reinterpret_cast<float4*>(to + c) = {x[0], x[1], x[2], x[3]};
-        *reinterpret_cast<float4*>(to + C + c) = {y[0], y[1], y[2], y[3]};
       }
-    }
-    if (j == 0) {
-      part[kHeadTile * D + g] = most;
-      part[kHeadTile * D + kHeadTile + g] = sum;
     }
   }
 };
 
-// Joins `count` parts, `stride` floats apart, for channels [c, c + 4) of head g: the weighted sum, and (in *most, *sum) its weight. Two
-// neighbouring lanes share the work and both have the result; each loads four parts before it uses the first.
+// The ring of one warp: tile after tile, `stride` keys apart, each to the place of the one before it by kStages.
+template <int D, int H>
+class TileRing {
+  using S = AttendShape<D, H>;
+
+ public:
+  // `arrived` [kStages] of this warp. No memory is read before Start().
+  __device__ TileRing(std::byte* ring, uint64_t* arrived, int64_t first, int64_t stride, int lane)
+      : ring_(SharedAddress(ring)), arrived_(SharedAddress(arrived)), next_(first), stride_(stride), lane_(lane) {
+    if (lane < S::kStages) InitBarrier(arrived_ + 8 * lane);
+    FenceBarriers();
+    __syncwarp();
+    // What Keys() and Values() name: of each, four matrices of 8 rows, a lane a row.
+    keys_ = ring_ + lane % 16 * S::kRowStride + lane / 16 * 16;
+    values_ = ring_ + (lane % 8 + lane / 16 * 8) * S::kRowStride + lane / 8 % 2 * 16 + 2 * D;
+  }
+  // Asks for the refs of the first tiles and of the one after them. The number of refs need not be known yet.
+  __device__ void LoadRefs(const int32_t* refs, int32_t room) {
+    refs_ = refs;
+#pragma unroll
+    for (int s = 0; s <= S::kStages; ++s) {
+      const int64_t i = next_ + s * stride_ + lane_;
+      listed_[s] = refs != nullptr && lane_ < kKeyTile && i < room ? refs[i] : 0;
+    }
+  }
+  // Asks for the first tiles.
+  __device__ void Start(const AttendRows& rows) {
+#pragma unroll
+    for (int s = 0; s < S::kStages; ++s) Ask(rows, s, listed_[s]);
+    listed_[0] = listed_[S::kStages];
+  }
+  // The next tile is there.
+  __device__ void Wait() { WaitBarrier(arrived_ + 8 * stage_, parity_); }
+  // It has been used.
+  __device__ void Next(const AttendRows& rows) {
+    __syncwarp();
+    Ask(rows, stage_, listed_[0]);
+    const int64_t i = next_ + lane_;
+    listed_[0] = lane_ < kKeyTile && i < rows.chosen ? refs_[i] : 0;  // long before it is needed
+    if (++stage_ == S::kStages) stage_ = 0, parity_ ^= 1;
+  }
+  // A row that was asked for does not exist.
+  __device__ bool Missing() const { return __any_sync(kAllLanes, missing_); }
+  // Channels 16 s .. + 15 of K as left operand, and of V transposed.
+  __device__ void Keys(int s, uint32_t (&a)[4]) const { LoadMatrices(keys_ + stage_ * S::kTileBytes + 32 * s, a); }
+  __device__ void Values(int s, uint32_t (&a)[4]) const { LoadTransposed(values_ + stage_ * S::kTileBytes + 32 * s, a); }
+
+ private:
+  // Lane k < 16 names the row of key k. A row that does not exist is zeros; so are those after the last, for no number may meet the weight 0
+  // that makes it NaN.
+  __device__ void Ask(const AttendRows& rows, int stage, int32_t listed) {
+    const int64_t i = next_ + lane_;
+    next_ += stride_;
+    if (i - lane_ >= rows.total()) return;
+    const bool exists = lane_ < kKeyTile && i < rows.total();
+    const int32_t ref = exists ? rows.Ref(static_cast<int32_t>(i), listed) : 0;
+    const bool loads = exists && rows.Exists(ref);
+    missing_ |= exists && !loads;
+    const std::byte* const row = ref >= 0 ? rows.rows + int64_t{ref} * S::kRowBytes : rows.host_rows + int64_t{~ref} * S::kRowBytes;
+    const uint32_t to = ring_ + stage * S::kTileBytes, arrived = arrived_ + 8 * stage;
+    const uint32_t valid = __ballot_sync(kAllLanes, loads), near = __ballot_sync(kAllLanes, loads && ref >= 0);
+    if (kBulkCopies && near == (1u << kKeyTile) - 1) {
+      if (mixed_) FenceBulkCopies();
+      if (lane_ == 0) ArriveExpecting(arrived, kKeyTile * S::kRowBytes);
+      __syncwarp();
+      if (lane_ < kKeyTile) CopyBulk(to + lane_ * S::kRowStride, row, S::kRowBytes, arrived);
+      return;
+    }
+    mixed_ = true;
+#pragma unroll 8  // all of them would cost too many registers
+    for (int p = 0; p < kKeyTile * S::kRowPieces / kWarp; ++p) {
+      const int piece = p * kWarp + lane_, key = piece / S::kRowPieces, c = piece % S::kRowPieces;
+      const uint64_t from = __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(row), key) + 16 * c;
+      CopyAsync16(to + key * S::kRowStride + 16 * c, reinterpret_cast<const void*>(from), (valid >> key & 1) != 0);
+    }
+    ArriveAfterCopies(arrived);
+    __syncwarp();
+    if (lane_ == 0) Arrive(arrived);
+  }
+
+  const uint32_t ring_, arrived_;
+  int64_t next_;  // the tile to be asked for
+  const int64_t stride_;
+  const int lane_;
+  uint32_t keys_, values_;
+  const int32_t* refs_ = nullptr;
+  int32_t listed_[S::kStages + 1];  // refs of tiles to be asked for; after Start() only the first is used
+  int stage_ = 0;                   // of the tile in use
+  uint32_t parity_ = 0;
+  bool missing_ = false;            // a row of this lane
+  bool mixed_ = false;              // a tile came by other copies than bulk ones
+};
+
+// Online softmax of the heads of a tile: lane (g, j) holds `most` of head 4 t + j (the same in all g), its own part of the sum, and of the output
+// channels 16 s + g = out[t][s][0] + out[t][s][1], and 16 s + 8 + g = [2] + [3].
+template <RowType R, int D, int H>
+struct Softmax {
+  using S = AttendShape<D, H>;
+  float most[S::kColumns];
+  float sum[S::kColumns] = {};
+  float out[S::kColumns][S::kSteps][4] = {};
+
+  __device__ Softmax() {
+#pragma unroll
+    for (int t = 0; t < S::kColumns; ++t) most[t] = -Infinity();
+  }
+  // Of the tile in use, of which `keys` exist.
+  __device__ void Add(const Query<R, D, H>& q, const TileRing<D, H>& ring, int keys, int g) {
+    float z[S::kColumns][2][4] = {};  // two sums, so that one does not wait for the other
+#pragma unroll
+    for (int s = 0; s < S::kSteps; ++s) {
+      uint32_t a[4];
+      ring.Keys(s, a);
+#pragma unroll
+      for (int t = 0; t < S::kColumns; ++t) Number<R>::Mma(z[t][s % 2], a[0], a[1], a[2], a[3], q.b[t][s][0], q.b[t][s][1]);
+    }
+    float w[S::kColumns][2];  // keys g and g + 8
+    bool grows = false;
+#pragma unroll
+    for (int t = 0; t < S::kColumns; ++t) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float x = (z[t][0][2 * i] + z[t][1][2 * i]) + (z[t][0][2 * i + 1] + z[t][1][2 * i + 1]);
+        w[t][i] = g + 8 * i < keys ? fmaf(x, q.factor[t], x - x) : -Infinity();  // x - x: NaN of what is infinite
+        grows |= w[t][i] > most[t];
+      }
+    }
+    if (__any_sync(kAllLanes, grows)) Rescale(w);
+    uint32_t p[S::kColumns][2];
+#pragma unroll
+    for (int t = 0; t < S::kColumns; ++t) {
+      const float from = most[t] == -Infinity() ? 0.0f : most[t];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) w[t][i] = Exp2(w[t][i] - from), sum[t] += w[t][i];
+      uint32_t whole, rest;
+      SplitPair<R>(w[t][0], w[t][1], &whole, &rest);
+      p[t][0] = Transposed(LowHalves(whole, rest)), p[t][1] = Transposed(HighHalves(whole, rest));
+    }
+#pragma unroll
+    for (int s = 0; s < S::kSteps; ++s) {
+      uint32_t a[4];
+      ring.Values(s, a);
+#pragma unroll
+      for (int t = 0; t < S::kColumns; ++t) Number<R>::Mma(out[t][s], a[0], a[1], a[2], a[3], p[t][0], p[t][1]);
+    }
+  }
+  // No number is an answer.
+  __device__ void Spoil() {
+#pragma unroll
+    for (int t = 0; t < S::kColumns; ++t) sum[t] = NotANumber();
+  }
+  // To `part` [H][out, most, sum].
+  __device__ void Store(float* part, int g, int j) {
+#pragma unroll
+    for (int t = 0; t < S::kColumns; ++t) {
+      float* const head = part + (4 * t + j) * S::kHeadPart;
+#pragma unroll
+      for (int s = 0; s < S::kSteps; ++s) {
+        head[16 * s + g] = out[t][s][0] + out[t][s][1];
+        head[16 * s + 8 + g] = out[t][s][2] + out[t][s][3];
+      }
+#pragma unroll
+      for (int offset = 4; offset <= 16; offset *= 2) sum[t] += __shfl_xor_sync(kAllLanes, sum[t], offset);
+      if (g == 0) head[D] = most[t], head[D + 1] = sum[t];
+    }
+  }
+
+ private:
+  __device__ void Rescale(const float (&w)[S::kColumns][2]) {
+#pragma unroll
+    for (int t = 0; t < S::kColumns; ++t) {
+      float now = fmaxf(most[t], fmaxf(w[t][0], w[t][1]));
+#pragma unroll
+      for (int offset = 4; offset <= 16; offset *= 2) now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, offset));
+      const float shrink = now == -Infinity() ? 1.0f : Exp2(most[t] - now);  // 0 from nothing
+      sum[t] *= shrink;
+#pragma unroll
+      for (int s = 0; s < S::kSteps; ++s) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) out[t][s][c] *= shrink;
+      }
+      most[t] = now;
+    }
+  }
+};
+
+// Joins `count` parts of one head, `stride` floats apart, for channels [c, c + 4): the weighted sum, and (in *most, *sum) its weight. Two
+// neighbouring lanes share the work and both have the result; each loads some parts before it uses the first.
 template <int D, bool kFromOtherBlocks>
-__device__ inline float4 JoinParts(const float* parts, int64_t stride, int count, int g, int c, float* most, float* sum) {
+__device__ inline float4 JoinParts(const float* parts, int64_t stride, int count, int c, float* most, float* sum) {
   const auto load = [](const float* p) { return kFromOtherBlocks ? __ldcg(p) : *p; };
   const auto load4 = [](const float* p) {
     return kFromOtherBlocks ? __ldcg(reinterpret_cast<const float4*>(p)) : *reinterpret_cast<const float4*>(p);
   };
-  constexpr int kAtOnce = 4;
+  constexpr int kAtOnce = kFromOtherBlocks ? 8 : 4;
   float4 out{};
   float top = -Infinity(), total = 0;
   const auto join = [&](float4 x, float m, float l) {
@@ -316,9 +394,9 @@ __device__ inline float4 JoinParts(const float* parts, int64_t stride, int count
     for (int i = 0; i < kAtOnce; ++i) {
       const float* const part = parts + min(first + 2 * i, count - 1) * stride;
       const bool exists = first + 2 * i < count;
-      x[i] = load4(part + g * D + c);
-      m[i] = exists ? load(part + kHeadTile * D + g) : -Infinity();
-      l[i] = exists ? load(part + kHeadTile * D + kHeadTile + g) : 0.0f;
+      x[i] = load4(part + c);
+      m[i] = exists ? load(part + D) : -Infinity();
+      l[i] = exists ? load(part + D + 1) : 0.0f;
     }
     float now = top;
 #pragma unroll
@@ -344,139 +422,87 @@ __device__ inline float4 JoinParts(const float* parts, int64_t stride, int count
   return out;
 }
 
-template <RowType R, int D>
-__global__ void __launch_bounds__(AttendShape<D>::kThreads, 1) AttendKernel(const __grid_constant__ AttendArgs args) {
-  using S = AttendShape<D>;
+template <RowType R, int D, int H>
+__global__ void __launch_bounds__(AttendShape<D, H>::kMostWarps * kWarp, 1) AttendKernel(const __grid_constant__ AttendArgs args) {
+  using S = AttendShape<D, H>;
   extern __shared__ float4 shared_[];
-  float* const shared = reinterpret_cast<float*>(shared_) + S::kQueryBytes / sizeof(float);
   __shared__ bool last;
-  __shared__ float factors[kHeadTile];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, j = lane % 4;
-  const int splits = static_cast<int>(gridDim.x), split = static_cast<int>(blockIdx.x), head_tile = static_cast<int>(blockIdx.z);
+  __shared__ uint64_t arrived[S::kMostWarps][S::kStages];
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp, g = lane / 4, j = lane % 4;
+  const int threads = static_cast<int>(blockDim.x), warps = threads / kWarp;
+  const int splits = static_cast<int>(gridDim.x), split = static_cast<int>(blockIdx.x), first_head = static_cast<int>(blockIdx.z) * H;
   const AttendTask task = args.tasks[blockIdx.y];
+  float* const rings = reinterpret_cast<float*>(shared_);
+  float* const ring_part = rings + warp * (S::kRingBytes / 4);
+  const int64_t first = (int64_t{split} * warps + warp) * kKeyTile, stride = int64_t{splits} * warps * kKeyTile;
+  TileRing<D, H> ring(reinterpret_cast<std::byte*>(ring_part), arrived[warp], first, stride, lane);
+  if (args.cluster) ClusterArrive();
   WaitForEarlierWork();
   LetLaterWorkLaunch();
-  const int64_t stride = int64_t{splits} * S::kWarps * kKeyTile;
-  int64_t base = (int64_t{split} * S::kWarps + warp) * kKeyTile;
-  // Loads that do not wait for each other: lengths, the first refs, q.
-  const bool has_refs = task.refs != nullptr;
-  const int32_t visible = *task.n, num_refs = has_refs ? *task.num_refs : 0;
-  const int32_t first_ref = has_refs && lane < kKeyTile && base + lane < task.refs_room ? task.refs[base + lane] : 0;
-  QueryLoader<R, D> loader;
-  loader.Load(task.q, head_tile * kHeadTile, args.group, warp, lane);
-  const bool broken = num_refs < 0 || num_refs > task.refs_room;
-  const AttendRows rows = RowsOf(task, visible, broken ? 0 : num_refs);
-  const int32_t total = broken ? 1 : rows.total();
 
-  // --- the keys of this warp
-  int32_t ref = 0;
-  uint32_t valid = 0, missing = 0;
-  const auto check = [&](int64_t at, int32_t found) {  // valid and missing of the tile at `at`
-    const bool exists = lane < kKeyTile && at + lane < total;
-    ref = found;
-    const bool loads = exists && !broken && (ref >= 0 ? ref < rows.row_limit : ~ref < rows.host_limit);
-    valid = __ballot_sync(kAllLanes, loads);
-    missing = __ballot_sync(kAllLanes, exists && !loads);
-  };
-  const auto find = [&](int64_t at) {
-    const bool exists = lane < kKeyTile && at + lane < total && !broken;
-    check(at, exists ? rows.Ref(static_cast<int32_t>(at + lane)) : 0);
-  };
-  loader.Store(args.scale, warp, lane, reinterpret_cast<uint4*>(shared_), factors);
-  KeyTile<D> k;
-  ValueTile<D> v;
-  const bool any = base < total;
-  if (any) {
-    if (base + kKeyTile <= rows.chosen) {
-      check(base, first_ref);
-    } else {
-      find(base);
-    }
-    LoadKeys<D>(rows, ref, valid, g, j, &k);  // on their way while the warps wait for each other's heads
-  }
-  __syncthreads();
-  Query<D, S::kRoomy> q;
-  const float factor = factors[g];
-  {
-    const uint4* const steps = reinterpret_cast<const uint4*>(shared_) + lane;
-    if constexpr (S::kRoomy) {
-#pragma unroll
-      for (int i = 0; i < D / 16; ++i) {
-        const uint4 step = steps[i * kWarp];
-        q.a[i][0] = step.x, q.a[i][1] = step.y, q.a[i][2] = step.z, q.a[i][3] = step.w;
-      }
-    } else {
-      q.a = steps;
-    }
-  }
-  Softmax<R, D> softmax;
-  if (any) {
+  // --- the keys of this warp. First loads that do not wait for each other: lengths, the first refs, q.
+  const int32_t visible = *task.n, num_refs = task.refs != nullptr ? *task.num_refs : 0;
+  ring.LoadRefs(task.refs, task.refs_room);
+  Query<R, D, H> q;
+  q.Load(task.q, first_head, args.group, g, j);
+  const AttendRows rows = RowsOf(task, visible, num_refs);
+  ring.Start(rows);
+  q.Prepare(args.scale, g, j);
+  Softmax<R, D, H> softmax;
 #pragma unroll 1
-    for (;;) {
-      if constexpr (S::kRoomy) LoadValues<D>(rows, ref, valid, g, j, 0, &v);
-      const int32_t ref_now = ref;
-      const uint32_t valid_now = valid, missing_now = missing;
-      base += stride;
-      const bool more = base < total;
-      if (more) find(base);
-      uint32_t p[4];
-      softmax.Add(q, k, factor, valid_now, missing_now, j, p);
-      if constexpr (S::kRoomy) {
-        if (more) LoadKeys<D>(rows, ref, valid, g, j, &k);  // on their way while the values are used
-        softmax.template AddValues<0>(p, v);
-        if (!more) break;
-      } else {
-        LoadValues<D>(rows, ref_now, valid_now, g, j, 0, &v);
-        softmax.template AddValues<0>(p, v);
-        LoadValues<D>(rows, ref_now, valid_now, g, j, 1, &v);
-        softmax.template AddValues<1>(p, v);
-        if (!more) break;
-        LoadKeys<D>(rows, ref, valid, g, j, &k);
-      }
-    }
+  for (int64_t at = first; at < rows.total(); at += stride) {
+    ring.Wait();
+    softmax.Add(q, ring, static_cast<int>(min(rows.total() - at, int64_t{kKeyTile})), g);
+    ring.Next(rows);
   }
-  softmax.Store(shared + warp * S::kPart, g, j);
+  if (ring.Missing()) softmax.Spoil();
+  __syncwarp();
+  softmax.Store(ring_part, g, j);
   __syncthreads();
 
   // --- the warps of this block
-  const int heads = min(kHeadTile, args.group - head_tile * kHeadTile);
-  const int64_t tile = int64_t{blockIdx.y} * gridDim.z + head_tile;
+  const int heads = min(H, args.group - first_head), items = heads * (D / 4);  // four channels of a head
+  const int64_t tile = int64_t{blockIdx.y} * gridDim.z + blockIdx.z;
   float* const parts = args.parts + tile * splits * S::kPart;
-  float* const block_part = shared + S::kWarps * S::kPart;
+  float4* const inbox = reinterpret_cast<float4*>(rings + warps * (S::kRingBytes / 4));
   const auto write = [&](int h, int c, float4 out, float most, float sum) {
     const float over = sum == 0 ? 0.0f : 1 / sum;
-    const int64_t head = head_tile * kHeadTile + h;
+    const int64_t head = first_head + h;
     *reinterpret_cast<float4*>(task.out + head * D + c) = {out.x * over, out.y * over, out.z * over, out.w * over};
     if (c == 0 && task.lse != nullptr) task.lse[head] = sum == 0 ? -Infinity() : (most + __log2f(sum)) * kLn2;
   };
-  const int items = heads * (D / 4);  // four channels of a head
-  for (int at = 0; at < items; at += S::kThreads / 2) {
-    const int i = at + static_cast<int>(threadIdx.x) / 2, h = min(i, items - 1) / (D / 4), c = min(i, items - 1) % (D / 4) * 4;
+  if (args.cluster) ClusterWait();  // all its blocks have begun
+  for (int at = 0; at < items; at += threads / 2) {
+    const int i = at + thread / 2, h = min(i, items - 1) / (D / 4), c = min(i, items - 1) % (D / 4) * 4;
     float most, sum;
-    const float4 out = JoinParts<D, false>(shared, S::kPart, S::kWarps, h, c, &most, &sum);
-    if (i >= items || threadIdx.x % 2 != 0) continue;
+    const float4 out = JoinParts<D, false>(rings + h * S::kHeadPart, S::kRingBytes / 4, warps, c, &most, &sum);
+    if (i >= items || thread % 2 != 0) continue;
     if (splits == 1) {
       write(h, c, out, most, sum);
+    } else if (args.cluster) {
+      // Item i is written by block i % splits, which has a place for it of each block.
+      const uint32_t to = ClusterAddress(inbox + 2 * (i / splits * splits + split), i % splits);
+      StoreCluster(to, out);
+      StoreCluster(to + 16, {most, sum, 0, 0});
     } else {
-      float* const part = args.cluster ? block_part : parts + split * S::kPart;
-      *reinterpret_cast<float4*>(part + h * D + c) = out;
-      if (c == 0) part[kHeadTile * D + h] = most, part[kHeadTile * D + kHeadTile + h] = sum;
+      float* const part = parts + split * S::kPart + h * S::kHeadPart;
+      *reinterpret_cast<float4*>(part + c) = out;
+      if (c == 0) part[D] = most, part[D + 1] = sum;
     }
   }
   if (splits == 1) return;
 
   if (args.cluster) {
-    // Each block writes every splits-th item; each of `splits` lanes brings the part of one block.
     ClusterArrive();
     ClusterWait();
-    const int from = static_cast<int>(threadIdx.x) % splits;
-    const uint32_t part = ClusterAddress(block_part, from);
-    for (int at = 0; at * splits + split < items; at += S::kThreads / splits) {
-      const int i = (at + static_cast<int>(threadIdx.x) / splits) * splits + split;
+    // Each of `splits` lanes has the part of one block.
+    const int from = thread % splits;
+    for (int at = 0; at * splits + split < items; at += threads / splits) {
+      const int own = at + thread / splits, i = own * splits + split;
       const int h = min(i, items - 1) / (D / 4), c = min(i, items - 1) % (D / 4) * 4;
-      const float4 x = LoadCluster4(part + static_cast<uint32_t>(4 * (h * D + c)));
-      const float own_most = LoadCluster(part + static_cast<uint32_t>(4 * (kHeadTile * D + h)));
-      const float own_sum = LoadCluster(part + static_cast<uint32_t>(4 * (kHeadTile * D + kHeadTile + h)));
+      const float4* const entry = inbox + 2 * min(own * splits + from, S::kInboxEntries - 1);
+      const float4 x = entry[0];
+      const float own_most = entry[1].x, own_sum = entry[1].y;
       float most = own_most;
       for (int offset = splits / 2; offset > 0; offset /= 2) most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, offset));
       const float weight = Exp2(own_most - (most == -Infinity() ? 0.0f : most));
@@ -491,24 +517,22 @@ __global__ void __launch_bounds__(AttendShape<D>::kThreads, 1) AttendKernel(cons
       }
       if (from == 0 && i < items) write(h, c, out, most, sum);
     }
-    ClusterArrive();  // no block ends while another reads its part
-    ClusterWait();
     return;
   }
 
   // --- the blocks of this task
   __syncthreads();
-  if (threadIdx.x == 0) {
+  if (thread == 0) {
     last = AddAcquireRelease(args.arrived + tile, 1) + 1 == static_cast<uint32_t>(splits);
     if (last) args.arrived[tile] = 0;
   }
   __syncthreads();
   if (!last) return;
-  for (int at = 0; at < items; at += S::kThreads / 2) {
-    const int i = at + static_cast<int>(threadIdx.x) / 2, h = min(i, items - 1) / (D / 4), c = min(i, items - 1) % (D / 4) * 4;
+  for (int at = 0; at < items; at += threads / 2) {
+    const int i = at + thread / 2, h = min(i, items - 1) / (D / 4), c = min(i, items - 1) % (D / 4) * 4;
     float most, sum;
-    const float4 out = JoinParts<D, true>(parts, S::kPart, splits, h, c, &most, &sum);
-    if (i < items && threadIdx.x % 2 == 0) write(h, c, out, most, sum);
+    const float4 out = JoinParts<D, true>(parts + h * S::kHeadPart, S::kPart, splits, c, &most, &sum);
+    if (i < items && thread % 2 == 0) write(h, c, out, most, sum);
   }
 }
 

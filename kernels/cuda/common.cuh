@@ -79,6 +79,35 @@ __device__ inline float PowerBelow(float x) {
   return exponent == 0 || exponent >= 254 ? 1.0f : __int_as_float((254 - exponent) << 23);
 }
 
+// --- shared memory: copies that run beside the thread that asked for them, and operands of products --------------------------------------
+__device__ inline uint32_t SharedAddress(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+// 16 bytes from anywhere, pinned memory included; or zeros, and `from` is not read.
+__device__ inline void CopyAsync16(uint32_t to, const void* from, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exists ? 16 : 0) : "memory");
+}
+// The copies that this thread has asked for since the last call become a group; all but its last kLeft groups have arrived.
+__device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kLeft>
+__device__ inline void WaitForCopies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+// Four matrices of 8 x 8 numbers of the row type, of which lane L names row L % 8 of matrix L / 8: lane (g, j) gets numbers 2j and 2j + 1 of row g
+// of each; or of its transposed.
+__device__ inline void LoadMatrices(uint32_t row, uint32_t (&x)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(row) : "memory");
+}
+__device__ inline void LoadTransposed(uint32_t row, uint32_t (&x)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(row) : "memory");
+}
+// Of a matrix that the warp holds as LoadMatrices() gives it.
+__device__ inline uint32_t Transposed(uint32_t x) {
+  uint32_t y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 // --- order of kernels ------------------------------------------------------------------------------------------------------------
 // On sm_90 a kernel is launched while the one before it still runs: it may then load what nothing on the stream writes (its tasks),
 // and waits before everything else, which it loads by plain loads: read-only ones may be moved before the wait unless their address is
@@ -148,19 +177,10 @@ __device__ inline uint32_t ClusterAddress(const void* p, int rank) {
 #endif
   return address;
 }
-__device__ inline float LoadCluster(uint32_t address) {
-  float x = 0;
+__device__ inline void StoreCluster(uint32_t address, float4 x) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(address));
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(address), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
 #endif
-  return x;
-}
-__device__ inline float4 LoadCluster4(uint32_t address) {
-  float4 x{};
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(address));
-#endif
-  return x;
 }
 
 // Log-sum-exp in parts: sum of exp(x - most). NaN, once in `sum`, stays; +inf is its own maximum.

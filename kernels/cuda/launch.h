@@ -78,6 +78,7 @@ struct Shape {
   dim3 grid;
   int threads = 0;
   size_t shared_bytes = 0;
+  size_t most_shared_bytes = 0;  // of any launch of this kernel, where they differ: other threads may launch it, too
   int cluster = 1;           // neighbours in x that run at once
   bool cooperative = false;  // all blocks run at once
 };

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <array>
 #include <atomic>
 
@@ -37,9 +38,9 @@ struct Configuration {
 };
 Status Configure(const void* kernel, const char* name, const Shape& shape, bool overlaps, Configuration* to) {
   // Without asking, a block gets 48 KiB, of which what a kernel declares itself is taken too: some KiB at most.
-  if (shape.shared_bytes > 40 * 1024) {
-    PREHOC_RETURN_IF_ERROR(CudaStatus(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                           static_cast<int>(shape.shared_bytes)), name));
+  const size_t most = std::max(shape.shared_bytes, shape.most_shared_bytes);
+  if (most > 40 * 1024) {
+    PREHOC_RETURN_IF_ERROR(CudaStatus(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most)), name));
   }
   if (shape.cluster > 8) {
     PREHOC_RETURN_IF_ERROR(CudaStatus(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name));

@@ -142,16 +142,6 @@ __device__ void PlainTile(const PrefillArgs& args, const RunPrefillTask& task, i
   }
 }
 
-__device__ inline uint32_t SharedAddress(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-__device__ inline void LoadMatrices(const uint16_t* row, uint32_t (&x)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(SharedAddress(row)));
-}
-__device__ inline void LoadTransposed(const uint16_t* row, uint32_t (&x)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(SharedAddress(row)));
-}
-
 // Asks for the rows of a tile; those from `keys` on are zero.
 template <int D>
 __device__ void AskForKeys(const RunPrefillTask& task, int key, int keys, uint16_t (&to)[2][PrefillShape<D>::kKeys][PrefillShape<D>::kStride]) {
@@ -161,11 +151,9 @@ __device__ void AskForKeys(const RunPrefillTask& task, int key, int keys, uint16
     const int row = i / (2 * kPieces), piece = i % (2 * kPieces), half = piece / kPieces;
     const bool there = key + row < keys;
     const Half* const from = task.rows + (there ? int64_t{key + row} * 2 * D + piece * 8 : 0);
-    const int bytes = there ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(SharedAddress(&to[half][row][piece % kPieces * 8])), "l"(from), "r"(bytes)
-                 : "memory");
+    CopyAsync16(SharedAddress(&to[half][row][piece % kPieces * 8]), from, there);
   }
-  asm volatile("cp.async.commit_group;" ::: "memory");
+  CommitCopies();
 }
 
 template <int D>
@@ -213,9 +201,9 @@ __global__ void __launch_bounds__(PrefillShape<D>::kThreads, 1) PrefillKernel(co
     const int next = after(key);
     if (next < keys) {
       AskForKeys<D>(task, next, keys, tiles.kv[stage ^ 1]);
-      asm volatile("cp.async.wait_group 1;" ::: "memory");
+      WaitForCopies<1>();
     } else {
-      asm volatile("cp.async.wait_group 0;" ::: "memory");
+      WaitForCopies<0>();
     }
     __syncthreads();
     const auto& k_tile = tiles.kv[stage][0];
@@ -225,12 +213,12 @@ __global__ void __launch_bounds__(PrefillShape<D>::kThreads, 1) PrefillKernel(co
     for (int c = 0; c < D; c += 16) {
       uint32_t q_most[4], q_rest[4];
       const int row = warp * 16 + lane % 16, col = c + lane / 16 * 8;
-      LoadMatrices(&tiles.q[0][row][col], q_most);
-      LoadMatrices(&tiles.q[1][row][col], q_rest);
+      LoadMatrices(SharedAddress(&tiles.q[0][row][col]), q_most);
+      LoadMatrices(SharedAddress(&tiles.q[1][row][col]), q_rest);
 #pragma unroll
       for (int n = 0; n < S::kKeys; n += 16) {
         uint32_t b[4];
-        LoadMatrices(&k_tile[n + lane % 8 + lane / 16 * 8][c + lane / 8 % 2 * 8], b);
+        LoadMatrices(SharedAddress(&k_tile[n + lane % 8 + lane / 16 * 8][c + lane / 8 % 2 * 8]), b);
         Fp16::Mma(z[n / 8], q_rest[0], q_rest[1], q_rest[2], q_rest[3], b[0], b[1]);
         Fp16::Mma(z[n / 8 + 1], q_rest[0], q_rest[1], q_rest[2], q_rest[3], b[2], b[3]);
         Fp16::Mma(z[n / 8], q_most[0], q_most[1], q_most[2], q_most[3], b[0], b[1]);
@@ -278,7 +266,7 @@ __global__ void __launch_bounds__(PrefillShape<D>::kThreads, 1) PrefillKernel(co
 #pragma unroll
       for (int c = 0; c < D; c += 16) {
         uint32_t b[4];
-        LoadTransposed(&v_tile[n + lane % 16][c + lane / 16 * 8], b);
+        LoadTransposed(SharedAddress(&v_tile[n + lane % 16][c + lane / 16 * 8]), b);
         Fp16::Mma(out[c / 8], p_rest[0], p_rest[1], p_rest[2], p_rest[3], b[0], b[1]);
         Fp16::Mma(out[c / 8 + 1], p_rest[0], p_rest[1], p_rest[2], p_rest[3], b[2], b[3]);
         Fp16::Mma(out[c / 8], p_most[0], p_most[1], p_most[2], p_most[3], b[0], b[1]);

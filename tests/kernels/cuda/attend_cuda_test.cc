@@ -119,6 +119,78 @@ TEST_F(AttendCudaTest, DenseOverARingThatHoldsEverythingAndOneThatWrapped) {
   }
 }
 
+// Warps take tiles of 16 in turn, a few of them ahead: ends before, at and after a tile, a round of warps, and a round of the ring.
+TEST_F(AttendCudaTest, EndsAnywhereInARing) {
+  SeededRng rng;
+  for (const int32_t d : CudaHeadDims()) {
+    std::vector<Scene> scenes;
+    for (const int32_t edge : {32, 64, 128, 192, 256, 384, 768}) {
+      for (const int32_t size : {edge - 1, edge, edge + 1}) scenes.push_back(Make(rng, cuda::RowType::kF16, d, 2, size, 0, size / 2, size - size / 2));
+    }
+    for (const int32_t max_rows : {0, 2000}) {
+      Run(scenes, cuda::RowType::kF16, d, 2, max_rows);
+      SCOPED_TRACE(testing::Message() << "head_dim " << d << ", max_rows " << max_rows);
+      for (const Scene& s : scenes) Check(s, cuda::RowType::kF16, d, 2);
+    }
+  }
+}
+
+// How tasks are laid on multiprocessors depends on their number: split or whole, one block or two on each.
+TEST_F(AttendCudaTest, AnyNumberOfTasks) {
+  SeededRng rng;
+  for (const int32_t tasks : {1, 20, 70, 140, 300}) {
+    for (const int32_t group : {2, 6}) {
+      SCOPED_TRACE(testing::Message() << tasks << " tasks, group " << group);
+      std::vector<Scene> scenes;
+      for (int32_t i = 0; i < tasks; ++i) {
+        const int32_t size = std::vector<int32_t>{300, 0, 1, 33, 150}[static_cast<size_t>(i % 5)];
+        scenes.push_back(Make(rng, cuda::RowType::kF16, 64, group, size, 0, size / 3, size - size / 3));
+      }
+      Run(scenes, cuda::RowType::kF16, 64, group, 300);
+      for (const Scene& s : scenes) Check(s, cuda::RowType::kF16, 64, group);
+    }
+  }
+}
+
+TEST_F(AttendCudaTest, WhatLiesBeyondTheLastKeyHasNoPart) {
+  SeededRng rng;
+  for (const int32_t n : {1, 5, 17, 63, 200}) {
+    Scene s = Make(rng, cuda::RowType::kF16, 128, 4, n, 0, n, 0);
+    const size_t end = 2 * 128 * static_cast<size_t>(s.ring_row + n);
+    for (size_t i = 0; i < s.rows.size(); ++i) {
+      if (i >= end || i < 2 * 128 * static_cast<size_t>(s.ring_row)) s.rows[i] = 0x7e00;
+    }
+    s.device_rows.Write(s.rows);
+    std::vector<Scene> scenes;
+    scenes.push_back(std::move(s));
+    Run(scenes, cuda::RowType::kF16, 128, 4, n);
+    Check(scenes[0], cuda::RowType::kF16, 128, 4);
+  }
+}
+
+TEST_F(AttendCudaTest, RowsOfPinnedMemoryAloneAndOneAmongOthers) {
+  SeededRng rng;
+  for (const cuda::RowType type : kRowTypes) {
+    std::vector<Scene> scenes;
+    for (const int32_t chosen : {1, 16, 100, 700}) {
+      for (const int32_t period : {1, 16, 61}) {
+        Scene s = Make(rng, type, 128, 4, 0, 0, 0, chosen);
+        s.runs.clear();
+        for (int32_t i = 0; i < chosen; ++i) {
+          const bool host = i % period == 0;
+          s.refs[static_cast<size_t>(i)] = static_cast<int32_t>(host ? ~rng.Int(0, kHostRows - 1) : rng.Int(0, kSlots - 1));
+          const int32_t ref = s.refs[static_cast<size_t>(i)];
+          s.runs.push_back({host ? s.host_rows.data() + int64_t{256} * ~ref : s.rows.data() + int64_t{256} * ref, 1});
+        }
+        s.device_refs.Write(s.refs);
+        scenes.push_back(std::move(s));
+      }
+    }
+    Run(scenes, type, 128, 4, 700);
+    for (const Scene& s : scenes) Check(s, type, 128, 4);
+  }
+}
+
 TEST_F(AttendCudaTest, NothingToAttendToIsZeroAndMinusInfinity) {
   SeededRng rng;
   std::vector<Scene> scenes;
@@ -155,22 +227,29 @@ TEST_F(AttendCudaTest, WhatIsNoRowOrNoNumberIsNeverAnAnswer) {
     return std::all_of(values.begin(), values.end(), [](float x) { return std::isnan(x); });
   };
   for (const int32_t bad : {100000, ~100000, std::numeric_limits<int32_t>::max(), std::numeric_limits<int32_t>::min()}) {
-    std::vector<Scene> scenes;
-    scenes.push_back(Make(rng, cuda::RowType::kF16, 128, 4, 200, 4, 50, 30));
-    scenes.push_back(Make(rng, cuda::RowType::kF16, 128, 4, 200, 4, 50, 30));
-    scenes[0].refs[7] = bad;
-    scenes[0].device_refs.Write(scenes[0].refs);
-    Run(scenes, cuda::RowType::kF16, 128, 4, 84);
-    EXPECT_TRUE(all_nan(scenes[0].out.Read()) && all_nan(scenes[0].lse.Read())) << bad;
-    Check(scenes[1], cuda::RowType::kF16, 128, 4);
+    for (const size_t at : {size_t{0}, size_t{7}, size_t{15}, size_t{29}, size_t{16}, size_t{500}}) {
+      const int32_t chosen = at < 30 ? 30 : 501, group = at < 16 ? 4 : 5;
+      std::vector<Scene> scenes;
+      scenes.push_back(Make(rng, cuda::RowType::kF16, 128, group, 200, 4, 50, chosen));
+      scenes.push_back(Make(rng, cuda::RowType::kF16, 128, group, 200, 4, 50, chosen));
+      scenes[0].refs[at] = bad;
+      scenes[0].device_refs.Write(scenes[0].refs);
+      Run(scenes, cuda::RowType::kF16, 128, group, 84);
+      EXPECT_TRUE(all_nan(scenes[0].out.Read()) && all_nan(scenes[0].lse.Read())) << bad << " at " << at;
+      Check(scenes[1], cuda::RowType::kF16, 128, group);
+    }
   }
   for (const Half key : {Half{0x7c00}, Half{0xfc00}, Half{0x7e00}}) {
-    std::vector<Scene> scenes;
-    scenes.push_back(Make(rng, cuda::RowType::kF16, 64, 2, 20, 0, 20, 0));
-    scenes[0].rows[static_cast<size_t>(2 * 64 * (scenes[0].ring_row + 13 % scenes[0].ring_rows) + 5)] = key;
-    scenes[0].device_rows.Write(scenes[0].rows);
-    Run(scenes, cuda::RowType::kF16, 64, 2, 20);
-    EXPECT_TRUE(all_nan(scenes[0].out.Read())) << key;
+    for (const float q : {1.3f, -1.3f, 0.0f}) {  // the logit is then infinite of either sign, or NaN
+      std::vector<Scene> scenes;
+      scenes.push_back(Make(rng, cuda::RowType::kF16, 64, 2, 20, 0, 20, 0));
+      scenes[0].rows[static_cast<size_t>(2 * 64 * (scenes[0].ring_row + 13 % scenes[0].ring_rows) + 5)] = key;
+      scenes[0].device_rows.Write(scenes[0].rows);
+      scenes[0].q[5] = scenes[0].q[64 + 5] = q;
+      scenes[0].device_q.Write(scenes[0].q);
+      Run(scenes, cuda::RowType::kF16, 64, 2, 20);
+      EXPECT_TRUE(all_nan(scenes[0].out.Read()) && all_nan(scenes[0].lse.Read())) << key << ", " << q;
+    }
   }
   std::vector<Scene> scenes;
   scenes.push_back(Make(rng, cuda::RowType::kF16, 64, 2, 20, 0, 20, 0));
