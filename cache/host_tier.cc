@@ -120,7 +120,14 @@ BlockRef HostTier::Seal(BlockRef tail, const ChunkKey& key, const ChunkOrigin& o
   PREHOC_CHECK(tail != nullptr);
   bool post = false;
   BlockRef result;
-  const std::array<uint64_t, 2> seal = Impl::SealOf(key, impl_->BytesOfTail(tail.get()));
+  std::span<const std::byte> bytes;
+  ChunkSeal seal;
+  {
+    MutexLock lock(impl_->mutex);
+    bytes = impl_->BytesOfTailLocked(tail.get());
+    seal.seed = impl_->SeedLocked(key);
+  }
+  seal.hash = Hash128(bytes, seal.seed);
   {
     MutexLock lock(impl_->mutex);
     post = impl_->SealLocked(tail.get(), key, origin, seal, &result);

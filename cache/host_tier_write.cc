@@ -26,7 +26,7 @@ HostTier::Impl::WriteResult HostTier::Impl::Write(const PendingWrite& write, Sto
   TraceScope trace(options.tracer, "store write");
   trace.Say("layer", write.key.layer).Say("bytes", static_cast<int64_t>(options.block_bytes));
   // Or the store would give damage a checksum that holds.
-  const bool damaged = SealOf(write.key, write.bytes) != write.seal;
+  const bool damaged = !Holds(write.seal, write.bytes);
   const Status status = damaged ? Damaged(write.key) : WithinMemory([&] { return store->Put(write.key, write.bytes, write.origin); });
   trace.Say("code", static_cast<int64_t>(status.code()));
   bool late = false;

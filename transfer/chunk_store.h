@@ -46,6 +46,14 @@ inline uint64_t ChainTag(const std::array<uint8_t, 32>& chain) {
   return tag;
 }
 
+// By which bytes are known again: Hash128(bytes, seed) == hash (transfer/record_format.h). The seed is a hash of the key and of
+// whatever else the bytes are bound to.
+struct ChunkSeal {
+  uint64_t seed = 0;
+  std::array<uint64_t, 2> hash{};
+  friend bool operator==(const ChunkSeal&, const ChunkSeal&) = default;
+};
+
 // What a store was made for. A store opened with another identity is refused, with both values in the message.
 struct StoreIdentity {
   std::array<uint8_t, 32> model{};  // model fingerprint
@@ -63,10 +71,11 @@ class ChunkStore {
  public:
   virtual ~ChunkStore() = default;
 
-  // Copies the record of `key` into `out` [chunk_bytes()]. Waits for the bytes.
+  // Copies the record of `key` into `out` [chunk_bytes()], and what `out` was compared with into `seal`, unless that is null: whoever
+  // keeps the bytes can compare them again and need not read them for that now. Waits for the bytes.
   // Returns kInvalid (size of out), kNotFound, kIoError, kCorrupt (checksum, or a record of another key, layout
-  // or version; the damaged record is dropped and counted), kDeadline. `out` is unspecified on error.
-  Status Get(const ChunkKey& key, std::span<std::byte> out);
+  // or version; the damaged record is dropped and counted), kDeadline. `out` and `seal` are unspecified on error.
+  Status Get(const ChunkKey& key, std::span<std::byte> out, ChunkSeal* seal = nullptr);
 
   // Stores a copy of `data` [chunk_bytes()]; a key that is present is left as it is (records are immutable).
   // May shed older records to stay within the store's byte budget.
@@ -94,7 +103,7 @@ class ChunkStore {
   explicit ChunkStore(size_t chunk_bytes) : chunk_bytes_(chunk_bytes) {}
 
  private:
-  virtual Status DoGet(const ChunkKey& key, std::span<std::byte> out) = 0;
+  virtual Status DoGet(const ChunkKey& key, std::span<std::byte> out, ChunkSeal* seal) = 0;  // `seal` is never null
   virtual Status DoPut(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) = 0;
   virtual bool DoContains(const ChunkKey& key) const = 0;
   virtual Status DoDelete(const ChunkKey& key) = 0;
@@ -115,7 +124,7 @@ class ChunkStoreWrapper : public ChunkStore {
   ChunkStore* base() const { return base_; }
 
  private:
-  Status DoGet(const ChunkKey& key, std::span<std::byte> out) override { return base_->Get(key, out); }
+  Status DoGet(const ChunkKey& key, std::span<std::byte> out, ChunkSeal* seal) override { return base_->Get(key, out, seal); }
   Status DoPut(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) override {
     return base_->Put(key, data, origin);
   }

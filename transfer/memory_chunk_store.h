@@ -43,7 +43,7 @@ class MemoryChunkStore final : public ChunkStore {
   };
 
   MemoryChunkStore(const Options& options, RecordContext context);
-  Status DoGet(const ChunkKey& key, std::span<std::byte> out) override;
+  Status DoGet(const ChunkKey& key, std::span<std::byte> out, ChunkSeal* seal) override;
   Status DoPut(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) override;
   bool DoContains(const ChunkKey& key) const override;
   Status DoDelete(const ChunkKey& key) override;
@@ -52,7 +52,7 @@ class MemoryChunkStore final : public ChunkStore {
   uint64_t DoBudget() const override { return budget_; }
   void DoVisitCounters(const CounterVisitor& visit) const override;
 
-  Result<std::span<const std::byte>> Parse(const ChunkKey& key, std::span<std::byte> record) const;
+  Status Check(const ChunkKey& key, RecordHeader* header, std::span<std::byte> payload) const;  // the tap, if there is one, then the check
   uint64_t record_bytes() const { return sizeof(RecordHeader) + chunk_bytes(); }
   // [records] whose memory counts.
   uint64_t HeldLocked() const PREHOC_REQUIRES(mutex_) { return lru_.size() + removed_.size() + reserved_; }

@@ -133,7 +133,7 @@ struct RocksDbStore::Impl final : public rocksdb::EventListener {
   void NoteError(const rocksdb::Status& error);
 
   // --- reading ---
-  // The record at `place`, unverified beyond what ParseRecord() checks with `verify`; its payload is copied to `out`, its
+  // The record at `place`, unverified beyond what CheckRecord() checks with `verify`; its payload is copied to `out`, its
   // header to `header`.
   Status Read(const ChunkKey& key, const SegmentTable::Place& place, std::span<std::byte> out, VerifyPayload verify,
               RecordHeader* header);
@@ -261,19 +261,10 @@ Status RocksDbStore::Impl::TakePayload(const ChunkKey& key, std::span<const std:
     return {StatusCode::kCorrupt, where + ": chunk " + key.ToString() + ": record of " + std::to_string(record.size()) +
                                       " bytes, expected " + std::to_string(sizeof(RecordHeader) + out.size())};
   }
-  std::vector<std::byte> tapped;
-  Status check;
-  if (options.tap != nullptr) {
-    tapped.assign(record.begin(), record.end());
-    record = tapped;
-    check = Check(key, std::span(tapped).first(sizeof *header), std::span(tapped).subspan(sizeof *header), verify);
-  } else {
-    check = CheckRecord(context, key, record.first(sizeof *header), record.subspan(sizeof *header), verify);
-  }
-  PREHOC_RETURN_IF_ERROR(check.WithContext(where));
   std::memcpy(header, record.data(), sizeof *header);
   std::memcpy(out.data(), record.data() + sizeof *header, out.size());
-  return {};
+  // Where the bytes are now, so that the copy is checked, too.
+  return Check(key, std::as_writable_bytes(std::span(header, 1)), out, verify).WithContext(where);
 }
 
 Result<std::shared_ptr<const DirectFile>> RocksDbStore::Impl::FileOf(const SegmentTable::Place& place) {
@@ -553,7 +544,7 @@ RocksDbStore::~RocksDbStore() {
   impl_->db.reset();
 }
 
-Status RocksDbStore::DoGet(const ChunkKey& key, std::span<std::byte> out) {
+Status RocksDbStore::DoGet(const ChunkKey& key, std::span<std::byte> out, ChunkSeal* seal) {
   Impl& impl = *impl_;
   Impl::Add(impl.counters.gets);
   const VerifyPayload verify = impl.options.verify ? VerifyPayload::kYes : VerifyPayload::kNo;
@@ -565,6 +556,7 @@ Status RocksDbStore::DoGet(const ChunkKey& key, std::span<std::byte> out) {
     RecordHeader header;
     status = impl.Read(key, *place, out, verify, &header);
     if (status.ok()) {
+      *seal = SealOf(header);
       Impl::Add(impl.counters.hits);
       Impl::Add(impl.counters.read_bytes, out.size());
       if (impl.options.verify) Impl::Add(impl.counters.verified_bytes, out.size());

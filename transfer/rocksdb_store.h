@@ -80,7 +80,7 @@ class RocksDbStore final : public ChunkStore {
  private:
   struct Impl;
   RocksDbStore(size_t chunk_bytes, std::unique_ptr<Impl> impl);
-  Status DoGet(const ChunkKey& key, std::span<std::byte> out) override;
+  Status DoGet(const ChunkKey& key, std::span<std::byte> out, ChunkSeal* seal) override;
   Status DoPut(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) override;
   bool DoContains(const ChunkKey& key) const override;
   Status DoDelete(const ChunkKey& key) override;

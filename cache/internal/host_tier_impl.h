@@ -31,10 +31,10 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   static constexpr int kMaxRefusals = 4;
 
   // Bound to the key, so that bytes of another block do not pass either.
-  static std::array<uint64_t, 2> SealOf(const ChunkKey& key, std::span<const std::byte> bytes) {
-    const uint64_t seed = Hash64(std::as_bytes(std::span(key.chain)), static_cast<uint64_t>(key.layer));
-    return Hash128(bytes, seed);
+  static uint64_t SeedOf(const ChunkKey& key) {
+    return Hash64(std::as_bytes(std::span(key.chain)), static_cast<uint64_t>(key.layer));
   }
+  static bool Holds(const ChunkSeal& seal, std::span<const std::byte> bytes) { return Hash128(bytes, seal.seed) == seal.hash; }
   // Words never fail: a state that has to be told may not get lost for want of them.
   static Status Damaged(const ChunkKey& key) noexcept {
     return WithWords(StatusCode::kCorrupt, [&]() -> Status {
@@ -100,8 +100,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   BlockData& In(Block* block) const PREHOC_REQUIRES(mutex) { return block->data; }
   std::span<std::byte> BytesOf(BlockId memory) const { return arena->block(memory); }
 
-  std::span<const std::byte> BytesOfTail(Block* tail) {
-    MutexLock lock(mutex);
+  std::span<const std::byte> BytesOfTailLocked(Block* tail) const PREHOC_REQUIRES(mutex) {
     PREHOC_CHECK(!In(tail).known && In(tail).memory.valid() && In(tail).pins == 0);
     return BytesOf(In(tail).memory);
   }
@@ -359,7 +358,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   struct PendingWrite {
     ChunkKey key;
     ChunkOrigin origin;
-    std::array<uint64_t, 2> seal{};
+    ChunkSeal seal;
     std::span<const std::byte> bytes;
   };
   struct WriteResult {
@@ -443,8 +442,9 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   // Nobody waits any more; but what came is as good as ever, if nothing else has come in its place.
   void FinishLateLocked(Block* block, BlockId memory, bool good) PREHOC_REQUIRES(mutex);
 
-  // The store vouches for its record; that it is the very one which was written from here, only this tier knows.
-  Status CompareSeal(Block* block, const std::array<uint64_t, 2>& seal);
+  // The store vouches for its record, which is what `read` says of it; that it is the very one which was written from here, only this
+  // tier knows. A pass over `bytes`, unless they are seen for the first time.
+  Status CompareSeal(Block* block, const ChunkSeal& read, std::span<const std::byte> bytes);
 
   void FinishLoadLocked(Block* block, BlockLoad* load, BlockId memory, Status status) PREHOC_REQUIRES(mutex);
 
@@ -475,8 +475,14 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     AdoptLocked(canonical, memory);
   }
 
+  // With which a tail is sealed: that of the block which has the key, so that the two can be compared.
+  uint64_t SeedLocked(const ChunkKey& key) const PREHOC_REQUIRES(mutex) {
+    const auto found = map.find(key);
+    return found != map.end() && In(found->second.get()).sealed ? In(found->second.get()).seal.seed : SeedOf(key);
+  }
+
   // True if the caller has to post RunWriteBehind(canonical->get()). What may throw comes first.
-  bool SealLocked(Block* tail, const ChunkKey& key, const ChunkOrigin& origin, const std::array<uint64_t, 2>& seal,
+  bool SealLocked(Block* tail, const ChunkKey& key, const ChunkOrigin& origin, const ChunkSeal& seal,
                   BlockRef* canonical) PREHOC_REQUIRES(mutex) {
     BlockData& data = In(tail);
     PREHOC_CHECK(!data.known && data.memory.valid() && data.pins == 0);

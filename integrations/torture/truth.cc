@@ -191,8 +191,8 @@ bool Truth::BlockIsRight(int64_t chunk, int32_t layer, std::span<const std::byte
   return std::find(found->second.begin(), found->second.end(), hash) != found->second.end();
 }
 
-Status TruthStore::DoGet(const ChunkKey& key, std::span<std::byte> out) {
-  PREHOC_RETURN_IF_ERROR(base()->Get(key, out));
+Status TruthStore::DoGet(const ChunkKey& key, std::span<std::byte> out, ChunkSeal* seal) {
+  PREHOC_RETURN_IF_ERROR(base()->Get(key, out, seal));
   const std::array<uint64_t, 2> hash = Hash128(out);
   reads_.fetch_add(1, std::memory_order_relaxed);
   MutexLock lock(mutex_);

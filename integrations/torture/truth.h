@@ -88,7 +88,7 @@ class TruthStore final : public ChunkStoreWrapper {
   void GiveKnown(Known known);
 
  private:
-  Status DoGet(const ChunkKey& key, std::span<std::byte> out) override;
+  Status DoGet(const ChunkKey& key, std::span<std::byte> out, ChunkSeal* seal) override;
   Status DoPut(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) override;
 
   const Truth* const truth_;

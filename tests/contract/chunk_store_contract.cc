@@ -4,6 +4,7 @@
 
 #include "tests/support/chunk_data.h"
 #include "tests/support/status_matchers.h"
+#include "transfer/record_format.h"
 
 namespace prehoc {
 
@@ -20,6 +21,23 @@ TEST_P(ChunkStoreContract, GivesBackWhatWasPut) {
     ASSERT_OK(store().Get(TestKey(i), out));
     EXPECT_EQ(out, TestChunk(i)) << i;
   }
+}
+
+// Whoever keeps the bytes can compare them again: with what they were written as, and with no other key's.
+TEST_P(ChunkStoreContract, SaysWhatTheBytesWereComparedWith) {
+  std::vector<std::byte> out(kContractChunkBytes);
+  ChunkSeal seals[2], again;
+  for (int i = 0; i < 2; ++i) {
+    ASSERT_OK(store().Put(TestKey(i), TestChunk(1)));
+    ASSERT_OK(store().Get(TestKey(i), out, &seals[i]));
+    EXPECT_EQ(Hash128(out, seals[i].seed), seals[i].hash);
+  }
+  EXPECT_NE(seals[0], seals[1]) << "the same bytes under another key";
+  ASSERT_OK(store().Flush());
+  ASSERT_OK(store().Get(TestKey(1), out, &again));
+  EXPECT_EQ(again, seals[1]);
+  out[0] ^= std::byte{1};
+  EXPECT_NE(Hash128(out, again.seed), again.hash);
 }
 
 TEST_P(ChunkStoreContract, GivesBackWhatWasFlushed) {
