@@ -279,6 +279,7 @@ void HostTier::VisitCounters(const CounterVisitor& visit) const {
   show("write_behind.queued", queued);
   show("write_behind.written", c.written);
   show("write_behind.bytes", c.written * block_bytes());
+  show("write_behind.replaced", c.replaced);
   show("write_behind.dropped", c.dropped);
   show("write_behind.failed", c.failed);
   show("write_behind.shed", c.shed);

@@ -133,8 +133,8 @@ class HostTier {
   int64_t used_blocks() const;
   // host.{of the arena: see HostArena; blocks, pinned, tails, waiting, hits, loads, shared_loads, load_errors, load_bytes,
   // load_nanos, evicted, forgotten, lost, healed, duplicates, prefetches, prefetches_refused, verified_bytes, corrupt, late} and
-  // write_behind.{queued, written, bytes, dropped, failed, shed}: waiting = callers that wait for the I/O of others now; late = reads given up;
-  // forgotten = went unstored, as nobody held them; dropped = the store would have stalled; shed = a queue was full.
+  // write_behind.{queued, written, bytes, replaced, dropped, failed, shed}: waiting = callers that wait for the I/O of others now; late = reads given up;
+  // forgotten = went unstored, as nobody held them; replaced = of `written`, in the place of another version; dropped = the store would have stalled; shed = a queue was full.
   void VisitCounters(const CounterVisitor& visit) const;
   // Flips one bit of a sealed block that nobody uses, as failing memory would; `pick` says which. False if there is none.
   bool FlipIdleBitForTest(uint64_t pick, uint64_t bit);

@@ -219,14 +219,14 @@ Status HostTier::Impl::CompareSeal(Block* block, const ChunkSeal& read, std::spa
       MutexLock lock(mutex);
       BlockData& data = In(block);
       if (data.memory.valid()) return {};  // a Seal() brought the bytes meanwhile, and they are what counts
-      if (!data.store_sealed) {
+      if (!data.sealed) {
         data.seal = read;
         data.sealed = data.store_sealed = true;
         return {};
       }
       if (hashed && found.seed == data.seal.seed) {
-        if (found == data.seal) return {};
-        data.store_sealed = false;
+        data.store_sealed = found == data.seal;
+        if (data.store_sealed) return {};
         ++counters.corrupt;
         return WithWords(StatusCode::kCorrupt, [&]() -> Status {
           return {StatusCode::kCorrupt, "host tier: chunk " + data.key.ToString() + ": the store gave other bytes than were sealed"};

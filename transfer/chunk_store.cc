@@ -31,4 +31,9 @@ Status ChunkStore::Put(const ChunkKey& key, std::span<const std::byte> data, con
   return DoPut(key, data, origin);
 }
 
+Status ChunkStore::Replace(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) {
+  if (data.size() != chunk_bytes_) return WrongSize("data", key, data.size(), chunk_bytes_);
+  return DoReplace(key, data, origin);
+}
+
 }  // namespace prehoc

@@ -83,6 +83,14 @@ class ChunkStore {
   // budget), kIoError (the store then refuses writes until reopened).
   Status Put(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin = {});
 
+  // As Put(), but in the place of a record of this key, if there is one. After a crash there is the old one or the new one; on error the
+  // old one may be gone.
+  Status Replace(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin = {});
+
+  // What Get() would compare the record of `key` with, without reading its payload (nor noticing damage there).
+  // Codes of Get(); drops and counts nothing.
+  Result<ChunkSeal> Peek(const ChunkKey& key) { return DoPeek(key); }
+
   // True if Get() would probably find the key; costs no read of the record. Never true for a dropped key.
   bool Contains(const ChunkKey& key) const { return DoContains(key); }
 
@@ -105,6 +113,8 @@ class ChunkStore {
  private:
   virtual Status DoGet(const ChunkKey& key, std::span<std::byte> out, ChunkSeal* seal) = 0;  // `seal` is never null
   virtual Status DoPut(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) = 0;
+  virtual Status DoReplace(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) = 0;
+  virtual Result<ChunkSeal> DoPeek(const ChunkKey& key) = 0;
   virtual bool DoContains(const ChunkKey& key) const = 0;
   virtual Status DoDelete(const ChunkKey& key) = 0;
   virtual Status DoFlush() = 0;
@@ -128,6 +138,10 @@ class ChunkStoreWrapper : public ChunkStore {
   Status DoPut(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) override {
     return base_->Put(key, data, origin);
   }
+  Status DoReplace(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) override {
+    return base_->Replace(key, data, origin);
+  }
+  Result<ChunkSeal> DoPeek(const ChunkKey& key) override { return base_->Peek(key); }
   bool DoContains(const ChunkKey& key) const override { return base_->Contains(key); }
   Status DoDelete(const ChunkKey& key) override { return base_->Delete(key); }
   Status DoFlush() override { return base_->Flush(); }

@@ -74,9 +74,27 @@ Status MemoryChunkStore::Check(const ChunkKey& key, RecordHeader* header, std::s
 }
 
 Status MemoryChunkStore::DoPut(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) {
+  return Write(key, data, origin, /*replace=*/false);
+}
+
+Status MemoryChunkStore::DoReplace(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) {
+  return Write(key, data, origin, /*replace=*/true);
+}
+
+Result<ChunkSeal> MemoryChunkStore::DoPeek(const ChunkKey& key) {
+  MutexLock lock(mutex_);
+  const auto found = index_.find(key);
+  if (found == index_.end()) return {StatusCode::kNotFound, "memory store: no chunk " + key.ToString()};
+  RecordHeader header;
+  std::memcpy(&header, found->second->record.get(), sizeof header);
+  PREHOC_RETURN_IF_ERROR(CheckHeader(context_, key, header, chunk_bytes()).WithContext("memory store"));
+  return SealOf(header);
+}
+
+Status MemoryChunkStore::Write(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin, bool replace) {
   {
     MutexLock lock(mutex_);
-    if (index_.contains(key)) return {};
+    if (!replace && index_.contains(key)) return {};
     PREHOC_RETURN_IF_ERROR(ReserveLocked());
   }
   Record record(new (std::nothrow) std::byte[record_bytes()]);
@@ -98,9 +116,11 @@ Status MemoryChunkStore::DoPut(const ChunkKey& key, std::span<const std::byte> d
     return {StatusCode::kOutOfSpace, "memory store: the system has no memory for " +
                                          FormatBytes(static_cast<double>(record_bytes()))};
   }
-  if (index_.contains(key)) return {};  // another thread stored the same chunk meanwhile
+  const auto there = index_.find(key);
+  if (!replace && there != index_.end()) return {};  // another thread stored the same chunk meanwhile
   Lru fresh;
   fresh.push_front({key, std::move(record)});
+  if (there != index_.end()) EraseLocked(there->second);
   index_.emplace(key, fresh.begin());  // may throw; what follows does not
   lru_.splice(lru_.begin(), fresh);
   ++counters_.puts;

@@ -61,7 +61,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   struct Counters {
     uint64_t hits = 0, loads = 0, shared_loads = 0, load_errors = 0, load_nanos = 0;
     uint64_t evicted = 0, forgotten = 0, lost = 0, healed = 0, duplicates = 0, prefetches = 0, prefetches_refused = 0;
-    uint64_t written = 0, dropped = 0, failed = 0, shed = 0;
+    uint64_t written = 0, replaced = 0, dropped = 0, failed = 0, shed = 0;
     uint64_t late = 0;
     uint64_t verified = 0, corrupt = 0;  // checks of bytes in memory; and those that found damage
   };
@@ -359,11 +359,14 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     ChunkKey key;
     ChunkOrigin origin;
     ChunkSeal seal;
+    bool known_there = false;  // if the store has the key, then with just these bytes
     std::span<const std::byte> bytes;
   };
   struct WriteResult {
     Status status;
     bool wrote = false;    // else the store had it already
+    bool replaced = false;  // another version of it
+    bool same = false;     // the store has just these bytes, that is known
     bool damaged = false;  // the bytes are not what was sealed: they were not written
   };
 
@@ -469,6 +472,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     // Computed twice, bytes may differ in their last bits; what the store has stays what this block is.
     if (data.stored && data.store_sealed && data.seal != In(tail).seal) return FreeLocked(memory);
     if (data.seal != In(tail).seal) data.store_sealed = false;
+    data.stored &= data.store_sealed;  // nobody has read what the store has: it will be compared
     data.seal = In(tail).seal;
     data.sealed = true;
     counters.healed += !data.lost.ok();
