@@ -30,7 +30,7 @@ enum class BlockState : uint8_t { kTail, kHost, kStoreOnly, kLost };
 
 // What a use says about the next one: a streamed block will not be wanted before all others of its kind (one layer
 // after the other, over and over), so the one used last is the first to go, before any kept one; a kept one goes when
-// it has not been used for longest. The pin that dies last decides; a tail that was never pinned is kept.
+// it has not been used for longest. Blocks that nobody holds go before all that somebody does. The pin that dies last decides; a tail that was never pinned is kept.
 enum class BlockUse : uint8_t { kStream, kKeep };
 
 // Whether a pin of a block that is in memory already compares its bytes with what Seal() saw: one pass over them. A block that

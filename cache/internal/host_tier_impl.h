@@ -82,8 +82,14 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   mutable Mutex mutex;
   CondVar changed;  // a load or a write ended; with `reclaimers`, also: memory came free or a pin died
   std::unordered_map<ChunkKey, std::unique_ptr<Block>, ChunkKeyHash> map PREHOC_GUARDED_BY(mutex);
-  BlockList streamed PREHOC_GUARDED_BY(mutex);
-  BlockList kept PREHOC_GUARDED_BY(mutex);
+  // Blocks in memory that nobody pins: those that nobody holds either go before all others, or a sequence would lose rows to what
+  // sequences left behind that are over.
+  struct Unpinned {
+    BlockList streamed, kept;
+    int64_t size() const { return streamed.size() + kept.size(); }
+  };
+  Unpinned idle PREHOC_GUARDED_BY(mutex);
+  Unpinned held PREHOC_GUARDED_BY(mutex);
   int64_t tails PREHOC_GUARDED_BY(mutex) = 0;
   int64_t resident PREHOC_GUARDED_BY(mutex) = 0;   // known blocks in memory
   int32_t transit PREHOC_GUARDED_BY(mutex) = 0;    // loads and writes under way: each ends without waiting for memory
@@ -116,6 +122,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     std::get_deleter<Releaser>(ref)->impl = this;
     ++data.handles;
     data.self = ref;
+    if (data.handles == 1) RelinkLocked(block);
     return ref;
   }
 
@@ -123,7 +130,10 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     MutexLock lock(mutex);
     BlockData& data = In(block);
     if (--data.handles > 0) return;
-    if (data.known) return ForgetIfUnusedLocked(block);
+    if (data.known) {
+      RelinkLocked(block);
+      return ForgetIfUnusedLocked(block);
+    }
     if (data.memory.valid()) {
       FreeLocked(data.memory);
       --tails;
@@ -162,8 +172,17 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   }
 
   void LinkLocked(Block* block) PREHOC_REQUIRES(mutex) {
-    (In(block).use == BlockUse::kStream && !In(block).awaited ? streamed : kept).PushBack(block);
+    const BlockData& data = In(block);
+    Unpinned& lists = data.handles == 0 ? idle : held;
+    (data.use == BlockUse::kStream && !data.awaited ? lists.streamed : lists.kept).PushBack(block);
     if (reclaimers > 0) changed.NotifyAll();
+  }
+  // Somebody holds it, or nobody does any more.
+  void RelinkLocked(Block* block) PREHOC_REQUIRES(mutex) {
+    BlockList* const list = In(block).list;
+    if (list == nullptr) return;
+    list->Remove(block);
+    LinkLocked(block);
   }
 
   void PinLocked(Block* block, int32_t count) PREHOC_REQUIRES(mutex) {
@@ -236,13 +255,15 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   }
 
   Block* VictimLocked(const Turn& turn, bool demand) const PREHOC_REQUIRES(mutex) {
-    for (Block* block = streamed.back(); block != nullptr; block = In(block).before) {
-      if (EvictableLocked(In(block), turn)) return block;
-    }
-    for (Block* block = kept.front(); block != nullptr; block = In(block).after) {
-      // Whatever is behind it was used later: a prefetch that went on would push out what others wait for.
-      if (!demand && In(block).awaited && In(block).handles > 0) return nullptr;
-      if (EvictableLocked(In(block), turn)) return block;
+    for (const Unpinned* lists : {&idle, &held}) {
+      for (Block* block = lists->streamed.back(); block != nullptr; block = In(block).before) {
+        if (EvictableLocked(In(block), turn)) return block;
+      }
+      for (Block* block = lists->kept.front(); block != nullptr; block = In(block).after) {
+        // Whatever is behind it was used later: a prefetch that went on would push out what others wait for.
+        if (!demand && In(block).awaited && In(block).handles > 0) return nullptr;
+        if (EvictableLocked(In(block), turn)) return block;
+      }
     }
     return nullptr;
   }
@@ -338,7 +359,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   }
 
   Status NothingToEvictLocked(const Status& arena_status, const Turn& turn) const PREHOC_REQUIRES(mutex) {
-    const int64_t stuck = streamed.size() + kept.size();
+    const int64_t stuck = idle.size() + held.size();
     std::string message = "host tier: " + arena_status.message() + ": " + std::to_string(resident - stuck) +
                           " pinned, " + std::to_string(tails) + " being filled";
     if (stuck > 0) {

@@ -81,9 +81,9 @@ TEST_F(HostTierIntegrityTest, TheSameBytesComputedAgainAreTakenForTheSame) {
   ASSERT_OK(world.memory->Put(TestKey(1), TestChunk(1, kTestBlockBytes)));
   const BlockRef block = world.tier->Find(TestKey(1)).value();
   world.Use(block, BlockUse::kStream);
-  world.Make(2);
+  const BlockRef second = world.Make(2);
   world.background.Drain();
-  world.Make(3);
+  const BlockRef third = world.Make(3);
   ASSERT_EQ(world.tier->state(block), BlockState::kStoreOnly);
   EXPECT_EQ(world.Make(1), block);
   EXPECT_EQ(world.tier->state(block), BlockState::kHost) << "its bytes are in memory again without a read";
@@ -99,8 +99,7 @@ TEST_F(HostTierIntegrityTest, WhatWasComputedAgainTakesThePlaceOfTheStoresVersio
   world.background.Drain();
   EXPECT_EQ(world.Counter("write_behind.replaced"), 1);
   world.Use(block, BlockUse::kStream);
-  world.Make(2);
-  world.Make(3);
+  const BlockRef others[] = {world.Make(2), world.Make(3)};
   ASSERT_EQ(world.tier->state(block), BlockState::kStoreOnly);
   EXPECT_TRUE(HoldsBytesOf(world.tier->Pin(block).value(), 1)) << "whoever holds it has seen these";
   EXPECT_EQ(world.Counter("host.corrupt"), 0);
@@ -114,8 +113,7 @@ TEST_F(HostTierIntegrityTest, ABlockLeavesMemoryOnlyOnceTheStoreHasItsVersion) {
   const BlockRef block = world.Make(1);
   ASSERT_EQ(block, found) << "found before, and read by nobody";
   world.Use(block, BlockUse::kStream);
-  world.Make(2);
-  world.Make(3);
+  const BlockRef others[] = {world.Make(2), world.Make(3)};
   ASSERT_EQ(world.tier->state(block), BlockState::kStoreOnly);
   EXPECT_TRUE(HoldsBytesOf(world.tier->Pin(block).value(), 1));
 }
