@@ -7,8 +7,9 @@
 // store weighs more here than in an engine.
 //
 //   harm/<store>     prompt of 2,048 tokens and 64 decode steps beside this store, over the same without one. `useless`: takes everything, on
-//                    disk, and has never what is asked for. `slow`: has all of every prompt, and takes 200 ms for each block.
-//                    `dead`: every read and write fails. All of them after the cache has had two runs to learn.
+//                    disk, and has never what is asked for. `slow`: has all of every prompt, and takes 200 ms for each block. `dead`:
+//                    every read and write fails. `none`: no store on either side, which is what the method makes of no difference.
+//                    All of them after the cache has had two runs to learn.
 //   checks/restore   a prefix of 4,096 tokens (480 blocks of 192 KiB, direct I/O) brought back from --dir with its checksums compared,
 //                    over the same without.
 #include <benchmark/benchmark.h>
@@ -181,8 +182,13 @@ void BM_Harm(benchmark::State& state, const std::string& kind) {
     OrExit(writer.cache->Flush());
   }
   PoorStore poor(disk.get(), kind == "slow" ? 200'000'000 : 0, kind == "dead");
-  Cache with(geometry, host_budget, &poor), without(geometry, host_budget, nullptr);
-  Compare(state, [&](int64_t run) { return RunOnce(with, input, run); }, [&](int64_t run) { return RunOnce(without, input, run); });
+  Cache with(geometry, host_budget, kind == "none" ? nullptr : &poor), without(geometry, host_budget, nullptr);
+  const auto run_with = [&](int64_t run) {
+    const double seconds = RunOnce(with, input, run);
+    OrExit(disk->Flush());  // likewise
+    return seconds;
+  };
+  Compare(state, run_with, [&](int64_t run) { return RunOnce(without, input, run); });
   with.cache->VisitCounters([&](std::string_view name, double value) {
     if (name == "host.loads") state.counters["blocks_read"] = value;
     if (name == "write_behind.written") state.counters["blocks_written"] = value;
@@ -229,7 +235,7 @@ int Main(int argc, char** argv) {
   benchmark::Initialize(&rest_count, rest.data());
   if (benchmark::ReportUnrecognizedArguments(rest_count, rest.data())) return 2;
   benchmark::AddCustomContext("question", "what does a store cost that is no help, and what do its checks cost?");
-  for (const char* kind : {"useless", "slow", "dead"}) {
+  for (const char* kind : {"none", "useless", "slow", "dead"}) {
     benchmark::RegisterBenchmark((std::string("harm/") + kind).c_str(), BM_Harm, std::string(kind))->UseManualTime()->Iterations(1)->Unit(benchmark::kMillisecond);
   }
   benchmark::RegisterBenchmark("checks/restore", BM_Checks)->UseManualTime()->Iterations(1)->Unit(benchmark::kMillisecond);
