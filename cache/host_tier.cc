@@ -120,7 +120,14 @@ BlockRef HostTier::Seal(BlockRef tail, const ChunkKey& key, const ChunkOrigin& o
   PREHOC_CHECK(tail != nullptr);
   bool post = false;
   BlockRef result;
-  const std::array<uint64_t, 2> seal = Impl::SealOf(key, impl_->BytesOfTail(tail.get()));
+  std::span<const std::byte> bytes;
+  ChunkSeal seal;
+  {
+    MutexLock lock(impl_->mutex);
+    bytes = impl_->BytesOfTailLocked(tail.get());
+    seal.seed = impl_->SeedLocked(key);
+  }
+  seal.hash = Hash128(bytes, seal.seed);
   {
     MutexLock lock(impl_->mutex);
     post = impl_->SealLocked(tail.get(), key, origin, seal, &result);
@@ -220,10 +227,14 @@ Status HostTier::Flush() {
 
 bool HostTier::FlipIdleBitForTest(uint64_t pick, uint64_t bit) {
   MutexLock lock(impl_->mutex);
-  const BlockList& list = pick % 2 == 0 && impl_->streamed.size() > 0 ? impl_->streamed : impl_->kept;
-  if (list.size() == 0) return false;
-  Block* block = list.front();
-  for (uint64_t i = pick / 2 % static_cast<uint64_t>(list.size()); i > 0; --i) block = impl_->In(block).after;
+  const int64_t unpinned = impl_->idle.size() + impl_->held.size();
+  if (unpinned == 0) return false;
+  auto left = static_cast<int64_t>(pick % static_cast<uint64_t>(unpinned));
+  Block* block = nullptr;
+  for (const BlockList* list : {&impl_->idle.streamed, &impl_->idle.kept, &impl_->held.streamed, &impl_->held.kept}) {
+    for (block = list->front(); block != nullptr && left > 0; --left) block = impl_->In(block).after;
+    if (block != nullptr) break;
+  }
   const BlockData& data = impl_->In(block);
   if (data.writing || data.damaged) return false;
   const std::span<std::byte> bytes = impl_->BytesOf(data.memory);
@@ -244,7 +255,7 @@ void HostTier::VisitCounters(const CounterVisitor& visit) const {
     c = impl_->counters;
     resident = impl_->resident;
     tails = impl_->tails;
-    pinned = resident - impl_->streamed.size() - impl_->kept.size();
+    pinned = resident - impl_->idle.size() - impl_->held.size();
     waiting = impl_->sharers + impl_->reclaimers;
     queued = impl_->queued_writes;
   }
@@ -272,6 +283,7 @@ void HostTier::VisitCounters(const CounterVisitor& visit) const {
   show("write_behind.queued", queued);
   show("write_behind.written", c.written);
   show("write_behind.bytes", c.written * block_bytes());
+  show("write_behind.replaced", c.replaced);
   show("write_behind.dropped", c.dropped);
   show("write_behind.failed", c.failed);
   show("write_behind.shed", c.shed);
@@ -289,6 +301,8 @@ Status HostTier::Impl::CheckBlockLocked(const ChunkKey& key, Block* block) const
   if (data.pins > 0 && !data.memory.valid()) return bad("is pinned and not in memory");
   if (data.writing && !data.memory.valid()) return bad("is being written and not in memory");
   if ((data.list != nullptr) != (data.memory.valid() && data.pins == 0)) return bad("is in a list, or not, wrongly");
+  const Unpinned& lists = data.handles == 0 ? idle : held;
+  if (data.list != nullptr && data.list != &lists.streamed && data.list != &lists.kept) return bad("is in the list of others");
   if (data.memory.valid() && !data.sealed) return bad("is in memory and was never sealed");
   if (data.damaged && !data.memory.valid()) return bad("is damaged and not in memory");
   if (!data.lost.ok() && data.memory.valid()) return bad("is lost and in memory");
@@ -309,7 +323,7 @@ Status HostTier::Impl::CheckLocked() const {
   }
   const auto bad = [](const char* what) { return Status(StatusCode::kCorrupt, std::string("host tier: ") + what); };
   if (in_memory != resident) return bad("`resident` does not count the blocks in memory");
-  if (unpinned != streamed.size() + kept.size()) return bad("the lists have lost or doubled a block");
+  if (unpinned != idle.size() + held.size()) return bad("the lists have lost or doubled a block");
   if (writing > transit) return bad("more blocks are being written than are on their way");
   if (write_queued > queued_writes) return bad("more writes are queued than counted");
   const int64_t used = arena->used_blocks();

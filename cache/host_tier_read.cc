@@ -85,18 +85,16 @@ void HostTier::Impl::GiveUpLocked(Block* block, BlockLoad* load) {
 }
 
 bool HostTier::Impl::CheckPinned(Block* block, std::span<const std::byte> bytes) {
-  std::array<uint64_t, 2> seal{};
-  ChunkKey key;
+  ChunkSeal seal;
   {
     MutexLock lock(mutex);
     const BlockData& data = In(block);
     if (!data.known || data.checked) return true;
     ++counters.verified;
     seal = data.seal;
-    key = data.key;
   }
   PREHOC_TEST_POINT("host_tier.verify");
-  const bool whole = SealOf(key, bytes) == seal;
+  const bool whole = Holds(seal, bytes);
   MutexLock lock(mutex);
   if (whole) {
     In(block).checked = true;
@@ -171,11 +169,12 @@ void HostTier::Impl::FinishRead(Block* block, BlockLoad* load, BlockId memory, i
     late = load->late;
   }
   Status status(StatusCode::kDeadline, {});  // nobody waits for it any more
+  ChunkSeal read;
   if (!late) {
     PREHOC_TEST_POINT("host_tier.load");
     TraceScope trace(options.tracer, "store read");
     trace.Say("layer", load->key.layer).Say("bytes", static_cast<int64_t>(options.block_bytes));
-    status = WithinMemory([&] { return store->Get(load->key, BytesOf(memory)); });
+    status = WithinMemory([&] { return store->Get(load->key, BytesOf(memory), &read); });
     trace.Say("code", static_cast<int64_t>(status.code()));
   }
   const int64_t nanos = clock->NowNanos() - start;
@@ -189,7 +188,7 @@ void HostTier::Impl::FinishRead(Block* block, BlockLoad* load, BlockId memory, i
     if (status.code() == StatusCode::kIoError || status.code() == StatusCode::kDeadline) status = GivenUp(status);
   }
   if (status.ok()) {
-    status = CompareSeal(block, SealOf(load->key, BytesOf(memory)));
+    status = CompareSeal(block, read, BytesOf(memory));
     // A record that is not what was written goes, or it would keep the right one from being written.
     if (!status.ok()) WithinMemory([&] { return store->Delete(load->key); }).IgnoreError();
   }
@@ -212,20 +211,31 @@ void HostTier::Impl::FinishLateLocked(Block* block, BlockId memory, bool good) {
   AdoptLocked(block, memory);
 }
 
-Status HostTier::Impl::CompareSeal(Block* block, const std::array<uint64_t, 2>& seal) {
-  MutexLock lock(mutex);
-  BlockData& data = In(block);
-  if (data.memory.valid()) return {};  // a Seal() brought the bytes meanwhile, and they are what counts
-  if (!data.store_sealed) {
-    data.seal = seal;
-    data.sealed = data.store_sealed = true;
+Status HostTier::Impl::CompareSeal(Block* block, const ChunkSeal& read, std::span<const std::byte> bytes) {
+  // What these bytes have by the seed of the block's own seal, once that was asked for.
+  ChunkSeal found;
+  for (bool hashed = false;; hashed = true) {
+    {
+      MutexLock lock(mutex);
+      BlockData& data = In(block);
+      if (data.memory.valid()) return {};  // a Seal() brought the bytes meanwhile, and they are what counts
+      if (!data.sealed) {
+        data.seal = read;
+        data.sealed = data.store_sealed = true;
+        return {};
+      }
+      if (hashed && found.seed == data.seal.seed) {
+        data.store_sealed = found == data.seal;
+        if (data.store_sealed) return {};
+        ++counters.corrupt;
+        return WithWords(StatusCode::kCorrupt, [&]() -> Status {
+          return {StatusCode::kCorrupt, "host tier: chunk " + data.key.ToString() + ": the store gave other bytes than were sealed"};
+        });
+      }
+      found.seed = data.seal.seed;
+    }
+    found.hash = Hash128(bytes, found.seed);
   }
-  if (data.seal == seal) return {};
-  data.store_sealed = false;
-  ++counters.corrupt;
-  return WithWords(StatusCode::kCorrupt, [&]() -> Status {
-    return {StatusCode::kCorrupt, "host tier: chunk " + data.key.ToString() + ": the store gave other bytes than were sealed"};
-  });
 }
 
 void HostTier::Impl::FinishLoadLocked(Block* block, BlockLoad* load, BlockId memory, Status status) {

@@ -13,21 +13,32 @@ HostTier::Impl::PendingWrite HostTier::Impl::BeginWriteLocked(Block* block) {
   PREHOC_DCHECK(!data.writing && data.memory.valid() && data.sealed);
   data.writing = true;
   ++transit;
-  return {data.key, data.origin, data.seal, BytesOf(data.memory)};
+  return {data.key, data.origin, data.seal, data.store_sealed, BytesOf(data.memory)};
 }
 
 HostTier::Impl::WriteResult HostTier::Impl::Write(const PendingWrite& write, StoreCall* call) const noexcept {
   PREHOC_TEST_POINT("host_tier.write");
   // Asked each time: a bounded store may have shed what it once took.
-  if (store->Contains(write.key)) return {};
-  if (options.health != nullptr && !options.health->Begin()) {
-    return {.status = LeftAlone()};
-  }
+  const bool there = store->Contains(write.key);
+  if (there && write.known_there) return {.same = true};
+  // Unseen, a version of it is better than none.
+  if (options.health != nullptr && !options.health->Begin()) return there ? WriteResult{} : WriteResult{.status = LeftAlone()};
   TraceScope trace(options.tracer, "store write");
   trace.Say("layer", write.key.layer).Say("bytes", static_cast<int64_t>(options.block_bytes));
   // Or the store would give damage a checksum that holds.
-  const bool damaged = SealOf(write.key, write.bytes) != write.seal;
-  const Status status = damaged ? Damaged(write.key) : WithinMemory([&] { return store->Put(write.key, write.bytes, write.origin); });
+  const bool damaged = !Holds(write.seal, write.bytes);
+  bool same = false, replaced = false;
+  const Status status = damaged ? Damaged(write.key) : WithinMemory([&]() -> Status {
+    if (!there) return store->Put(write.key, write.bytes, write.origin);
+    // Computed anew by somebody who did not have it: K and V of the same tokens may differ in their last bits. Whoever holds this block
+    // has seen these, and gets no others.
+    const Result<ChunkSeal> stored = store->Peek(write.key);
+    same = stored.ok() && Holds(*stored, write.bytes);
+    if (same) return {};
+    if (!stored.ok() && stored.status().code() != StatusCode::kNotFound && stored.status().code() != StatusCode::kCorrupt) return stored.status();
+    replaced = true;
+    return store->Replace(write.key, write.bytes, write.origin);
+  });
   trace.Say("code", static_cast<int64_t>(status.code()));
   bool late = false;
   if (call != nullptr) {
@@ -35,7 +46,7 @@ HostTier::Impl::WriteResult HostTier::Impl::Write(const PendingWrite& write, Sto
     late = call->late;
   }
   if (options.health != nullptr && !late) options.health->End(status);
-  return {.status = status, .wrote = !damaged, .damaged = damaged};
+  return {.status = status, .wrote = !damaged && !same, .replaced = replaced, .same = status.ok(), .damaged = damaged};
 }
 
 Status HostTier::Impl::LateCall() const noexcept {
@@ -69,9 +80,10 @@ HostTier::Impl::WriteResult HostTier::Impl::WriteInTime(Block* block, const Pend
     return result;
   };
   Status posted(StatusCode::kBusy, {});
-  if (options.write_deadline_nanos > 0 && !store->Contains(write.key)) {  // what is there already takes no time
+  const bool there = store->Contains(write.key);
+  if (options.write_deadline_nanos > 0 && !(there && write.known_there)) {  // what is there already takes no time
     if (options.health != nullptr && !options.health->Available()) {
-      const WriteResult refused{.status = LeftAlone()};
+      const WriteResult refused{.status = there ? Status() : LeftAlone()};
       MutexLock lock(mutex);
       EndWriteLocked(block, refused);
       return refused;
@@ -148,7 +160,8 @@ void HostTier::Impl::EndWriteLocked(Block* block, const WriteResult& result) {
     if (!std::exchange(data.damaged, true)) ++counters.corrupt;
   } else if (data.stored) {
     counters.written += result.wrote;
-    data.store_sealed |= result.wrote;
+    counters.replaced += result.replaced;
+    data.store_sealed |= result.same;
   } else {
     ++(result.status.code() == StatusCode::kBusy ? counters.dropped : counters.failed);
   }

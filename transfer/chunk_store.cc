@@ -20,14 +20,20 @@ std::string ChunkKey::ToString() const {
   return text + "/" + std::to_string(layer);
 }
 
-Status ChunkStore::Get(const ChunkKey& key, std::span<std::byte> out) {
+Status ChunkStore::Get(const ChunkKey& key, std::span<std::byte> out, ChunkSeal* seal) {
   if (out.size() != chunk_bytes_) return WrongSize("out", key, out.size(), chunk_bytes_);
-  return DoGet(key, out);
+  ChunkSeal unwanted;
+  return DoGet(key, out, seal != nullptr ? seal : &unwanted);
 }
 
 Status ChunkStore::Put(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) {
   if (data.size() != chunk_bytes_) return WrongSize("data", key, data.size(), chunk_bytes_);
   return DoPut(key, data, origin);
+}
+
+Status ChunkStore::Replace(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) {
+  if (data.size() != chunk_bytes_) return WrongSize("data", key, data.size(), chunk_bytes_);
+  return DoReplace(key, data, origin);
 }
 
 }  // namespace prehoc

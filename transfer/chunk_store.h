@@ -46,6 +46,14 @@ inline uint64_t ChainTag(const std::array<uint8_t, 32>& chain) {
   return tag;
 }
 
+// By which bytes are known again: Hash128(bytes, seed) == hash (transfer/record_format.h). The seed is a hash of the key and of
+// whatever else the bytes are bound to.
+struct ChunkSeal {
+  uint64_t seed = 0;
+  std::array<uint64_t, 2> hash{};
+  friend bool operator==(const ChunkSeal&, const ChunkSeal&) = default;
+};
+
 // What a store was made for. A store opened with another identity is refused, with both values in the message.
 struct StoreIdentity {
   std::array<uint8_t, 32> model{};  // model fingerprint
@@ -63,16 +71,25 @@ class ChunkStore {
  public:
   virtual ~ChunkStore() = default;
 
-  // Copies the record of `key` into `out` [chunk_bytes()]. Waits for the bytes.
+  // Copies the record of `key` into `out` [chunk_bytes()], and what `out` was compared with into `seal`, unless that is null: whoever
+  // keeps the bytes can compare them again and need not read them for that now. Waits for the bytes.
   // Returns kInvalid (size of out), kNotFound, kIoError, kCorrupt (checksum, or a record of another key, layout
-  // or version; the damaged record is dropped and counted), kDeadline. `out` is unspecified on error.
-  Status Get(const ChunkKey& key, std::span<std::byte> out);
+  // or version; the damaged record is dropped and counted), kDeadline. `out` and `seal` are unspecified on error.
+  Status Get(const ChunkKey& key, std::span<std::byte> out, ChunkSeal* seal = nullptr);
 
   // Stores a copy of `data` [chunk_bytes()]; a key that is present is left as it is (records are immutable).
   // May shed older records to stay within the store's byte budget.
   // Returns kInvalid (size), kBusy (would have to stall: the write was dropped and counted), kOutOfSpace (disk or
   // budget), kIoError (the store then refuses writes until reopened).
   Status Put(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin = {});
+
+  // As Put(), but in the place of a record of this key, if there is one. After a crash there is the old one or the new one; on error the
+  // old one may be gone.
+  Status Replace(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin = {});
+
+  // What Get() would compare the record of `key` with, without reading its payload (nor noticing damage there).
+  // Codes of Get(); drops and counts nothing.
+  Result<ChunkSeal> Peek(const ChunkKey& key) { return DoPeek(key); }
 
   // True if Get() would probably find the key; costs no read of the record. Never true for a dropped key.
   bool Contains(const ChunkKey& key) const { return DoContains(key); }
@@ -94,8 +111,10 @@ class ChunkStore {
   explicit ChunkStore(size_t chunk_bytes) : chunk_bytes_(chunk_bytes) {}
 
  private:
-  virtual Status DoGet(const ChunkKey& key, std::span<std::byte> out) = 0;
+  virtual Status DoGet(const ChunkKey& key, std::span<std::byte> out, ChunkSeal* seal) = 0;  // `seal` is never null
   virtual Status DoPut(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) = 0;
+  virtual Status DoReplace(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) = 0;
+  virtual Result<ChunkSeal> DoPeek(const ChunkKey& key) = 0;
   virtual bool DoContains(const ChunkKey& key) const = 0;
   virtual Status DoDelete(const ChunkKey& key) = 0;
   virtual Status DoFlush() = 0;
@@ -115,10 +134,14 @@ class ChunkStoreWrapper : public ChunkStore {
   ChunkStore* base() const { return base_; }
 
  private:
-  Status DoGet(const ChunkKey& key, std::span<std::byte> out) override { return base_->Get(key, out); }
+  Status DoGet(const ChunkKey& key, std::span<std::byte> out, ChunkSeal* seal) override { return base_->Get(key, out, seal); }
   Status DoPut(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) override {
     return base_->Put(key, data, origin);
   }
+  Status DoReplace(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) override {
+    return base_->Replace(key, data, origin);
+  }
+  Result<ChunkSeal> DoPeek(const ChunkKey& key) override { return base_->Peek(key); }
   bool DoContains(const ChunkKey& key) const override { return base_->Contains(key); }
   Status DoDelete(const ChunkKey& key) override { return base_->Delete(key); }
   Status DoFlush() override { return base_->Flush(); }

@@ -31,7 +31,7 @@ Result<std::unique_ptr<MemoryChunkStore>> MemoryChunkStore::Create(const Options
   return std::unique_ptr<MemoryChunkStore>(new MemoryChunkStore(options, std::move(context)));
 }
 
-Status MemoryChunkStore::DoGet(const ChunkKey& key, std::span<std::byte> out) {
+Status MemoryChunkStore::DoGet(const ChunkKey& key, std::span<std::byte> out, ChunkSeal* seal) {
   Record record;
   {
     MutexLock lock(mutex_);
@@ -45,37 +45,56 @@ Status MemoryChunkStore::DoGet(const ChunkKey& key, std::span<std::byte> out) {
     record = found->second->record;
   }
   // The copy runs unlocked: `record` keeps the bytes, and keeps them from being evicted.
-  const std::span<std::byte> stored(record.get(), record_bytes());
-  std::vector<std::byte> tapped;
-  if (tap_ != nullptr) tapped.assign(stored.begin(), stored.end());
-  const Result<std::span<const std::byte>> payload = Parse(key, tap_ != nullptr ? std::span(tapped) : stored);
-  if (payload.ok()) std::memcpy(out.data(), payload->data(), out.size());
+  RecordHeader header;
+  std::memcpy(&header, record.get(), sizeof header);
+  std::memcpy(out.data(), record.get() + sizeof header, out.size());
+  const Status check = Check(key, &header, out);
   MutexLock lock(mutex_);
-  if (!payload.ok()) {
-    if (payload.status().code() != StatusCode::kCorrupt) return payload.status().WithContext("memory store");
+  if (!check.ok()) {
+    if (check.code() != StatusCode::kCorrupt) return check.WithContext("memory store");
     ++counters_.corrupt;
     const auto found = index_.find(key);
     if (found != index_.end() && found->second->record == record) EraseLocked(found->second);
-    return payload.status().WithContext("memory store");
+    return check.WithContext("memory store");
   }
+  *seal = SealOf(header);
   ++counters_.hits;
   counters_.read_bytes += out.size();
   return {};
 }
 
-Result<std::span<const std::byte>> MemoryChunkStore::Parse(const ChunkKey& key, std::span<std::byte> record) const {
-  if (tap_ == nullptr) return ParseRecord(context_, key, record);
+Status MemoryChunkStore::Check(const ChunkKey& key, RecordHeader* header, std::span<std::byte> payload) const {
+  const std::span<std::byte> header_bytes = std::as_writable_bytes(std::span(header, 1));
+  if (tap_ == nullptr) return CheckRecord(context_, key, header_bytes, payload);
   uint64_t ticket = 0;
-  PREHOC_RETURN_IF_ERROR(tap_->OnRead(key, record.first(sizeof(RecordHeader)), record.subspan(sizeof(RecordHeader)), &ticket));
-  Result<std::span<const std::byte>> payload = ParseRecord(context_, key, record);
-  tap_->OnChecked(key, ticket, payload.status());
-  return payload;
+  PREHOC_RETURN_IF_ERROR(tap_->OnRead(key, header_bytes, payload, &ticket));
+  const Status check = CheckRecord(context_, key, header_bytes, payload);
+  tap_->OnChecked(key, ticket, check);
+  return check;
 }
 
 Status MemoryChunkStore::DoPut(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) {
+  return Write(key, data, origin, /*replace=*/false);
+}
+
+Status MemoryChunkStore::DoReplace(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) {
+  return Write(key, data, origin, /*replace=*/true);
+}
+
+Result<ChunkSeal> MemoryChunkStore::DoPeek(const ChunkKey& key) {
+  MutexLock lock(mutex_);
+  const auto found = index_.find(key);
+  if (found == index_.end()) return {StatusCode::kNotFound, "memory store: no chunk " + key.ToString()};
+  RecordHeader header;
+  std::memcpy(&header, found->second->record.get(), sizeof header);
+  PREHOC_RETURN_IF_ERROR(CheckHeader(context_, key, header, chunk_bytes()).WithContext("memory store"));
+  return SealOf(header);
+}
+
+Status MemoryChunkStore::Write(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin, bool replace) {
   {
     MutexLock lock(mutex_);
-    if (index_.contains(key)) return {};
+    if (!replace && index_.contains(key)) return {};
     PREHOC_RETURN_IF_ERROR(ReserveLocked());
   }
   Record record(new (std::nothrow) std::byte[record_bytes()]);
@@ -97,9 +116,11 @@ Status MemoryChunkStore::DoPut(const ChunkKey& key, std::span<const std::byte> d
     return {StatusCode::kOutOfSpace, "memory store: the system has no memory for " +
                                          FormatBytes(static_cast<double>(record_bytes()))};
   }
-  if (index_.contains(key)) return {};  // another thread stored the same chunk meanwhile
+  const auto there = index_.find(key);
+  if (!replace && there != index_.end()) return {};  // another thread stored the same chunk meanwhile
   Lru fresh;
   fresh.push_front({key, std::move(record)});
+  if (there != index_.end()) EraseLocked(there->second);
   index_.emplace(key, fresh.begin());  // may throw; what follows does not
   lru_.splice(lru_.begin(), fresh);
   ++counters_.puts;

@@ -43,8 +43,10 @@ class MemoryChunkStore final : public ChunkStore {
   };
 
   MemoryChunkStore(const Options& options, RecordContext context);
-  Status DoGet(const ChunkKey& key, std::span<std::byte> out) override;
+  Status DoGet(const ChunkKey& key, std::span<std::byte> out, ChunkSeal* seal) override;
   Status DoPut(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) override;
+  Status DoReplace(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) override;
+  Result<ChunkSeal> DoPeek(const ChunkKey& key) override;
   bool DoContains(const ChunkKey& key) const override;
   Status DoDelete(const ChunkKey& key) override;
   Status DoFlush() override { return {}; }
@@ -52,7 +54,8 @@ class MemoryChunkStore final : public ChunkStore {
   uint64_t DoBudget() const override { return budget_; }
   void DoVisitCounters(const CounterVisitor& visit) const override;
 
-  Result<std::span<const std::byte>> Parse(const ChunkKey& key, std::span<std::byte> record) const;
+  Status Write(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin, bool replace);
+  Status Check(const ChunkKey& key, RecordHeader* header, std::span<std::byte> payload) const;  // the tap, if there is one, then the check
   uint64_t record_bytes() const { return sizeof(RecordHeader) + chunk_bytes(); }
   // [records] whose memory counts.
   uint64_t HeldLocked() const PREHOC_REQUIRES(mutex_) { return lru_.size() + removed_.size() + reserved_; }

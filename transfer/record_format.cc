@@ -42,7 +42,7 @@ std::span<const std::byte> BytesBeforeChecksum(const RecordHeader& header) {
 }
 
 std::array<uint64_t, 2> Checksum(const RecordHeader& header, std::span<const std::byte> payload) {
-  return Hash128(payload, Hash64(BytesBeforeChecksum(header)));
+  return Hash128(payload, SealOf(header).seed);
 }
 
 }  // namespace
@@ -93,6 +93,8 @@ RecordHeader EncodeHeader(const RecordContext& context, const ChunkKey& key, std
 ChunkOrigin OriginOf(const RecordHeader& header) {
   return {.tenant = header.tenant, .parent = header.parent, .chunk = header.chunk, .branch = header.branch != 0};
 }
+
+ChunkSeal SealOf(const RecordHeader& header) { return {.seed = Hash64(BytesBeforeChecksum(header)), .hash = header.checksum}; }
 
 Result<std::span<const std::byte>> ParseRecord(const RecordContext& context, const ChunkKey& key,
                                                std::span<const std::byte> record, VerifyPayload verify) {

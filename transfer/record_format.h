@@ -52,6 +52,7 @@ struct RecordContext {
 RecordHeader EncodeHeader(const RecordContext& context, const ChunkKey& key, std::span<const std::byte> payload,
                           const ChunkOrigin& origin = {});
 ChunkOrigin OriginOf(const RecordHeader& header);
+ChunkSeal SealOf(const RecordHeader& header);  // what its payload is compared with
 
 enum class VerifyPayload : bool { kNo = false, kYes = true };
 

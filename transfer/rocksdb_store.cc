@@ -133,12 +133,14 @@ struct RocksDbStore::Impl final : public rocksdb::EventListener {
   void NoteError(const rocksdb::Status& error);
 
   // --- reading ---
-  // The record at `place`, unverified beyond what ParseRecord() checks with `verify`; its payload is copied to `out`, its
+  // The record at `place`, unverified beyond what CheckRecord() checks with `verify`; its payload is copied to `out`, its
   // header to `header`.
   Status Read(const ChunkKey& key, const SegmentTable::Place& place, std::span<std::byte> out, VerifyPayload verify,
               RecordHeader* header);
   Status ReadFile(const ChunkKey& key, const SegmentTable::Place& place, std::span<std::byte> out, VerifyPayload verify,
                   RecordHeader* header);
+  // The record's bytes within `value`, unverified.
+  Result<std::span<const std::byte>> GetRecord(const ChunkKey& key, uint64_t number, rocksdb::PinnableSlice* value);
   Status ReadDb(const ChunkKey& key, uint64_t number, std::span<std::byte> out, VerifyPayload verify,
                 RecordHeader* header);
   Status TakePayload(const ChunkKey& key, std::span<const std::byte> record, std::span<std::byte> out,
@@ -151,6 +153,7 @@ struct RocksDbStore::Impl final : public rocksdb::EventListener {
   void GiveScratch(AlignedBuffer buffer);
 
   // --- writing ---
+  Status Put(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin, bool replace) PREHOC_EXCLUDES(write_mutex);
   Status CheckWritableLocked() PREHOC_REQUIRES(write_mutex);
   Status CheckDisk();
   Status MakeRoomLocked(uint64_t bytes) PREHOC_REQUIRES(write_mutex);
@@ -261,19 +264,10 @@ Status RocksDbStore::Impl::TakePayload(const ChunkKey& key, std::span<const std:
     return {StatusCode::kCorrupt, where + ": chunk " + key.ToString() + ": record of " + std::to_string(record.size()) +
                                       " bytes, expected " + std::to_string(sizeof(RecordHeader) + out.size())};
   }
-  std::vector<std::byte> tapped;
-  Status check;
-  if (options.tap != nullptr) {
-    tapped.assign(record.begin(), record.end());
-    record = tapped;
-    check = Check(key, std::span(tapped).first(sizeof *header), std::span(tapped).subspan(sizeof *header), verify);
-  } else {
-    check = CheckRecord(context, key, record.first(sizeof *header), record.subspan(sizeof *header), verify);
-  }
-  PREHOC_RETURN_IF_ERROR(check.WithContext(where));
   std::memcpy(header, record.data(), sizeof *header);
   std::memcpy(out.data(), record.data() + sizeof *header, out.size());
-  return {};
+  // Where the bytes are now, so that the copy is checked, too.
+  return Check(key, std::as_writable_bytes(std::span(header, 1)), out, verify).WithContext(where);
 }
 
 Result<std::shared_ptr<const DirectFile>> RocksDbStore::Impl::FileOf(const SegmentTable::Place& place) {
@@ -286,7 +280,13 @@ Result<std::shared_ptr<const DirectFile>> RocksDbStore::Impl::FileOf(const Segme
 }
 
 Status RocksDbStore::Impl::ReadHeader(const ChunkKey& key, const SegmentTable::Place& place, RecordHeader* header) {
-  if (place.segment == 0) return {StatusCode::kNotFound, where + ": chunk " + key.ToString() + " is in no file yet"};
+  if (place.segment == 0) {  // in no file yet
+    rocksdb::PinnableSlice value;
+    PREHOC_ASSIGN_OR_RETURN(const auto record, GetRecord(key, place.number, &value));
+    if (record.size() < sizeof *header) return {StatusCode::kCorrupt, where + ": chunk " + key.ToString() + ": too short"};
+    std::memcpy(header, record.data(), sizeof *header);
+    return CheckHeader(context, key, *header, options.chunk_bytes).WithContext(where);
+  }
   PREHOC_ASSIGN_OR_RETURN(const std::shared_ptr<const DirectFile> file, FileOf(place));
   AlignedBuffer buffer;
   PREHOC_ASSIGN_OR_RETURN(const auto bytes, file->Read(shape.RecordOffset(place.block_offset), sizeof *header, &buffer));
@@ -315,19 +315,23 @@ Status RocksDbStore::Impl::ReadFile(const ChunkKey& key, const SegmentTable::Pla
   return status;
 }
 
-Status RocksDbStore::Impl::ReadDb(const ChunkKey& key, uint64_t number, std::span<std::byte> out,
-                                  VerifyPayload verify, RecordHeader* header) {
+Result<std::span<const std::byte>> RocksDbStore::Impl::GetRecord(const ChunkKey& key, uint64_t number, rocksdb::PinnableSlice* value) {
   rocksdb::ReadOptions read_options;
   // Always: RocksDB asserts what it finds in a block, and the packaged library is built with assertions, so a damaged
   // length in an unchecked block would end the process.
   read_options.verify_checksums = true;
   read_options.fill_cache = false;
-  rocksdb::PinnableSlice value;
   const SegmentKey db_key = MakeSegmentKey(number, key);
-  const rocksdb::Status status = db->Get(read_options, db->DefaultColumnFamily(), AsSlice(db_key), &value);
+  const rocksdb::Status status = db->Get(read_options, db->DefaultColumnFamily(), AsSlice(db_key), value);
   if (!status.ok()) return FromRocksDb(status, where + ": chunk " + key.ToString());
-  if (value.size() < shape.pad) return {StatusCode::kCorrupt, where + ": chunk " + key.ToString() + ": too short"};
-  const auto record = std::as_bytes(std::span(value.data(), value.size())).subspan(shape.pad);
+  if (value->size() < shape.pad) return {StatusCode::kCorrupt, where + ": chunk " + key.ToString() + ": too short"};
+  return std::as_bytes(std::span(value->data(), value->size())).subspan(shape.pad);
+}
+
+Status RocksDbStore::Impl::ReadDb(const ChunkKey& key, uint64_t number, std::span<std::byte> out,
+                                  VerifyPayload verify, RecordHeader* header) {
+  rocksdb::PinnableSlice value;
+  PREHOC_ASSIGN_OR_RETURN(const auto record, GetRecord(key, number, &value));
   return TakePayload(key, record, out, verify, header);
 }
 
@@ -553,7 +557,7 @@ RocksDbStore::~RocksDbStore() {
   impl_->db.reset();
 }
 
-Status RocksDbStore::DoGet(const ChunkKey& key, std::span<std::byte> out) {
+Status RocksDbStore::DoGet(const ChunkKey& key, std::span<std::byte> out, ChunkSeal* seal) {
   Impl& impl = *impl_;
   Impl::Add(impl.counters.gets);
   const VerifyPayload verify = impl.options.verify ? VerifyPayload::kYes : VerifyPayload::kNo;
@@ -565,6 +569,7 @@ Status RocksDbStore::DoGet(const ChunkKey& key, std::span<std::byte> out) {
     RecordHeader header;
     status = impl.Read(key, *place, out, verify, &header);
     if (status.ok()) {
+      *seal = SealOf(header);
       Impl::Add(impl.counters.hits);
       Impl::Add(impl.counters.read_bytes, out.size());
       if (impl.options.verify) Impl::Add(impl.counters.verified_bytes, out.size());
@@ -594,29 +599,48 @@ Status RocksDbStore::DoGet(const ChunkKey& key, std::span<std::byte> out) {
 }
 
 Status RocksDbStore::DoPut(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) {
-  Impl& impl = *impl_;
-  if (impl.options.read_only) return {StatusCode::kUnsupported, impl.where + ": is open read-only"};
-  if (impl.table.Find(key)) return {};
-  RecordHeader header = EncodeHeader(impl.context, key, data, origin);  // outside the lock: it reads all bytes
+  return impl_->Put(key, data, origin, /*replace=*/false);
+}
+
+Status RocksDbStore::DoReplace(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) {
+  return impl_->Put(key, data, origin, /*replace=*/true);
+}
+
+Result<ChunkSeal> RocksDbStore::DoPeek(const ChunkKey& key) {
+  const auto place = impl_->table.Find(key);
+  if (!place) return {StatusCode::kNotFound, impl_->where + ": no chunk " + key.ToString()};
+  RecordHeader header;
+  PREHOC_RETURN_IF_ERROR(impl_->ReadHeader(key, *place, &header));
+  return SealOf(header);
+}
+
+Status RocksDbStore::Impl::Put(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin, bool replace) {
+  if (options.read_only) return {StatusCode::kUnsupported, where + ": is open read-only"};
+  if (!replace && table.Find(key)) return {};
+  RecordHeader header = EncodeHeader(context, key, data, origin);  // outside the lock: it reads all bytes
   std::vector<std::byte> tapped;
   bool lost = false;
-  if (impl.options.tap != nullptr) {
+  if (options.tap != nullptr) {
     tapped.assign(data.begin(), data.end());
-    lost = !impl.options.tap->OnWrite(key, std::as_writable_bytes(std::span(&header, 1)), tapped);
+    lost = !options.tap->OnWrite(key, std::as_writable_bytes(std::span(&header, 1)), tapped);
     data = tapped;
   }
-  MutexLock write_lock(impl.write_mutex);
-  if (impl.table.Find(key)) return {};
-  Status status = impl.CheckWritableLocked();
-  if (status.ok()) status = impl.CheckDisk();
-  if (status.ok()) status = impl.MakeRoomLocked(impl.record_cost());
-  if (status.ok() && !lost) status = impl.WriteLocked(key, std::as_bytes(std::span(&header, 1)), data);
+  MutexLock write_lock(write_mutex);
+  if (!replace && table.Find(key)) return {};
+  Status status = CheckWritableLocked();
+  if (status.ok()) status = CheckDisk();
+  if (status.ok()) status = MakeRoomLocked(record_cost());
+  if (status.ok() && replace) {
+    // Its tombstone goes with the new record, in one write: both are on disk, or neither.
+    if (const auto erased = table.Erase(key, {})) unwritten_tombstones.push_back(MakeSegmentKey(*erased, key));
+  }
+  if (status.ok() && !lost) status = WriteLocked(key, std::as_bytes(std::span(&header, 1)), data);
   if (!status.ok()) {
-    Impl::Add(impl.counters.put_dropped);
+    Add(counters.put_dropped);
     return status;
   }
-  Impl::Add(impl.counters.puts);
-  Impl::Add(impl.counters.written_bytes, data.size());
+  Add(counters.puts);
+  Add(counters.written_bytes, data.size());
   return {};
 }
 

@@ -80,8 +80,10 @@ class RocksDbStore final : public ChunkStore {
  private:
   struct Impl;
   RocksDbStore(size_t chunk_bytes, std::unique_ptr<Impl> impl);
-  Status DoGet(const ChunkKey& key, std::span<std::byte> out) override;
+  Status DoGet(const ChunkKey& key, std::span<std::byte> out, ChunkSeal* seal) override;
   Status DoPut(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) override;
+  Status DoReplace(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) override;
+  Result<ChunkSeal> DoPeek(const ChunkKey& key) override;
   bool DoContains(const ChunkKey& key) const override;
   Status DoDelete(const ChunkKey& key) override;
   Status DoFlush() override;

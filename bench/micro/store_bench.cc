@@ -3,7 +3,7 @@
 // Writes --gib of random blocks to a RocksDbStore and the same number of bytes to a plain file beside it, then reads
 // all of them with 1, 2, 4 and 8 threads, in the order of writing and in random order: the plain file with O_DIRECT and
 // one pread a block (the floor), the same and then one load from every cache line (what the bytes cost whoever first
-// looks at them), the store with and without checking its checksums. Bytes moved are those of the blocks. Direct I/O
+// looks at them), the store with and without checking its checksums, and the latter with such a load. Bytes moved are those of the blocks. Direct I/O
 // everywhere, so that nothing comes from the page cache; --dir must lie on a disk, not on tmpfs.
 //
 //   store_bench --dir=DIR [--gib=2] [--block_kib=192] [--buffered] [Google Benchmark flags]
@@ -199,7 +199,7 @@ double ReadAll(const std::vector<int64_t>& order, int threads, uint64_t block_by
   return SteadyClock::Get().SecondsSince(start);
 }
 
-enum class What { kRaw, kRawTouched, kVerified, kUnverified };
+enum class What { kRaw, kRawTouched, kVerified, kUnverified, kUnverifiedTouched };
 
 void Touch(const std::byte* data, uint64_t bytes) {
   unsigned sum = 0;
@@ -212,7 +212,7 @@ struct Question {
   int threads;
   bool random;
   std::string Name() const {
-    const char* whats[] = {"raw", "raw_touched", "store_verified", "store_unverified"};
+    const char* whats[] = {"raw", "raw_touched", "store_verified", "store_unverified", "store_unverified_touched"};
     return std::string(whats[static_cast<int>(what)]) + (random ? "/random" : "/sequential") + "/threads:" +
            std::to_string(threads);
   }
@@ -234,7 +234,7 @@ void Run(benchmark::State& state, World& world, const Settings& settings, const 
   for (auto _ : state) {
     const double pass = ReadAll(order, question.threads, settings.block_bytes, [&](int64_t block, std::byte* out) {
       raw ? world.ReadRaw(block, out) : world.ReadStore(block, out);
-      if (question.what == What::kRawTouched) Touch(out, settings.block_bytes);
+      if (question.what == What::kRawTouched || question.what == What::kUnverifiedTouched) Touch(out, settings.block_bytes);
     });
     state.SetIterationTime(pass);
     seconds += pass;
@@ -293,7 +293,7 @@ int Main(int argc, char** argv) {
   benchmark::AddCustomContext("store_write_GB/s", std::to_string(world.write_gbps()));
   for (const bool random : {false, true}) {
     for (const int threads : {1, 2, 4, 8}) {
-      for (const What what : {What::kRaw, What::kRawTouched, What::kVerified, What::kUnverified}) {
+      for (const What what : {What::kRaw, What::kRawTouched, What::kVerified, What::kUnverified, What::kUnverifiedTouched}) {
         const Question question{what, threads, random};
         benchmark::RegisterBenchmark(question.Name().c_str(), [&, question](benchmark::State& state) {
           Run(state, world, settings, question);

@@ -32,7 +32,7 @@ struct BlockLoad {
 struct BlockData {
   ChunkKey key;              // set by Seal() or Find(), then constant
   ChunkOrigin origin;        // for the store; set by Seal()
-  std::array<uint64_t, 2> seal{};  // checksum of key and bytes, taken when they were sealed or came verified from the store
+  ChunkSeal seal;            // taken when the bytes were sealed, or what the store compared them with
   bool sealed = false;       // there is one
   bool store_sealed = false; // and the store has just these bytes: this tier wrote or read them
   bool checked = false;      // since the first of its pins, somebody compared its memory with the seal

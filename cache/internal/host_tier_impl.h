@@ -31,10 +31,10 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   static constexpr int kMaxRefusals = 4;
 
   // Bound to the key, so that bytes of another block do not pass either.
-  static std::array<uint64_t, 2> SealOf(const ChunkKey& key, std::span<const std::byte> bytes) {
-    const uint64_t seed = Hash64(std::as_bytes(std::span(key.chain)), static_cast<uint64_t>(key.layer));
-    return Hash128(bytes, seed);
+  static uint64_t SeedOf(const ChunkKey& key) {
+    return Hash64(std::as_bytes(std::span(key.chain)), static_cast<uint64_t>(key.layer));
   }
+  static bool Holds(const ChunkSeal& seal, std::span<const std::byte> bytes) { return Hash128(bytes, seal.seed) == seal.hash; }
   // Words never fail: a state that has to be told may not get lost for want of them.
   static Status Damaged(const ChunkKey& key) noexcept {
     return WithWords(StatusCode::kCorrupt, [&]() -> Status {
@@ -61,7 +61,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   struct Counters {
     uint64_t hits = 0, loads = 0, shared_loads = 0, load_errors = 0, load_nanos = 0;
     uint64_t evicted = 0, forgotten = 0, lost = 0, healed = 0, duplicates = 0, prefetches = 0, prefetches_refused = 0;
-    uint64_t written = 0, dropped = 0, failed = 0, shed = 0;
+    uint64_t written = 0, replaced = 0, dropped = 0, failed = 0, shed = 0;
     uint64_t late = 0;
     uint64_t verified = 0, corrupt = 0;  // checks of bytes in memory; and those that found damage
   };
@@ -82,8 +82,14 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   mutable Mutex mutex;
   CondVar changed;  // a load or a write ended; with `reclaimers`, also: memory came free or a pin died
   std::unordered_map<ChunkKey, std::unique_ptr<Block>, ChunkKeyHash> map PREHOC_GUARDED_BY(mutex);
-  BlockList streamed PREHOC_GUARDED_BY(mutex);
-  BlockList kept PREHOC_GUARDED_BY(mutex);
+  // Blocks in memory that nobody pins: those that nobody holds either go before all others, or a sequence would lose rows to what
+  // sequences left behind that are over.
+  struct Unpinned {
+    BlockList streamed, kept;
+    int64_t size() const { return streamed.size() + kept.size(); }
+  };
+  Unpinned idle PREHOC_GUARDED_BY(mutex);
+  Unpinned held PREHOC_GUARDED_BY(mutex);
   int64_t tails PREHOC_GUARDED_BY(mutex) = 0;
   int64_t resident PREHOC_GUARDED_BY(mutex) = 0;   // known blocks in memory
   int32_t transit PREHOC_GUARDED_BY(mutex) = 0;    // loads and writes under way: each ends without waiting for memory
@@ -100,8 +106,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   BlockData& In(Block* block) const PREHOC_REQUIRES(mutex) { return block->data; }
   std::span<std::byte> BytesOf(BlockId memory) const { return arena->block(memory); }
 
-  std::span<const std::byte> BytesOfTail(Block* tail) {
-    MutexLock lock(mutex);
+  std::span<const std::byte> BytesOfTailLocked(Block* tail) const PREHOC_REQUIRES(mutex) {
     PREHOC_CHECK(!In(tail).known && In(tail).memory.valid() && In(tail).pins == 0);
     return BytesOf(In(tail).memory);
   }
@@ -117,6 +122,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     std::get_deleter<Releaser>(ref)->impl = this;
     ++data.handles;
     data.self = ref;
+    if (data.handles == 1) RelinkLocked(block);
     return ref;
   }
 
@@ -124,7 +130,10 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     MutexLock lock(mutex);
     BlockData& data = In(block);
     if (--data.handles > 0) return;
-    if (data.known) return ForgetIfUnusedLocked(block);
+    if (data.known) {
+      RelinkLocked(block);
+      return ForgetIfUnusedLocked(block);
+    }
     if (data.memory.valid()) {
       FreeLocked(data.memory);
       --tails;
@@ -163,8 +172,17 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   }
 
   void LinkLocked(Block* block) PREHOC_REQUIRES(mutex) {
-    (In(block).use == BlockUse::kStream && !In(block).awaited ? streamed : kept).PushBack(block);
+    const BlockData& data = In(block);
+    Unpinned& lists = data.handles == 0 ? idle : held;
+    (data.use == BlockUse::kStream && !data.awaited ? lists.streamed : lists.kept).PushBack(block);
     if (reclaimers > 0) changed.NotifyAll();
+  }
+  // Somebody holds it, or nobody does any more.
+  void RelinkLocked(Block* block) PREHOC_REQUIRES(mutex) {
+    BlockList* const list = In(block).list;
+    if (list == nullptr) return;
+    list->Remove(block);
+    LinkLocked(block);
   }
 
   void PinLocked(Block* block, int32_t count) PREHOC_REQUIRES(mutex) {
@@ -237,13 +255,15 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   }
 
   Block* VictimLocked(const Turn& turn, bool demand) const PREHOC_REQUIRES(mutex) {
-    for (Block* block = streamed.back(); block != nullptr; block = In(block).before) {
-      if (EvictableLocked(In(block), turn)) return block;
-    }
-    for (Block* block = kept.front(); block != nullptr; block = In(block).after) {
-      // Whatever is behind it was used later: a prefetch that went on would push out what others wait for.
-      if (!demand && In(block).awaited && In(block).handles > 0) return nullptr;
-      if (EvictableLocked(In(block), turn)) return block;
+    for (const Unpinned* lists : {&idle, &held}) {
+      for (Block* block = lists->streamed.back(); block != nullptr; block = In(block).before) {
+        if (EvictableLocked(In(block), turn)) return block;
+      }
+      for (Block* block = lists->kept.front(); block != nullptr; block = In(block).after) {
+        // Whatever is behind it was used later: a prefetch that went on would push out what others wait for.
+        if (!demand && In(block).awaited && In(block).handles > 0) return nullptr;
+        if (EvictableLocked(In(block), turn)) return block;
+      }
     }
     return nullptr;
   }
@@ -339,7 +359,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   }
 
   Status NothingToEvictLocked(const Status& arena_status, const Turn& turn) const PREHOC_REQUIRES(mutex) {
-    const int64_t stuck = streamed.size() + kept.size();
+    const int64_t stuck = idle.size() + held.size();
     std::string message = "host tier: " + arena_status.message() + ": " + std::to_string(resident - stuck) +
                           " pinned, " + std::to_string(tails) + " being filled";
     if (stuck > 0) {
@@ -359,12 +379,15 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   struct PendingWrite {
     ChunkKey key;
     ChunkOrigin origin;
-    std::array<uint64_t, 2> seal{};
+    ChunkSeal seal;
+    bool known_there = false;  // if the store has the key, then with just these bytes
     std::span<const std::byte> bytes;
   };
   struct WriteResult {
     Status status;
     bool wrote = false;    // else the store had it already
+    bool replaced = false;  // another version of it
+    bool same = false;     // the store has just these bytes, that is known
     bool damaged = false;  // the bytes are not what was sealed: they were not written
   };
 
@@ -443,8 +466,9 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   // Nobody waits any more; but what came is as good as ever, if nothing else has come in its place.
   void FinishLateLocked(Block* block, BlockId memory, bool good) PREHOC_REQUIRES(mutex);
 
-  // The store vouches for its record; that it is the very one which was written from here, only this tier knows.
-  Status CompareSeal(Block* block, const std::array<uint64_t, 2>& seal);
+  // The store vouches for its record, which is what `read` says of it; that it is the very one which was written from here, only this
+  // tier knows. A pass over `bytes`, unless they are seen for the first time.
+  Status CompareSeal(Block* block, const ChunkSeal& read, std::span<const std::byte> bytes);
 
   void FinishLoadLocked(Block* block, BlockLoad* load, BlockId memory, Status status) PREHOC_REQUIRES(mutex);
 
@@ -469,14 +493,21 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
     // Computed twice, bytes may differ in their last bits; what the store has stays what this block is.
     if (data.stored && data.store_sealed && data.seal != In(tail).seal) return FreeLocked(memory);
     if (data.seal != In(tail).seal) data.store_sealed = false;
+    data.stored &= data.store_sealed;  // nobody has read what the store has: it will be compared
     data.seal = In(tail).seal;
     data.sealed = true;
     counters.healed += !data.lost.ok();
     AdoptLocked(canonical, memory);
   }
 
+  // With which a tail is sealed: that of the block which has the key, so that the two can be compared.
+  uint64_t SeedLocked(const ChunkKey& key) const PREHOC_REQUIRES(mutex) {
+    const auto found = map.find(key);
+    return found != map.end() && In(found->second.get()).sealed ? In(found->second.get()).seal.seed : SeedOf(key);
+  }
+
   // True if the caller has to post RunWriteBehind(canonical->get()). What may throw comes first.
-  bool SealLocked(Block* tail, const ChunkKey& key, const ChunkOrigin& origin, const std::array<uint64_t, 2>& seal,
+  bool SealLocked(Block* tail, const ChunkKey& key, const ChunkOrigin& origin, const ChunkSeal& seal,
                   BlockRef* canonical) PREHOC_REQUIRES(mutex) {
     BlockData& data = In(tail);
     PREHOC_CHECK(!data.known && data.memory.valid() && data.pins == 0);

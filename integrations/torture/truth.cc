@@ -191,8 +191,8 @@ bool Truth::BlockIsRight(int64_t chunk, int32_t layer, std::span<const std::byte
   return std::find(found->second.begin(), found->second.end(), hash) != found->second.end();
 }
 
-Status TruthStore::DoGet(const ChunkKey& key, std::span<std::byte> out) {
-  PREHOC_RETURN_IF_ERROR(base()->Get(key, out));
+Status TruthStore::DoGet(const ChunkKey& key, std::span<std::byte> out, ChunkSeal* seal) {
+  PREHOC_RETURN_IF_ERROR(base()->Get(key, out, seal));
   const std::array<uint64_t, 2> hash = Hash128(out);
   reads_.fetch_add(1, std::memory_order_relaxed);
   MutexLock lock(mutex_);
@@ -206,18 +206,26 @@ Status TruthStore::DoGet(const ChunkKey& key, std::span<std::byte> out) {
 }
 
 Status TruthStore::DoPut(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) {
+  PREHOC_RETURN_IF_ERROR(NoteWrite(key, data, origin));
+  return base()->Put(key, data, origin);
+}
+
+Status TruthStore::DoReplace(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) {
+  PREHOC_RETURN_IF_ERROR(NoteWrite(key, data, origin));
+  return base()->Replace(key, data, origin);
+}
+
+Status TruthStore::NoteWrite(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) {
   if (plan_->Draw(Fault::kWriteError, rate_)) {
     plan_->Injected(Fault::kWriteError);
     return {StatusCode::kOutOfSpace, "the write failed on purpose"};
   }
   writes_.fetch_add(1, std::memory_order_relaxed);
   const bool right = truth_->BlockIsRight(origin.chunk, key.layer, data);
-  {
-    MutexLock lock(mutex_);
-    if (!right) wrong_.push_back("chunk " + key.ToString() + " was to be written with wrong bytes");
-    known_[key] = Hash128(data);
-  }
-  return base()->Put(key, data, origin);
+  MutexLock lock(mutex_);
+  if (!right) wrong_.push_back("chunk " + key.ToString() + " was to be written with wrong bytes");
+  known_[key] = Hash128(data);
+  return {};
 }
 
 std::vector<std::string> TruthStore::TakeWrong() {

@@ -88,8 +88,10 @@ class TruthStore final : public ChunkStoreWrapper {
   void GiveKnown(Known known);
 
  private:
-  Status DoGet(const ChunkKey& key, std::span<std::byte> out) override;
+  Status DoGet(const ChunkKey& key, std::span<std::byte> out, ChunkSeal* seal) override;
   Status DoPut(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) override;
+  Status DoReplace(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) override;
+  Status NoteWrite(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin);
 
   const Truth* const truth_;
   FaultPlan* const plan_;

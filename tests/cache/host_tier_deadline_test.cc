@@ -33,7 +33,8 @@ class HostTierDeadlineTest : public ::testing::Test {
   BlockRef Stored(int n) {
     const BlockRef block = world_.Make(n);
     world_.background.Drain();
-    while (world_.tier->state(block) != BlockState::kStoreOnly) world_.Make(1000 + n + filler_++);
+    std::vector<BlockRef> fillers;  // held: else they would go first
+    while (world_.tier->state(block) != BlockState::kStoreOnly) fillers.push_back(world_.Make(1000 + n + filler_++));
     return block;
   }
   // Pins on a thread of its own, whose read waits in `reader_`.

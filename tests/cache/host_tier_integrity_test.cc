@@ -62,6 +62,73 @@ TEST_F(HostTierIntegrityTest, AVerifiedPinTakesTheStoresBytesInstead) {
   EXPECT_OK(world_.tier->CheckInvariants());
 }
 
+// What the store compared is what counts, also where this tier has never seen the block: damage between the store's check and
+// our memory does not become the truth.
+TEST_F(HostTierIntegrityTest, TheStoresOwnChecksumIsTheSealOfABlockFromElsewhere) {
+  ASSERT_OK(world_.memory->Put(TestKey(1), TestChunk(1, kTestBlockBytes)));
+  world_.faulty->FlipBitInGet(1, 1234);
+  const BlockRef block = world_.tier->Find(TestKey(1)).value();
+  ASSERT_FALSE(HoldsBytesOf(world_.tier->Pin(block).value(), 1));
+  const Result<BlockPin> pin = world_.tier->Pin(block, BlockUse::kKeep, PinCheck::kVerify);
+  ASSERT_OK(pin);
+  EXPECT_TRUE(HoldsBytesOf(*pin, 1));
+  EXPECT_EQ(world_.Counter("host.corrupt"), 1);
+}
+
+// A duplicate is compared by the seed of the block that has the key, whoever gave that one its seal.
+TEST_F(HostTierIntegrityTest, TheSameBytesComputedAgainAreTakenForTheSame) {
+  HostTierWorld world({.blocks = 2});
+  ASSERT_OK(world.memory->Put(TestKey(1), TestChunk(1, kTestBlockBytes)));
+  const BlockRef block = world.tier->Find(TestKey(1)).value();
+  world.Use(block, BlockUse::kStream);
+  const BlockRef second = world.Make(2);
+  world.background.Drain();
+  const BlockRef third = world.Make(3);
+  ASSERT_EQ(world.tier->state(block), BlockState::kStoreOnly);
+  EXPECT_EQ(world.Make(1), block);
+  EXPECT_EQ(world.tier->state(block), BlockState::kHost) << "its bytes are in memory again without a read";
+  EXPECT_TRUE(HoldsBytesOf(world.tier->Pin(block, BlockUse::kKeep, PinCheck::kVerify).value(), 1));
+  EXPECT_OK(world.tier->CheckInvariants());
+}
+
+// K and V computed again may differ in their last bits from what the store has of the same tokens, and nobody holds.
+TEST_F(HostTierIntegrityTest, WhatWasComputedAgainTakesThePlaceOfTheStoresVersion) {
+  HostTierWorld world({.blocks = 2});
+  ASSERT_OK(world.memory->Put(TestKey(1), TestChunk(7, kTestBlockBytes)));
+  const BlockRef block = world.Make(1);
+  world.background.Drain();
+  EXPECT_EQ(world.Counter("write_behind.replaced"), 1);
+  world.Use(block, BlockUse::kStream);
+  const BlockRef others[] = {world.Make(2), world.Make(3)};
+  ASSERT_EQ(world.tier->state(block), BlockState::kStoreOnly);
+  EXPECT_TRUE(HoldsBytesOf(world.tier->Pin(block).value(), 1)) << "whoever holds it has seen these";
+  EXPECT_EQ(world.Counter("host.corrupt"), 0);
+}
+
+// As it is before the write behind has run: what the store has is no reason to let the block go.
+TEST_F(HostTierIntegrityTest, ABlockLeavesMemoryOnlyOnceTheStoreHasItsVersion) {
+  HostTierWorld world({.blocks = 2, .max_queued_writes = 0});
+  ASSERT_OK(world.memory->Put(TestKey(1), TestChunk(7, kTestBlockBytes)));
+  const BlockRef found = world.tier->Find(TestKey(1)).value();
+  const BlockRef block = world.Make(1);
+  ASSERT_EQ(block, found) << "found before, and read by nobody";
+  world.Use(block, BlockUse::kStream);
+  const BlockRef others[] = {world.Make(2), world.Make(3)};
+  ASSERT_EQ(world.tier->state(block), BlockState::kStoreOnly);
+  EXPECT_TRUE(HoldsBytesOf(world.tier->Pin(block).value(), 1));
+}
+
+TEST_F(HostTierIntegrityTest, TheSameBytesAreNotWrittenAgain) {
+  ASSERT_OK(world_.memory->Put(TestKey(1), TestChunk(1, kTestBlockBytes)));
+  block_ = world_.Make(1);
+  world_.background.Drain();
+  EXPECT_EQ(world_.Counter("write_behind.written"), 0);
+  EXPECT_EQ(world_.Counter("write_behind.replaced"), 0);
+  EXPECT_EQ(CounterOf(*world_.memory, "store.puts"), 1);
+  ASSERT_OK(world_.tier->Flush());
+  EXPECT_EQ(CounterOf(*world_.memory, "store.puts"), 1);
+}
+
 TEST_F(HostTierIntegrityTest, EveryBitIsFound) {
   for (uint64_t bit = 0; bit < 8 * kTestBlockBytes; bit += 509) {
     HostTierWorld world;

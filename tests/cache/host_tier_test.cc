@@ -138,6 +138,25 @@ TEST(HostTierTest, StreamedBlocksGoFirstTheLastUsedFirstThenKeptOnesTheLeastRece
   EXPECT_STATUS(StatusCode::kOutOfSpace, "0 pinned, 6 being filled;", world.tier->NewTail());
 }
 
+// What sequences that are over have left goes before what one needs that is not, however that was used.
+TEST(HostTierTest, BlocksThatNobodyHoldsGoFirst) {
+  HostTierWorld world({.blocks = 4});
+  for (int n = 0; n < 2; ++n) world.Use(world.Make(n), BlockUse::kKeep);
+  const BlockRef streamed = world.Make(2);
+  world.Use(streamed, BlockUse::kStream);
+  BlockRef let_go = world.Make(3);
+  const BlockRef found = world.tier->Find(TestKey(1)).value();  // held again
+  let_go = nullptr;
+  world.background.Drain();
+  const BlockRef first = world.tier->NewTail().value(), second = world.tier->NewTail().value();
+  EXPECT_EQ(world.tier->state(streamed), BlockState::kHost);
+  EXPECT_EQ(world.tier->state(found), BlockState::kHost);
+  EXPECT_OK(world.tier->CheckInvariants());
+  const BlockRef third = world.tier->NewTail().value();
+  EXPECT_EQ(world.tier->state(streamed), BlockState::kStoreOnly) << "none is left that nobody holds";
+  EXPECT_EQ(world.tier->state(found), BlockState::kHost);
+}
+
 TEST(HostTierTest, ThePinThatDiesLastDecidesHowABlockGoes) {
   HostTierWorld world({.blocks = 2});
   const BlockRef first = world.Make(1), second = world.Make(2);

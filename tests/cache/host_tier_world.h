@@ -36,9 +36,9 @@ class ScriptedStore final : public ChunkStoreWrapper {
     PREHOC_RETURN_IF_ERROR(on_put(key));
     return base()->Put(key, data, origin);
   }
-  Status DoGet(const ChunkKey& key, std::span<std::byte> out) override {
+  Status DoGet(const ChunkKey& key, std::span<std::byte> out, ChunkSeal* seal) override {
     PREHOC_RETURN_IF_ERROR(on_get(key));
-    return base()->Get(key, out);
+    return base()->Get(key, out, seal);
   }
   Status DoFlush() override {
     PREHOC_RETURN_IF_ERROR(on_flush());

@@ -21,10 +21,10 @@ class SlowStore final : public ChunkStoreWrapper {
   int gets = 0;
 
  private:
-  Status DoGet(const ChunkKey& key, std::span<std::byte> out) override {
+  Status DoGet(const ChunkKey& key, std::span<std::byte> out, ChunkSeal* seal) override {
     ++gets;
     clock_->Advance(nanos);
-    return with.ok() ? base()->Get(key, out) : with;
+    return with.ok() ? base()->Get(key, out, seal) : with;
   }
   ManualClock* clock_;
 };

@@ -4,6 +4,7 @@
 
 #include "tests/support/chunk_data.h"
 #include "tests/support/status_matchers.h"
+#include "transfer/record_format.h"
 
 namespace prehoc {
 
@@ -20,6 +21,55 @@ TEST_P(ChunkStoreContract, GivesBackWhatWasPut) {
     ASSERT_OK(store().Get(TestKey(i), out));
     EXPECT_EQ(out, TestChunk(i)) << i;
   }
+}
+
+// Whoever keeps the bytes can compare them again: with what they were written as, and with no other key's.
+TEST_P(ChunkStoreContract, SaysWhatTheBytesWereComparedWith) {
+  std::vector<std::byte> out(kContractChunkBytes);
+  ChunkSeal seals[2], again;
+  for (int i = 0; i < 2; ++i) {
+    ASSERT_OK(store().Put(TestKey(i), TestChunk(1)));
+    ASSERT_OK(store().Get(TestKey(i), out, &seals[i]));
+    EXPECT_EQ(Hash128(out, seals[i].seed), seals[i].hash);
+  }
+  EXPECT_NE(seals[0], seals[1]) << "the same bytes under another key";
+  ASSERT_OK(store().Flush());
+  ASSERT_OK(store().Get(TestKey(1), out, &again));
+  EXPECT_EQ(again, seals[1]);
+  out[0] ^= std::byte{1};
+  EXPECT_NE(Hash128(out, again.seed), again.hash);
+}
+
+TEST_P(ChunkStoreContract, PeeksAtWhatGetWouldCompareWith) {
+  EXPECT_EQ(store().Peek(TestKey(1)).status().code(), StatusCode::kNotFound);
+  ASSERT_OK(store().Put(TestKey(1), TestChunk(1)));
+  std::vector<std::byte> out(kContractChunkBytes);
+  ChunkSeal seal;
+  ASSERT_OK(store().Get(TestKey(1), out, &seal));
+  EXPECT_EQ(store().Peek(TestKey(1)).value(), seal);
+  ASSERT_OK(store().Flush());
+  EXPECT_EQ(store().Peek(TestKey(1)).value(), seal);
+}
+
+TEST_P(ChunkStoreContract, ReplacesWherePutDoesNot) {
+  std::vector<std::byte> out(kContractChunkBytes);
+  ASSERT_OK(store().Replace(TestKey(1), TestChunk(1))) << "where there is none it is a Put()";
+  for (const bool flushed : {false, true}) {
+    ASSERT_OK(store().Put(TestKey(1), TestChunk(9)));
+    ASSERT_OK(store().Get(TestKey(1), out));
+    EXPECT_NE(out, TestChunk(9));
+    const ChunkSeal before = store().Peek(TestKey(1)).value();
+    if (flushed) {
+      ASSERT_OK(store().Flush());
+    }
+    ASSERT_OK(store().Replace(TestKey(1), TestChunk(flushed ? 3 : 2)));
+    ASSERT_OK(store().Get(TestKey(1), out));
+    EXPECT_EQ(out, TestChunk(flushed ? 3 : 2));
+    EXPECT_NE(store().Peek(TestKey(1)).value(), before);
+  }
+  EXPECT_EQ(store().Replace(TestKey(1), std::span(out).first(1)).code(), StatusCode::kInvalid);
+  ASSERT_OK(store().Delete(TestKey(1)));
+  EXPECT_FALSE(store().Contains(TestKey(1)));
 }
 
 TEST_P(ChunkStoreContract, GivesBackWhatWasFlushed) {

@@ -54,7 +54,7 @@ int FaultyChunkStore::puts() const {
   return puts_;
 }
 
-Status FaultyChunkStore::DoGet(const ChunkKey& key, std::span<std::byte> out) {
+Status FaultyChunkStore::DoGet(const ChunkKey& key, std::span<std::byte> out, ChunkSeal* seal) {
   bool flip = false, tear = false;
   size_t bit = 0, good = 0;
   {
@@ -68,11 +68,11 @@ Status FaultyChunkStore::DoGet(const ChunkKey& key, std::span<std::byte> out) {
   }
   if (tear) {
     std::vector<std::byte> whole(out.size());
-    PREHOC_RETURN_IF_ERROR(base()->Get(key, whole));
+    PREHOC_RETURN_IF_ERROR(base()->Get(key, whole, seal));
     std::memcpy(out.data(), whole.data(), good);
     return {};
   }
-  PREHOC_RETURN_IF_ERROR(base()->Get(key, out));
+  PREHOC_RETURN_IF_ERROR(base()->Get(key, out, seal));
   if (flip) out[(bit / 8) % out.size()] ^= std::byte{1} << (bit % 8);
   return {};
 }

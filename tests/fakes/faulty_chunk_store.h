@@ -28,7 +28,7 @@ class FaultyChunkStore final : public ChunkStoreWrapper {
   int puts() const;
 
  private:
-  Status DoGet(const ChunkKey& key, std::span<std::byte> out) override;
+  Status DoGet(const ChunkKey& key, std::span<std::byte> out, ChunkSeal* seal) override;
   Status DoPut(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin) override;
   Status DoDelete(const ChunkKey& key) override;
   Status DoFlush() override;

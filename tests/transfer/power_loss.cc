@@ -46,6 +46,11 @@ class PowerLoss {
           if (status.ok()) ++model_.next;
           if (status.code() == StatusCode::kBusy) status = Flush(store);
         } else if (rng_.Chance(0.3)) {
+          // There is the old one or the new one, whenever the power goes.
+          const auto n = static_cast<int>(rng_.Int(std::max(1, model_.next - kWindow), model_.next));
+          if (store.Contains(TestKey(n))) status = store.Replace(TestKey(n), TestChunk(n, kBytes), {.chunk = n});
+          replaced_ += status.ok();
+        } else if (rng_.Chance(0.3)) {
           const auto n = static_cast<int>(rng_.Int(std::max(1, model_.next - kWindow), model_.next));
           model_.deleted.insert(n);
           status = store.Delete(TestKey(n));
@@ -86,8 +91,8 @@ class PowerLoss {
   }
 
   void Tell(int rounds) const {
-    std::printf("power lost %d times in %lld operations: %d records put, %d acknowledged, %d unacknowledged ones gone; nothing torn, nothing lost\n",
-                rounds, static_cast<long long>(env_.operations()), model_.next - 1 + lost_, model_.acknowledged, lost_);
+    std::printf("power lost %d times in %lld operations: %d records put, %d replaced, %d acknowledged, %d unacknowledged ones gone; nothing torn, nothing lost\n",
+                rounds, static_cast<long long>(env_.operations()), model_.next - 1 + lost_, replaced_, model_.acknowledged, lost_);
   }
   bool worked() const { return model_.acknowledged > 0 && lost_ > 0; }
 
@@ -118,7 +123,7 @@ class PowerLoss {
   Rng rng_;
   UnsyncedEnv env_;
   Model model_;
-  int lost_ = 0;
+  int lost_ = 0, replaced_ = 0;
 };
 
 int Main(int rounds, uint64_t seed, bool lie) {
