@@ -135,7 +135,7 @@ Status MultiplyBatch(const BatchProduct& p, cudaStream_t stream) {
                              .That(p.cols >= kDeep && p.cols % kDeep == 0, "cols", p.cols, "use a multiple of 32").Take());
   const ProductArgs args{p.weights, p.x, p.x_float, p.y, p.y_half, p.tokens, p.rows, p.cols, p.add};
   const int blocks = p.rows / (p.gated ? kRows / 2 : kRows);
-  const cuda::Shape shape{.grid = dim3(static_cast<unsigned>(blocks)), .threads = kThreads};
+  const cuda::Shape shape{.grid = dim3(static_cast<unsigned>(blocks)), .threads = kThreads, .keeps_l1 = true};
   const bool from_float = p.x == nullptr;
   return LaunchKernel(p.gated ? (from_float ? ProductKernel<true, true> : ProductKernel<true, false>)
                               : (from_float ? ProductKernel<false, true> : ProductKernel<false, false>), "batch product", args, shape, stream);

@@ -81,6 +81,8 @@ struct Shape {
   size_t most_shared_bytes = 0;  // of any launch of this kernel, where they differ: other threads may launch it, too
   int cluster = 1;           // neighbours in x that run at once
   bool cooperative = false;  // all blocks run at once
+  bool keeps_l1 = false;     // reads again what the first-level cache holds: shared memory takes no more of it than blocks need.
+                             // Of a kernel, not of a launch: the first one's numbers count
 };
 // How many clusters of `shape` the current device runs at once; 0 if none. Asks the driver each time.
 int MostClusters(const void* kernel, const Shape& shape);

@@ -1,7 +1,10 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <set>
+#include <utility>
 
+#include "base/mutex.h"
 #include "kernels/cuda/launch.h"
 
 namespace prehoc::cuda {
@@ -67,6 +70,26 @@ Status Configure(const void* kernel, const char* name, const Shape& shape, bool 
   to->config.numAttrs = count;
   return {};
 }
+
+// A multiprocessor that a kernel with much shared memory leaves keeps so much of it set aside, while it suffices for the next kernel. One that
+// needs the first-level cache says so, once: what the blocks use that run at once, in percent.
+Status KeepL1(const void* kernel, const char* name, const Shape& shape) {
+  static Mutex mutex;
+  static auto* const told = new std::set<std::pair<int, const void*>>;
+  int device = 0;
+  PREHOC_CUDA_TRY(cudaGetDevice(&device));
+  const MutexLock lock(mutex);
+  if (!told->emplace(device, kernel).second) return {};
+  constexpr size_t kOfEachBlock = 1024;
+  int room = 0, blocks = 0;
+  cudaFuncAttributes attributes{};
+  PREHOC_CUDA_TRY(cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+  PREHOC_RETURN_IF_ERROR(CudaStatus(cudaFuncGetAttributes(&attributes, kernel), name));
+  PREHOC_RETURN_IF_ERROR(CudaStatus(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, shape.threads, shape.shared_bytes), name));
+  const size_t used = static_cast<size_t>(blocks) * (attributes.sharedSizeBytes + shape.shared_bytes + kOfEachBlock);
+  const size_t percent = std::min<size_t>(100, (100 * used + static_cast<size_t>(room) - 1) / static_cast<size_t>(std::max(room, 1)));
+  return CudaStatus(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, static_cast<int>(percent)), name);
+}
 }  // namespace
 
 int MostClusters(const void* kernel, const Shape& shape) {
@@ -92,6 +115,7 @@ int ClusterPlaces::Of(const void* kernel, Shape shape, int log) {
 
 Status LaunchAny(const void* kernel, const char* name, void** args, const Shape& shape, cudaStream_t stream) {
   PREHOC_ASSIGN_OR_RETURN(const DeviceLimits limits, CurrentLimits());
+  if (shape.keeps_l1) PREHOC_RETURN_IF_ERROR(KeepL1(kernel, name, shape));
   Configuration to;
   PREHOC_RETURN_IF_ERROR(Configure(kernel, name, shape, limits.major >= 9, &to));
   to.config.stream = stream;
