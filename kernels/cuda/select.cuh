@@ -7,6 +7,7 @@
 //   4. rank of each member among them; the own chosen positions in order, at an offset that follows from what all blocks counted
 // Ties are broken by position without sorting: keys are compared with positions where few are equal, and counted where many are.
 // Dilation adds a second cut (rank m), a bitmap of neighbours, and one more wait.
+// After select_bars.cuh it takes what that has left.
 #pragma once
 #include "kernels/cuda/select_team.cuh"
 
