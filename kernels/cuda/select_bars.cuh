@@ -68,9 +68,9 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
 
   // Whether the task may be scanned this way: the same in all blocks of the team.
   __device__ bool TakesBars() const {
-    return args_.bars && rule_->k > 0 && chunk_ >= 2 * kSelectWarps * kTokens && (hi_ - lo_) / 24 >= rule_->k &&  // else lists are long
-          
-           (rule_->pooled == nullptr || rule_->pool_level != nullptr);  // lse_all comes too late for pooled scores
+    const bool lists_are_short = (hi_ - lo_) / 24 >= rule_->k;
+    const bool pools_now = rule_->pooled == nullptr || rule_->pool_level != nullptr;  // lse_all comes too late for it
+    return args_.bars && rule_->k > 0 && chunk_ >= 2 * kSelectWarps * kTokens && lists_are_short && pools_now;
   }
   // False: nothing is chosen, all blocks of the team say so, and what they share is as it was.
   __device__ bool Choose(uint32_t k) {
@@ -449,8 +449,9 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
         if (lowest + i == 0) shared().misled = 1;
         const float inside = lowest + i == kHeadBins - 1 ? 1 : static_cast<float>(rank - above) / static_cast<float>(count[i]);
         const float bar = centre + edge(i) + (1 - inside) / kSampleBinsPerNat;
-        // What is not resident must also weigh more than theta: no more than it seems to by a part of the mass.
-        shared().bars[h] = {bar, rule_->resident != nullptr ? fmaxf(bar, centre + __logf(mass) + rule_->log_theta - 0.01f) : Infinity()};
+        // What is not resident must also score more than theta: no more than it seems to by a part of the mass.
+        const float least_lse = args_.rule != GroupRule::kMaxLogit ? centre + __logf(mass) : 0;
+        shared().bars[h] = {bar, rule_->resident != nullptr ? fmaxf(bar, least_lse + rule_->log_theta - 0.01f) : Infinity()};
       }
       above += count[i];
     }

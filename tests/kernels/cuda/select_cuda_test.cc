@@ -467,9 +467,10 @@ class SelectByBarsCudaTest : public SelectCudaTest {
     bool filters = false;
     int32_t window = 0x7fffffff;
     GroupRule rule = GroupRule::kMaxWeight;
+    float log_theta = -5;
   };
   // Selects for `c.tasks` equal tasks; the number that were scanned again.
-  int32_t Run(Rng& rng, const CodedRows& coded, const Case& c, double log_theta = -5) {
+  int32_t Run(Rng& rng, const CodedRows& coded, const Case& c) {
     const int64_t stride = (coded.n + 3) / 4 * 4;
     const CudaArray<float> z(static_cast<size_t>(c.group * stride));
     const CudaArray<cuda::ScanTask> scan(std::vector<cuda::ScanTask>{{.source = coded.Source(), .z = z.data(), .z_stride = stride}});
@@ -480,7 +481,7 @@ class SelectByBarsCudaTest : public SelectCudaTest {
     std::vector<float> level = rng.Normals(static_cast<size_t>(c.group), 3);
     level[0] = kNan;  // counts as 0
     cuda::ChooseRule rule{.sinks = 8, .local = 32, .window = c.window, .k = c.k};
-    if (c.filters) rule.resident = device_resident.data(), rule.log_theta = static_cast<float>(log_theta);
+    if (c.filters) rule.resident = device_resident.data(), rule.log_theta = c.log_theta;
     std::vector<Results> results;
     std::vector<cuda::SelectTask> tasks;
     for (int t = 0; t < c.tasks; ++t) {
@@ -491,8 +492,8 @@ class SelectByBarsCudaTest : public SelectCudaTest {
     }
     const CudaArray<cuda::SelectTask> device(tasks);
     const CudaArray<int32_t> restarts(std::vector<int32_t>{0});
-    cuda::SelectParams params{.tasks = device.data(), .num_tasks = c.tasks, .max_n = coded.n + 1000, .format = coded.format, .group = c.group, .head_dim = coded.dim,
-                              .rule = c.rule, .by = cuda::SelectBy::kBars, .restarts = restarts.data()};
+    cuda::SelectParams params{.tasks = device.data(), .num_tasks = c.tasks, .max_n = coded.n + 1000, .format = coded.format, .group = c.group,
+                              .head_dim = coded.dim, .rule = c.rule, .by = cuda::SelectBy::kBars, .restarts = restarts.data()};
     const auto workspace = Workspace(cuda::SelectWorkspaceBytes(params));
     params.workspace = workspace.data(), params.workspace_bytes = workspace.size();
     EXPECT_OK(cuda::Select(params, stream()));
@@ -541,6 +542,15 @@ TEST_F(SelectByBarsCudaTest, ChooseAsAllLogitsWould) {
     coded.SetQuery(rng.Normals(static_cast<size_t>(c.group * coded.dim), 2));
     EXPECT_EQ(Run(rng, coded, c), 0) << "tasks were scanned again";
     if (HasFailure()) return;
+  }
+}
+
+TEST_F(SelectByBarsCudaTest, ThetaIsALogitWhereScoresAre) {
+  SeededRng rng;
+  CodedRows coded(rng, cuda::RowType::kF16, 20'000, 64, {4, 64, false}, KeyKind::kNormal);
+  coded.SetQuery(rng.Normals(4 * 64, 2));
+  for (const float log_theta : {-20.0f, 0.0f, 5.0f, 20.0f}) {  // what is eligible may be too much to list
+    Run(rng, coded, {.n = 20'000, .tasks = 70, .group = 4, .k = 300, .filters = true, .rule = GroupRule::kMaxLogit, .log_theta = log_theta});
   }
 }
 
