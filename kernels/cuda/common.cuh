@@ -85,6 +85,13 @@ __device__ inline uint32_t SharedAddress(const void* p) { return static_cast<uin
 __device__ inline void CopyAsync16(uint32_t to, const void* from, bool exists) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exists ? 16 : 0) : "memory");
 }
+// 4 or 8 bytes of device memory.
+template <int BYTES>
+__device__ inline void CopyAsyncFew(uint32_t to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(BYTES) : "memory");
+}
+// All copies that this thread has asked for have arrived.
+__device__ inline void WaitForCopies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 // The copies that this thread has asked for since the last call become a group; all but its last kLeft groups have arrived.
 __device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kLeft>
@@ -138,24 +145,6 @@ __device__ inline uint32_t LoadAcquire(const uint32_t* p) {
   return value;
 }
 
-// As atomicAdd() of one thread: without the vote of the warp that the compiler puts around it.
-__device__ inline uint32_t AddShared(uint32_t* p, uint32_t value) {
-  uint32_t before;
-  asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(before) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(p))), "r"(value) : "memory");
-  return before;
-}
-// Copies 4, 8 or 16 bytes from global to shared memory without registers; they are there, for this thread, after WaitForCopies().
-template <int BYTES>
-__device__ inline void CopyAsync(void* to, const void* from) {
-  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  if constexpr (BYTES == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(BYTES) : "memory");
-  }
-}
-__device__ inline void WaitForCopies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
 // --- clusters: blocks that run at once and reach each other's shared memory (sm_90) --------------------------------------------------
 // All threads of all blocks arrive, then wait; what was written before, in shared or global memory, is seen after.
 __device__ inline void ClusterArrive() {
@@ -181,6 +170,13 @@ __device__ inline void StoreCluster(uint32_t address, float4 x) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("st.shared::cluster.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(address), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
 #endif
+}
+
+// In every lane.
+__device__ inline float WarpSum(float x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(kAllLanes, x, offset);
+  return x;
 }
 
 // Log-sum-exp in parts: sum of exp(x - most). NaN, once in `sum`, stays; +inf is its own maximum.

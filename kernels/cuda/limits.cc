@@ -79,7 +79,7 @@ Status KeepL1(const void* kernel, const char* name, const Shape& shape) {
   int device = 0;
   PREHOC_CUDA_TRY(cudaGetDevice(&device));
   const MutexLock lock(mutex);
-  if (!told->emplace(device, kernel).second) return {};
+  if (told->contains({device, kernel})) return {};
   constexpr size_t kOfEachBlock = 1024;
   int room = 0, blocks = 0;
   cudaFuncAttributes attributes{};
@@ -88,7 +88,9 @@ Status KeepL1(const void* kernel, const char* name, const Shape& shape) {
   PREHOC_RETURN_IF_ERROR(CudaStatus(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, shape.threads, shape.shared_bytes), name));
   const size_t used = static_cast<size_t>(blocks) * (attributes.sharedSizeBytes + shape.shared_bytes + kOfEachBlock);
   const size_t percent = std::min<size_t>(100, (100 * used + static_cast<size_t>(room) - 1) / static_cast<size_t>(std::max(room, 1)));
-  return CudaStatus(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, static_cast<int>(percent)), name);
+  PREHOC_RETURN_IF_ERROR(CudaStatus(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, static_cast<int>(percent)), name));
+  told->emplace(device, kernel);
+  return {};
 }
 }  // namespace
 

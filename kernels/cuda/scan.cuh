@@ -137,7 +137,7 @@ class BlockScan {
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) LoadPiece(block, 0, pair);
   }
-  // The head of the block that was asked for is there; so is all else that this warp asked for by CopyAsync().
+  // The head of the block that was asked for is there; so is all else that this warp asked for by asynchronous copies.
   __device__ void Arrive() {
     WaitForCopies();
     __syncwarp();
@@ -269,7 +269,7 @@ class BlockScan {
   __device__ void LoadHeader(const std::byte* block) {
 #pragma unroll
     for (int i = 0; i < S::kHeaderPieces; ++i) {
-      if (HasHeader(i)) CopyAsync<16>(header_ + half_ + 16 * (lane_ + i * kWarp), block + 16 * (lane_ + i * kWarp));
+      if (HasHeader(i)) CopyAsync16(SharedAddress(header_ + half_ + 16 * (lane_ + i * kWarp)), block + 16 * (lane_ + i * kWarp), true);
     }
   }
   __device__ void LoadPiece(const std::byte* block, int pass, int pair) {

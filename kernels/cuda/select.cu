@@ -10,6 +10,7 @@
 namespace prehoc::cuda {
 namespace {
 
+constexpr size_t kDeclaredBytes = 4096;        // of shared memory: at least what the kernels declare themselves
 constexpr int32_t kMostPositions = 1 << 30;  // so that sums of positions and chunks fit into 32 bits
 
 struct Plan {
@@ -34,12 +35,11 @@ Check CheckPositions(const char* kernel, int32_t max_n) {
 // Blocks that run at once in clusters of 2^log, with all the shared memory that there is; 0 if there are no such clusters.
 int PlacesOf(int log, const DeviceLimits& limits) {
   static ClusterPlaces places;
-  constexpr int kDeclared = 4096;  // at least what the kernel declares itself
-  return places.Of(reinterpret_cast<const void*>(SelectKernel<0, 0>),
-                   {.threads = kSelectThreads, .shared_bytes = static_cast<size_t>(limits.block_shared_bytes - kDeclared)}, log);
+  return places.Of(reinterpret_cast<const void*>(SelectKernel<Selector<0, 0>>),
+                   {.threads = kSelectThreads, .shared_bytes = static_cast<size_t>(limits.block_shared_bytes) - kDeclaredBytes}, log);
 }
 
-bool CanRegroup(const SelectArgs& args) { return args.num_tasks <= kSelectThreads; }
+bool CanRegroup(int32_t num_tasks) { return num_tasks <= kSelectThreads; }  // a thread looks at a task
 
 // A task is split over as many blocks as there are multiprocessors for it, but for short ones: waiting costs more than they do. Clusters
 // wait for each other faster than other teams, but have 2^i blocks, at most 16: worth it unless they leave much more idle.
@@ -71,7 +71,7 @@ Status MakePlan(int32_t num_tasks, int32_t max_n, bool scans, size_t scan_bytes,
   args.chunk = static_cast<int32_t>(std::max<int64_t>(1, CeilDiv(max_n, int64_t{64} * args.team_blocks)) * 64);
   args.z_stride = args.chunk + 8;  // heads 32 bytes apart: a warp's stores of one piece meet no bank twice
   const auto chunk = static_cast<size_t>(args.chunk), group = static_cast<size_t>(args.group);
-  const size_t fixed = scan_bytes + CommonBytes(args) + 4096;  // and what the kernel declares itself
+  const size_t fixed = scan_bytes + CommonBytes(args) + kDeclaredBytes;
   const size_t z_bytes = scans ? group * static_cast<size_t>(args.z_stride) * 4 : 0;
   const auto room = static_cast<size_t>(limits.block_shared_bytes);
   args.z_in_shared = scans && fixed + z_bytes <= room;
@@ -97,7 +97,7 @@ Status MakePlan(int32_t num_tasks, int32_t max_n, bool scans, size_t scan_bytes,
     args.most_samples = static_cast<int32_t>(std::clamp<int64_t>(CeilDiv(args.chunk, 8 * kSelectWarps * Bars::kTokens), 1, Bars::kMostSamples));
     args.list_room = std::min(args.chunk, kMostListed);
     args.bars = args.group <= kScanHeads && args.rule != GroupRule::kMeanWeight && !args.dilate && args.format.group_tokens == Bars::kTokens &&
-                Bars::SharedBytes(args) + 4096 <= room;
+                Bars::SharedBytes(args) + kDeclaredBytes <= room;
   }
   const size_t listed = args.bars ? blocks * static_cast<size_t>(args.list_room) : 0;
   args.list_z = reinterpret_cast<float*>(part(listed * kScanHeads * sizeof(float)));
@@ -134,8 +134,7 @@ Result<Plan> PlanOf(const SelectParams& params) {
   plan.args.rule = params.rule;
   plan.args.dilate = params.dilate;
   plan.args.restarts = params.restarts;
-  plan.args.num_tasks = params.num_tasks;
-  plan.args.regroup = params.gated && params.num_tasks > 1 && CanRegroup(plan.args);
+  plan.args.regroup = params.gated && params.num_tasks > 1 && CanRegroup(params.num_tasks);
   size_t scan_bytes = 0;
   PREHOC_RETURN_IF_ERROR(DispatchHeadDim(params.head_dim, [&](auto d) {
     scan_bytes = ScanMemory<d(), 8>::kBytes;  // the most
@@ -165,11 +164,7 @@ Status Choose(const ChooseParams& params, cudaStream_t stream) {
   PREHOC_ASSIGN_OR_RETURN(const Plan plan, PlanOf(params));
   if (params.num_tasks == 0) return {};
   PREHOC_RETURN_IF_ERROR(CheckWorkspace("choose", params.workspace, params.workspace_bytes, plan.bytes));
-  using Kernel = Selector<0, 0>;
-  const Shape shape{.grid = dim3(static_cast<unsigned>(plan.blocks)), .threads = kSelectThreads,
-                    .shared_bytes = Kernel::SharedBytes(plan.args), .cluster = plan.args.cluster ? plan.args.team_blocks : 1,
-                    .cooperative = Cooperates(plan.args)};
-  return LaunchKernel(SelectKernel<0, 0>, "choose", plan.args, shape, stream);
+  return LaunchWay<Selector<0, 0>>("choose", plan.args, plan.blocks, stream);
 }
 
 Status Select(const SelectParams& params, cudaStream_t stream) {
@@ -181,7 +176,7 @@ Status Select(const SelectParams& params, cudaStream_t stream) {
     // What the first launch cannot choose, the second does, with all blocks for the few tasks that there are; mostly there is none.
     PREHOC_RETURN_IF_ERROR(LaunchBars<d()>(params.format.bits, plan.args, plan.blocks, stream));
     SelectArgs rest = plan.args;
-    if (CanRegroup(rest)) rest.regroup = true, rest.cluster = false;
+    if (CanRegroup(params.num_tasks)) rest.regroup = true, rest.cluster = false;
     return LaunchSelect<d()>(params.format.bits, rest, plan.blocks, stream);
   });
 }

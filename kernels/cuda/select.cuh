@@ -484,11 +484,4 @@ class Selector : public TeamMember<Selector<D, BITS>, ScanMemory<D, BITS>::kByte
   int64_t z_stride_ = 0;
 };
 
-template <int D, int BITS>
-__global__ void __launch_bounds__(kSelectThreads, 1) SelectKernel(const __grid_constant__ SelectArgs args) {
-  WaitForEarlierWork();
-  LetLaterWorkLaunch();
-  RunTasks<Selector<D, BITS>>(args);
-}
-
 }  // namespace prehoc::cuda

@@ -5,7 +5,7 @@
 //      -- wait --
 //   2. from it for each head a bar that somewhat more than k eligible positions reach. The rest is scanned: where a head reaches its bar, the
 //      position is listed with all heads' logits; of everything else only the mass is added up
-// The choice is then made among what is listed (select.cuh). What is not scores less than (bar - lse) of every head: if that is below the score
+// The choice is then made among what is listed (select_team.cuh). What is not scores less than (bar - lse) of every head: if that is below the score
 // of rank k, the choice is that of all positions, to the last tie. If it is not (a sample that misled), or if a list is full, the task is left to
 // the launch that follows, which keeps all logits (select.cuh).
 #pragma once
@@ -13,7 +13,7 @@
 
 namespace prehoc::cuda {
 
-// Beside what each scan needs: of each warp what it needs beside the codes, of each thread a mass.
+// What a scan has, and of each warp what it needs beside the codes, of each thread a mass.
 template <int D, int BITS>
 struct BarMemory : ScanMemory<D, BITS> {
   static constexpr int32_t kTokens = 64;  // of a code block; others are not taken this way
@@ -104,14 +104,14 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
   // Whether a score above `least` may not have been listed.
   __device__ bool Misses(float least) const {
     bool misses = false;
-    for (int h = 0; h < args_.group; ++h) misses = misses || !(shared().bars[h].x - (args_.rule != GroupRule::kMaxLogit ? lse()[h] : 0) < least);
+    for (int h = 0; h < args_.group; ++h) misses = misses || !(shared().bars[h].x - this->ScoreUnit(h) < least);
     return misses;
   }
 
   // The largest of the heads' logits above `level`, of four positions; lane j of a quad, which has head j's, gets that of position j.
   __device__ float PooledScore(const float4& z) const {
     const int j = lane() % 4;
-    const float by = j < args_.group ? level()[j] : Infinity();
+    const float by = HasHead() ? level()[j] : Infinity();
     const auto most = [&](float x) {
       float score = x - by;  // NaN is no candidate for a maximum
       score = fmaxf(score, __shfl_xor_sync(kAllLanes, score, 1));
@@ -161,9 +161,9 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
   __device__ float2* edge_mass() const { return reinterpret_cast<float2*>(fixed() + M::kMasses) + threadIdx.x; }  // of a thread: sinks and local
   __device__ void FetchSide(int32_t at) const {
     const uint64_t* const resident = Fresh(shared().resident);
-    if (resident != nullptr && lane() == 0) CopyAsync<8>(side_word(at), resident + at / kTokens);
+    if (resident != nullptr && lane() == 0) CopyAsyncFew<8>(SharedAddress(side_word(at)), resident + at / kTokens);
     const float* const pooled = Fresh(shared().pooled);
-    if (pooled != nullptr) CopyAsync<4>(side_scores(at) + lane(), pooled + at + lane()), CopyAsync<4>(side_scores(at) + 32 + lane(), pooled + at + 32 + lane());
+    for (int i = lane(); pooled != nullptr && i < kTokens; i += kWarp) CopyAsyncFew<4>(SharedAddress(side_scores(at) + i), pooled + at + i);
   }
 
   // Four positions from `i` on, a lane's own: which are of the middle.
@@ -228,7 +228,7 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
     const uint32_t listed = __ballot_sync(kAllLanes, ((passes >> j) & 1) != 0);
     if (listed == 0) return;
     uint32_t entry = 0, count = __popc(listed);
-    if (lane() == 0) entry = AddShared(&shared().listed, count);
+    if (lane() == 0) entry = atomicAdd(&shared().listed, count);
     entry = __shfl_sync(kAllLanes, entry, 0);
     if (entry + count > static_cast<uint32_t>(args_.list_room)) return;  // too many: they are counted
     float* to = Fresh(shared().list_z[j]) + entry + __popc(listed & ((1u << (lane() - j)) - 1));  // behind those of the quads before
@@ -290,7 +290,10 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
     for (;; at += kTokens) {
       if (at == unsampled) {
         PrefetchBlocks(block + block_bytes, stop - at - kTokens);
-        if (!SetBars(k)) return false;
+        if (!SetBars(k)) {
+          WaitForCopies();  // of a code block that is not taken: the next task's must not meet them
+          return false;
+        }
         TakeSample(at - samples * kTokens, min(at, stop), to, coded, has_tail, &other);
       }
       if (at >= stop) {
@@ -349,7 +352,7 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
 
   __device__ void StoreMasses(float sum) {
     static_assert(kSelectWarps % kScanHeads == 0);
-    __shared__ Mass others[kSelectWarps][kScanHeads], rest[kSelectWarps];
+    __shared__ Mass others[kSelectWarps][kScanHeads], edges[kSelectWarps][kScanHeads], rest[kSelectWarps];
     const float2 edge = *edge_mass();
     const auto over_quads = [&](Mass mass) {
 #pragma unroll
@@ -359,7 +362,7 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
       return mass;
     };
     Mass other = over_quads(sum == 0 ? NoMass() : Mass{HigherBar(shared().bars[lane() % 4]), sum});
-    const Mass edges = over_quads({edge.x, edge.y});
+    const Mass at_edges = over_quads({edge.x, edge.y});
     __syncthreads();  // the list is complete
     const int h = warp() % kScanHeads;  // a warp takes a head of a part of it
     const uint32_t count = min(shared().listed, static_cast<uint32_t>(args_.list_room));
@@ -367,21 +370,17 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
     for (uint32_t e = static_cast<uint32_t>(warp() / kScanHeads * kWarp + lane()); e < count; e += kSelectThreads / kScanHeads) AddLogit(&mass, list_z(h)[e]);
     mass = WarpJoin(mass);
     if (lane() == 0) rest[warp()] = mass;
-    if (lane() < kScanHeads) others[warp()][lane()] = other, edge_of(warp(), lane()) = edges;
+    if (lane() < kScanHeads) others[warp()][lane()] = other, edges[warp()][lane()] = at_edges;
     __syncthreads();
     if (warp() >= args_.group) return;
     const bool is_warp = lane() < kSelectWarps;
     other = WarpJoin(is_warp ? others[lane()][h] : NoMass());
-    mass = is_warp ? edge_of(lane(), h) : NoMass();
+    mass = is_warp ? edges[lane()][h] : NoMass();
     if (is_warp && lane() % kScanHeads == h) mass = Join(mass, rest[lane()]);
     mass = Join(WarpJoin(mass), other);
     // A list that is full leaves out what it should have: the team then takes none.
     if (shared().listed > static_cast<uint32_t>(args_.list_room)) mass = {0, NotANumber()};
     if (lane() == 0) *PartOf(args_.parts, h, block_) = mass, *PartOf(args_.outside, h, block_) = other;
-  }
-  static __device__ Mass& edge_of(int warp, int h) {
-    __shared__ Mass edges[kSelectWarps][kScanHeads];
-    return edges[warp][h];
   }
 
   // Where the logits of a head lie, roughly and for all blocks the same: that of the middle of a code block.
@@ -390,9 +389,7 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
     const float* const q = source_->q + h * D;
     float sum = 0;
     for (int c = lane(); c < D; c += kWarp) sum += q[c] * (__half2float(lo[c]) + __half2float(lo[D + c]) * (0.5f * ((1 << BITS) - 1)));
-#pragma unroll
-    for (int offset = 1; offset < kWarp; offset *= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
-    sum *= __frsqrt_rn(static_cast<float>(D));
+    sum = WarpSum(sum) * __frsqrt_rn(static_cast<float>(D));
     if (lane() == 0) shared().centre[h] = isfinite(sum) ? sum : 0;
   }
   // False, in all blocks of the team, if the sample has too few eligible positions.
@@ -429,14 +426,8 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
       mine += count[i];
       if (lowest + i > 0) mass += static_cast<float>(count[i]) * __expf(edge(i));
     }
-#pragma unroll
-    for (int offset = 1; offset < kWarp; offset *= 2) mass += __shfl_xor_sync(kAllLanes, mass, offset);
-    uint32_t up_to = mine;
-#pragma unroll
-    for (int offset = 1; offset < kWarp; offset *= 2) {
-      const uint32_t above = __shfl_up_sync(kAllLanes, up_to, offset);
-      if (lane() >= offset) up_to += above;
-    }
+    mass = WarpSum(mass);
+    const uint32_t up_to = WarpUpTo(mine);
     // The share of k that the sample has, and three times what chance (of runs of neighbours that are alike) may add to it.
     const float share = static_cast<float>(k) * sampled / static_cast<float>(hi_ - lo_);
     const auto rank = static_cast<uint32_t>(share + 6 * sqrtf(share) + 8);
@@ -470,7 +461,7 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
         float score = -Infinity();
 #pragma unroll
         for (int h = 0; h < kScanHeads; ++h) {
-          if (h < args_.group) score = fmaxf(score, list_z(h)[e] - (args_.rule != GroupRule::kMaxLogit ? lse()[h] : 0));
+          if (h < args_.group) score = fmaxf(score, list_z(h)[e] - this->ScoreUnit(h));
         }
         const uint32_t at = list_at()[e];
         key = !filters || at >> 31 != 0 || score > log_theta ? KeyOf(score) : 0;
@@ -489,7 +480,7 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
     // No weight that is left out is far above that of rank k, or else theta: in units of the larger one.
     if (rule_->resident != nullptr) most = fmaxf(most, rule_->log_theta);
     const int h = warp() % kScanHeads;  // a warp takes a head of a part of it
-    const float unit = most + (h < args_.group && args_.rule != GroupRule::kMaxLogit ? lse()[h] : 0);
+    const float unit = most + (h < args_.group ? this->ScoreUnit(h) : 0);
     float sum = 0;
     const int32_t listed = h < args_.group ? listed_ : 0;
 #pragma unroll 8
@@ -497,8 +488,7 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
       const int32_t at = places()[e];
       if (((kept_words()[at / 32] >> (at % 32)) & 1) == 0) sum += Exp2((list_z(h)[e] - unit) * kLog2E);
     }
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+    sum = WarpSum(sum);
     if (lane() == 0) of_warps[warp()] = sum;
     __syncthreads();
     if (warp() < args_.group && lane() == 0) {
@@ -529,12 +519,5 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
   int32_t listed_ = 0;  // by this block
   int parity_ = 0;
 };
-
-template <int D, int BITS>
-__global__ void __launch_bounds__(kSelectThreads, 1) BarKernel(const __grid_constant__ SelectArgs args) {
-  WaitForEarlierWork();
-  LetLaterWorkLaunch();
-  RunTasks<BarSelector<D, BITS>>(args);
-}
 
 }  // namespace prehoc::cuda

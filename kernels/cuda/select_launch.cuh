@@ -13,12 +13,7 @@ Status LaunchScan(int bits, const ScanArgs& args, dim3 grid, cudaStream_t stream
 }
 template <int D>
 Status LaunchSelect(int bits, const SelectArgs& args, int blocks, cudaStream_t stream) {
-  return Dispatch<2, 4, 8>(bits, [&](auto b) {
-    const Shape shape{.grid = dim3(static_cast<unsigned>(blocks)), .threads = kSelectThreads,
-                      .shared_bytes = Selector<D, b()>::SharedBytes(args), .cluster = args.cluster ? args.team_blocks : 1,
-                      .cooperative = Cooperates(args)};
-    return LaunchKernel(SelectKernel<D, b()>, "select", args, shape, stream);
-  });
+  return Dispatch<2, 4, 8>(bits, [&](auto b) { return LaunchWay<Selector<D, b()>>("select", args, blocks, stream); });
 }
 
 #define PREHOC_INSTANTIATE_SELECT(D)                                                 \

@@ -1,5 +1,6 @@
 // What the ways to choose share: how the blocks of a team wait for each other, keys and cuts, sums over the team, and the result.
 #pragma once
+#include "kernels/cuda/launch.h"
 #include "kernels/cuda/scan.cuh"
 
 namespace prehoc::cuda {
@@ -90,22 +91,24 @@ __device__ inline void LeaveTeam(Team* team, int blocks, bool cluster) {
 
 // --- sums over the block ---------------------------------------------------------------------------------------------------------
 
+// The sum of the lanes up to this one.
+__device__ inline uint32_t WarpUpTo(uint32_t x) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    const uint32_t below = __shfl_up_sync(kAllLanes, x, offset);
+    if (lane >= offset) x += below;
+  }
+  return x;
+}
 // Exclusive prefix of `value` over the threads; *total is that of the block. `scratch` [kSelectWarps].
 __device__ inline uint32_t BlockPrefix(uint32_t value, uint32_t* scratch, uint32_t* total) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const auto up_to = [&](uint32_t x) {  // the sum of the lanes up to this one
-#pragma unroll
-    for (int offset = 1; offset < kWarp; offset *= 2) {
-      const uint32_t below = __shfl_up_sync(kAllLanes, x, offset);
-      if (lane >= offset) x += below;
-    }
-    return x;
-  };
-  const uint32_t sum = up_to(value);
+  const uint32_t sum = WarpUpTo(value);
   __syncthreads();
   if (lane == kWarp - 1) scratch[warp] = sum;
   __syncthreads();
-  const uint32_t warps = up_to(lane < kSelectWarps ? scratch[lane] : 0);
+  const uint32_t warps = WarpUpTo(lane < kSelectWarps ? scratch[lane] : 0);
   *total = __shfl_sync(kAllLanes, warps, kWarp - 1);
   const uint32_t before = __shfl_sync(kAllLanes, warps, max(warp - 1, 0));
   return (warp > 0 ? before : 0) + sum - value;
@@ -168,8 +171,6 @@ struct ScanMemory<D, 0> {
   static constexpr size_t kHeaderBytes = 0, kSteps = 0, kBytes = 0;
 };
 
-// Whether the blocks of a launch must all run at once: they wait for each other.
-inline bool Cooperates(const SelectArgs& args) { return !args.cluster && (args.team_blocks > 1 || args.regroup); }
 // What each way to choose has: histogram or list, of each head three numbers, words of the chosen and of the class.
 __host__ __device__ inline size_t CommonBytes(const SelectArgs& args) {
   return size_t{kBins} * 4 + static_cast<size_t>((3 * args.group + 3) / 4 * 4) * 4 + static_cast<size_t>(args.chunk / 32) * 8;
@@ -445,6 +446,8 @@ class TeamMember {
     team_->list_key[entry] = key, team_->list_position[entry] = position;
   }
 
+  // What a head's logits are scored above, by a rule that takes a maximum.
+  __device__ float ScoreUnit(int h) const { return args_.rule != GroupRule::kMaxLogit ? lse()[h] : 0; }
   __device__ void WriteLse() const {
     if (!Leads()) return;
     for (int h = static_cast<int>(threadIdx.x); h < args_.group; h += kSelectThreads) rule_->lse_all[h] = lse()[h];
@@ -566,6 +569,19 @@ __device__ inline void RunTasks(const SelectArgs& args) {
     __syncthreads();
   }
   way.Leave();
+}
+
+template <class WAY>
+__global__ void __launch_bounds__(kSelectThreads, 1) SelectKernel(const __grid_constant__ SelectArgs args) {
+  WaitForEarlierWork();
+  LetLaterWorkLaunch();
+  RunTasks<WAY>(args);
+}
+template <class WAY>
+Status LaunchWay(const char* name, const SelectArgs& args, int blocks, cudaStream_t stream) {
+  const Shape shape{.grid = dim3(static_cast<unsigned>(blocks)), .threads = kSelectThreads, .shared_bytes = WAY::SharedBytes(args),
+                    .cluster = args.cluster ? args.team_blocks : 1, .cooperative = !args.cluster && (args.team_blocks > 1 || args.regroup)};
+  return LaunchKernel(SelectKernel<WAY>, name, args, shape, stream);
 }
 
 }  // namespace prehoc::cuda
