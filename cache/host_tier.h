@@ -30,7 +30,8 @@ enum class BlockState : uint8_t { kTail, kHost, kStoreOnly, kLost };
 
 // What a use says about the next one: a streamed block will not be wanted before all others of its kind (one layer
 // after the other, over and over), so the one used last is the first to go, before any kept one; a kept one goes when
-// it has not been used for longest. Blocks that nobody holds go before all that somebody does. The pin that dies last decides; a tail that was never pinned is kept.
+// it has not been used for longest. Blocks that nobody holds go before all that somebody does. The pin that dies last decides; a tail that was
+// never pinned is kept.
 enum class BlockUse : uint8_t { kStream, kKeep };
 
 // Whether a pin of a block that is in memory already compares its bytes with what Seal() saw: one pass over them. A block that
@@ -134,7 +135,8 @@ class HostTier {
   // host.{of the arena: see HostArena; blocks, pinned, tails, waiting, hits, loads, shared_loads, load_errors, load_bytes,
   // load_nanos, evicted, forgotten, lost, healed, duplicates, prefetches, prefetches_refused, verified_bytes, corrupt, late} and
   // write_behind.{queued, written, bytes, replaced, dropped, failed, shed}: waiting = callers that wait for the I/O of others now; late = reads given up;
-  // forgotten = went unstored, as nobody held them; replaced = of `written`, in the place of another version; dropped = the store would have stalled; shed = a queue was full.
+  // forgotten = went unstored, as nobody held them; replaced = of `written`, in the place of another version;
+  // dropped = the store would have stalled; shed = a queue was full.
   void VisitCounters(const CounterVisitor& visit) const;
   // Flips one bit of a sealed block that nobody uses, as failing memory would; `pick` says which. False if there is none.
   bool FlipIdleBitForTest(uint64_t pick, uint64_t bit);
