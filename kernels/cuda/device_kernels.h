@@ -1,14 +1,7 @@
-// What one decode step of a layer runs on the device. The semantics are those of kernels/function_table.h, entry by entry;
-// what differs is where things lie. Tasks and everything that they point to are in memory that the device reads (device or
-// pinned); what changes from step to step (lengths, counts, flags) is behind a pointer, so that a captured graph can be replayed.
-//
-// Every entry: enqueues on `stream` and returns at once; allocates nothing; can be captured in a CUDA graph; leaves nothing
-// enqueued when it returns an error. Returns kInvalid or kUnsupported, naming field and value, for shapes that it does not
-// take; kCuda if the launch fails. Task arrays outlive the enqueued work, and no work on the stream writes them (on sm_90 they are read
-// while earlier kernels still run); what tasks point to is ordered by the stream as usual. Pointers are aligned to 16 bytes, counts may be 0.
-// head_dim is 64, 96, 128 or 256; any group from 1 to 256. Rows are fp16 or bf16: K[head_dim], then V[head_dim].
-//
-// A position or row that does not exist never reaches a load: each entry says what it reports instead.
+// The entries of kernels/step_kernels.h on a CUDA device, and scan alone. Every entry: enqueues on `stream` and returns at once; allocates nothing; can
+// be captured in a CUDA graph; leaves nothing enqueued when it returns an error. Returns kInvalid or kUnsupported, naming field and value, for
+// shapes that it does not take; kCuda if the launch fails. head_dim is 64, 96, 128 or 256; any group from 1 to 256. Rows are fp16 or bf16: K[head_dim],
+// then V[head_dim].
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -18,62 +11,39 @@
 #include "base/half.h"
 #include "base/result.h"
 #include "kernels/function_table.h"
+#include "kernels/step_kernels.h"
 
 namespace prehoc::cuda {
 
-enum class RowType : uint8_t { kF16 = 0, kBF16 = 1 };
+using step::RowType;
+using step::HostRows;
+using step::AppendTask;
+using step::AppendParams;
+using step::GateTask;
+using step::GateParams;
+using step::ScanSource;
+using step::ChooseRule;
+using step::ChooseTask;
+using step::SelectTask;
+using step::ChooseParams;
+using step::SelectBy;
+using step::SelectParams;
+using step::AttendTask;
+using step::AttendParams;
+using step::ResidencyState;
+using step::ResolveTask;
+using step::ResolveParams;
+using step::RefreshTask;
+using step::RefreshParams;
+using step::GatherTask;
+using step::GatherParams;
 
-// --- append: fp32 K and V become rows; a group that is complete becomes a code block (append + encode) ---------------
-// Position p lies in row p % ring_rows. Blocks of bf16 keys are those of the keys rounded to fp16: exact for
-// 2^-14 <= |k| <= 65504, else off by at most 2^-25, or infinite and so unbounded.
-struct AppendTask {
-  const float* k = nullptr;        // [count] vectors, `stride` floats apart
-  const float* v = nullptr;
-  int64_t stride = 0;              // [floats]
-  const int32_t* first = nullptr;  // [1] positions before this call
-  void* rows = nullptr;            // [ring_rows, 2, head_dim]
-  int32_t ring_rows = 0;           // a multiple of group_tokens, at least count + group_tokens; first + count if never wrapped
-  int32_t count = 0;               // new tokens, at most max_count
-  std::byte* blocks = nullptr;     // block g is of positions g * group_tokens ..; null = no codes
-  Half* page_lo = nullptr;         // [positions / 16, head_dim] bounds of each page of 16 in whole groups; or null
-  Half* page_hi = nullptr;
-};
-struct AppendParams {
-  const AppendTask* tasks = nullptr;
-  int32_t num_tasks = 0;
-  int32_t max_count = 0;  // of any task; one above it appends nothing
-  CodeFormat format;
-  RowType type = RowType::kF16;
-  int32_t head_dim = 0;
-};
+const step::StepKernels& DeviceStepKernels();  // streams are cudaStream_t
+
 Status Append(const AppendParams& params, cudaStream_t stream);
-
-// --- gate ------------------------------------------------------------------------------------------------------------
-struct GateTask {
-  const float* q = nullptr;       // [group, head_dim]
-  const float* anchor = nullptr;  // [group, head_dim]
-  float* cosine = nullptr;        // [1]; or null
-  uint8_t* hold = nullptr;        // [1] 1 if cosine > tau, and *age < max_age if there is an age; or null
-  const int32_t* age = nullptr;   // [1] steps since the choice was made; or null
-};
-struct GateParams {
-  const GateTask* tasks = nullptr;
-  int32_t num_tasks = 0;
-  int32_t group = 0, head_dim = 0;
-  float tau = 0;
-  int32_t max_age = 0x7fffffff;
-};
 Status Gate(const GateParams& params, cudaStream_t stream);
 
-// --- scan: logits from the codes, and choice of k ---------------------------------------------------------------------
-// Positions below coded = *n / group_tokens * group_tokens have codes; the others are scored from their rows in the ring.
-struct ScanSource {
-  const float* q = nullptr;           // [group, head_dim]
-  const std::byte* blocks = nullptr;  // [coded / group_tokens] code blocks
-  const void* rows = nullptr;         // [ring_rows, 2, head_dim]: as in AppendTask
-  int32_t ring_rows = 0;              // at least group_tokens
-  const int32_t* n = nullptr;         // [1] visible positions, at most max_n
-};
+// Logits alone.
 struct ScanTask {
   ScanSource source;
   float* z = nullptr;    // [group] rows, `z_stride` floats apart, a multiple of 4
@@ -91,68 +61,6 @@ struct ScanParams {
 // A length outside [0, max_n] writes nothing but z[0] = NaN in every head.
 Status Scan(const ScanParams& params, cudaStream_t stream);
 
-// Of *n visible positions, sinks' = min(sinks, n) are kept, the last `local` are kept, and the middle [lo, hi) between is
-// chosen from: hi = max(sinks', n - local), lo = min(hi, max(sinks', n - window)). Then as ChooseTask of function_table.h, but
-// for target_drop and exact_budget, which are not offered here.
-struct ChooseRule {
-  int32_t sinks = 0, local = 0;
-  int32_t window = 0x7fffffff;         // PSAW: positions before n - window are out of sight
-  int32_t k = 0;
-  int32_t dilate_m = 0, dilate_r = 0;  // used only with params.dilate
-  const uint64_t* resident = nullptr;  // [max_n / 64 rounded up]; or null
-  float log_theta = 0;
-  float* pooled = nullptr;             // [max_n]; or null
-  const float* pool_level = nullptr;   // [group] pooled scores are the largest z - pool_level of a head, where it is finite (else z); or null: the score.
-                                       // It may be lse_all, which then is the last call's: what is scored need not be kept until this one's is known
-  uint8_t pool_reset = 0;
-  const uint8_t* hold = nullptr;       // [1]: if 1, the results of the last call stand, and nothing is read or written; or null
-  // Results.
-  int32_t room = 0;                    // of `chosen`; more are never written
-  int32_t* chosen = nullptr;           // sorted positions
-  int32_t* count = nullptr;            // [1]; -1 if n is outside [0, max_n] or `room` was too small
-  float* lse_all = nullptr;            // [group]
-  float* lse_out = nullptr;            // [group]; or null, which saves a pass
-};
-// From logits in memory.
-struct ChooseTask {
-  const float* z = nullptr;  // [group] rows, `z_stride` floats apart
-  int64_t z_stride = 0;
-  const int32_t* n = nullptr;
-  ChooseRule rule;
-};
-// scan and choose in one launch: the logits never leave the chip where they fit into its shared memory (or L2).
-struct SelectTask {
-  ScanSource source;
-  ChooseRule rule;
-};
-struct ChooseParams {
-  const ChooseTask* tasks = nullptr;
-  int32_t num_tasks = 0;
-  int32_t max_n = 0;
-  int32_t group = 0;
-  GroupRule rule = GroupRule::kMaxWeight;
-  bool dilate = false;             // some task dilates
-  std::byte* workspace = nullptr;  // of ChooseWorkspaceBytes(); zeroed once before its first use, then left to this entry; calls
-  size_t workspace_bytes = 0;      // that share one are ordered
-};
-// How: with all logits kept, or only with those that reach a bar (select_bars.cuh), which pays where the others would not stay in a cache. The choice
-// is the same. kBars is taken for code blocks of 64 tokens, up to 4 heads, rules that take a maximum, and without dilation.
-enum class SelectBy : uint8_t { kAny = 0, kLogits = 1, kBars = 2 };
-struct SelectParams {
-  const SelectTask* tasks = nullptr;
-  int32_t num_tasks = 0;
-  int32_t max_n = 0;
-  CodeFormat format;
-  RowType type = RowType::kF16;
-  int32_t group = 0, head_dim = 0;
-  GroupRule rule = GroupRule::kMaxWeight;
-  bool dilate = false;
-  SelectBy by = SelectBy::kAny;
-  bool gated = false;           // tasks may hold: the blocks of those that do work for the others. No faster where none does
-  int32_t* restarts = nullptr;  // [1] += tasks whose candidates were not enough, which were scanned again; or null
-  std::byte* workspace = nullptr;
-  size_t workspace_bytes = 0;
-};
 // Of the current device; kCuda without one.
 Result<size_t> ChooseWorkspaceBytes(const ChooseParams& params);
 Result<size_t> SelectWorkspaceBytes(const SelectParams& params);
@@ -160,99 +68,12 @@ Result<size_t> SelectWorkspaceBytes(const SelectParams& params);
 Status Choose(const ChooseParams& params, cudaStream_t stream);
 Status Select(const SelectParams& params, cudaStream_t stream);
 
-// --- attend: exact attention over sinks, chosen rows and the local window -----------------------------------------------
-// Attended are positions [0, min(sinks, n)) in rows sink_row + p, the last min(local, n - sinks) positions in rows
-// ring_row + p % ring_rows, and the rows that `refs` name: ref >= 0 is row `ref` of `rows`, ref < 0 is row ~ref of `host_rows`
-// (pinned memory, read where it lies). Dense attention over [0, n) is sinks = 0, local = n, ring_rows > n.
-// Logits are formed from q and the softmax weights as sums of two halves of the row type: errors are some 2^-21 (fp16) or
-// 2^-16 (bf16) of SUM |q_c k_c|. A row that does not exist, or an infinite or NaN key, makes out and lse of every head NaN.
-struct AttendTask {
-  const float* q = nullptr;    // [group, head_dim]
-  float* out = nullptr;        // [group, head_dim]
-  float* lse = nullptr;        // [group]; or null
-  const void* rows = nullptr;  // [row_limit, 2, head_dim]
-  int64_t row_limit = 0;
-  int32_t sink_row = 0, ring_row = 0, ring_rows = 0;
-  int32_t sinks = 0, local = 0;
-  const int32_t* n = nullptr;         // [1] visible positions
-  const int32_t* refs = nullptr;      // [refs_room] readable, the first *num_refs count; or null
-  const int32_t* num_refs = nullptr;  // [1]; outside [0, refs_room] as one row that does not exist
-  int32_t refs_room = 0;
-  const void* host_rows = nullptr;    // [host_limit, 2, head_dim]; or null
-  int64_t host_limit = 0;
-};
-struct AttendParams {
-  const AttendTask* tasks = nullptr;
-  int32_t num_tasks = 0;
-  int32_t max_rows = 0;  // about as many as a task attends to: how far the keys are split. Any number of rows is right
-  RowType type = RowType::kF16;
-  int32_t group = 0, head_dim = 0;
-  std::byte* workspace = nullptr;  // as for choose
-  size_t workspace_bytes = 0;
-};
 Result<size_t> AttendWorkspaceBytes(const AttendParams& params);
 Status Attend(const AttendParams& params, cudaStream_t stream);
 
-// --- residency: where the rows of chosen positions are, and which are to be -----------------------------------------------------
-// A head's rows of the middle lie in `slots` slots; a position that is in none is read from the host, where row p is position p.
-struct ResidencyState {
-  int16_t* slot_of = nullptr;    // [max_n] slot of a position; -1 = none
-  int32_t* owner = nullptr;      // [slots] position in a slot; -1 = free, -2 = on its way
-  uint64_t* resident = nullptr;  // [max_n / 64 rounded up] bit of every position that is in a slot
-  int32_t slots = 0;             // at most 32767
-  int32_t max_n = 0;
-};
-// resolve: chosen positions become what attend reads. Position p is row ring_row + p % ring_rows if the ring holds it (p >= *n - ring_rows),
-// else slot_row + its slot, else ~p. A position outside [0, min(*n, max_n)) becomes a row that does not exist. Where a head has chosen anew
-// (hold is null or 0) its query becomes the anchor and its age 0; else the age grows.
-struct ResolveTask {
-  ResidencyState at;
-  const int32_t* chosen = nullptr;  // [*count]
-  const int32_t* count = nullptr;   // [1]; outside [0, room] as one position that does not exist
-  int32_t room = 0;
-  const int32_t* n = nullptr;
-  int32_t slot_row = 0, ring_row = 0, ring_rows = 0;
-  int32_t* refs = nullptr;          // [room]
-  int32_t* num_refs = nullptr;      // [1]
-  int64_t* misses = nullptr;        // [1] += rows to be read from the host; or null
-  const uint8_t* hold = nullptr;    // [1] or null
-  const float* q = nullptr;         // [group, head_dim]; or null: no anchor
-  float* anchor = nullptr;
-  int32_t* age = nullptr;           // [1]; or null
-};
-Status Resolve(const ResolveTask* tasks, int32_t num_tasks, int32_t group, int32_t head_dim, cudaStream_t stream);
-
-// refresh: of `wanted` positions (sorted, different) those in no slot get one, of the free slots first, then of those whose owner is not
-// wanted; as many as there are. Their former owners are not resident from now on. What is to be copied is listed for gather: piece
-// from_piece[i] is the position, to_piece[i] its slot. When the copies are done, Land() makes the new ones resident.
-struct RefreshTask {
-  ResidencyState at;
-  const int32_t* wanted = nullptr;
-  const int32_t* wanted_count = nullptr;  // [1]; positions outside [0, max_n) and a count outside [0, slots] are not wanted
-  int32_t* from_piece = nullptr;          // [slots]
-  int32_t* to_piece = nullptr;            // [slots]
-  int32_t* count = nullptr;               // [1]
-  float* pooled = nullptr;                // [max_n] scores that start anew: -inf; or null
-};
-Status Refresh(const RefreshTask* tasks, int32_t num_tasks, int32_t max_n, cudaStream_t stream);
-Status Land(const RefreshTask* tasks, int32_t num_tasks, cudaStream_t stream);
-
-// --- gather: pieces of pinned host memory (or device memory) to slots ---------------------------------------------------
-struct GatherTask {
-  const std::byte* from = nullptr;     // [from_limit] pieces
-  std::byte* to = nullptr;             // [to_limit] pieces
-  const int32_t* from_piece = nullptr; // [*count]
-  const int32_t* to_piece = nullptr;   // [*count], all different
-  const int32_t* count = nullptr;      // [1]
-  int64_t from_limit = 0, to_limit = 0;
-  int32_t* refused = nullptr;          // [1] += pieces that do not exist, which are left alone; or null
-};
-struct GatherParams {
-  const GatherTask* tasks = nullptr;
-  int32_t num_tasks = 0;
-  int32_t piece_bytes = 0;  // a multiple of 16
-  int32_t max_blocks = 16;  // of 512 threads, over all tasks: the SMs that this may take from others
-};
+Status Resolve(const ResolveParams& params, cudaStream_t stream);
+Status Refresh(const RefreshParams& params, cudaStream_t stream);
+Status Land(const RefreshParams& params, cudaStream_t stream);
 Status Gather(const GatherParams& params, cudaStream_t stream);
 
 }  // namespace prehoc::cuda
