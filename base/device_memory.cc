@@ -66,6 +66,11 @@ Status DeviceMemory::Read(const void* from, size_t size, void* to) const {
   return {};
 }
 
+Status DeviceMemory::Write(const void* from, size_t size, void* to) const {
+  std::memcpy(to, from, size);
+  return {};
+}
+
 void DeviceMemory::Free(std::byte* data, size_t size) {
   DoFree(data, size);
   MutexLock lock(mutex_);

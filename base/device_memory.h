@@ -50,11 +50,13 @@ class DeviceMemory {
   size_t used() const;
   size_t peak() const;  // the largest used() ever seen: proves the budget was kept
 
-  // Whether host code may read and write the memory where it lies. If not, only kernels and Read() touch it.
+  // Whether host code may read and write the memory where it lies. If not, only kernels, Read() and Write() touch it.
   virtual bool host_accessible() const { return true; }
   // Copies `size` bytes at `from`, of a buffer of this, to host memory `to`, and waits. The work that wrote them is finished
   // (a kernel whose results were waited for). Returns kCuda if the device failed.
   virtual Status Read(const void* from, size_t size, void* to) const;
+  // The other way: `size` bytes of host memory at `from` are at `to`, in a buffer of this, when it returns. No work that is enqueued touches them.
+  virtual Status Write(const void* from, size_t size, void* to) const;
 
  private:
   friend class DeviceBuffer;

@@ -17,17 +17,17 @@ Way WayOfFailure(const StepRule& rule) {
 
 // Steps since the choice was made; -1: there is none.
 int64_t AgeOf(const FastStep& s, const Unit& unit) { return unit.has_choice ? s.u - unit.chosen_at : -1; }
+}  // namespace
 
-// Prepares `step` for a layer; its lists keep their memory.
-void Reset(FastStep& s, int32_t layer, const std::vector<Unit>& units, size_t kv_heads) {
-  s.layer = layer;
-  s.blocks.reset();
-  s.units.resize(units.size());
-  s.direct.resize(kv_heads);
-  for (auto& list : s.direct) list.clear();
-  for (size_t i = 0; i < units.size(); ++i) {
-    UnitStep& unit = s.units[i];
-    const auto heads = static_cast<size_t>(units[i].heads);
+void FastStep::Reset(int32_t of_layer, const std::vector<Unit>& of_units, size_t kv_heads) {
+  layer = of_layer;
+  blocks.reset();
+  units.resize(of_units.size());
+  direct.resize(kv_heads);
+  for (auto& list : direct) list.clear();
+  for (size_t i = 0; i < of_units.size(); ++i) {
+    UnitStep& unit = units[i];
+    const auto heads = static_cast<size_t>(of_units[i].heads);
     unit.way = Way::kSelect;
     unit.gated = unit.attended = false;
     unit.met = true;
@@ -39,13 +39,13 @@ void Reset(FastStep& s, int32_t layer, const std::vector<Unit>& units, size_t kv
     unit.lse_out_bound.assign(heads, 0);
   }
 }
-}  // namespace
 
 Status Sequence::Impl::Attend(int32_t layer_index, const LayerInput& in) {
+  if (device_step != nullptr) PREHOC_RETURN_IF_ERROR(LeaveSteps());
   LayerState& layer = layers[static_cast<size_t>(layer_index)];
   const Clock& clock = *cache->resources.clock;
   FastStep& s = *scratch;
-  Reset(s, layer_index, layer.units, layer.heads.size());
+  s.Reset(layer_index, layer.units, layer.heads.size());
   s.u = step;
   s.n = static_cast<int32_t>(visible());
   s.in = in;
@@ -80,7 +80,7 @@ Status Sequence::Impl::Attend(int32_t layer_index, const LayerInput& in) {
 Status Sequence::Impl::FirstSelection(int32_t layer_index, const float* q, const float* q_pre) {
   LayerState& layer = layers[static_cast<size_t>(layer_index)];
   FastStep& s = *scratch;
-  Reset(s, layer_index, layer.units, layer.heads.size());
+  s.Reset(layer_index, layer.units, layer.heads.size());
   s.u = 0;
   s.n = static_cast<int32_t>(visible());
   s.in = {};

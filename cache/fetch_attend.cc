@@ -28,6 +28,7 @@ void Sequence::Impl::NoteAttended(FastStep& s, size_t index) {
   set.n = s.n;
   set.left = s.n - s.rule.local;
   set.middle.clear();
+  set.unread = -1;
   unit.selected = now.way == Way::kSelect || now.way == Way::kSelectOnce || (now.way == Way::kEverything && !now.met);
   if (set.everything) return;
   const bool inherits = now.way == Way::kInherit;
@@ -200,7 +201,7 @@ void Sequence::Impl::Account(FastStep& s) {
     if (now.way == Way::kBorrow) ++step_report.borrowed;
     if (!s.rule.middle_only) AccountMass(s, i);
   }
-  step_report.bytes_from_disk += s.blocks->loaded() * static_cast<int64_t>(geometry().block_bytes());
+  if (s.blocks) step_report.bytes_from_disk += s.blocks->loaded() * static_cast<int64_t>(geometry().block_bytes());
 }
 
 // What the step knows of its dropped mass: from its own scan, or from the last one, with its age.

@@ -130,6 +130,7 @@ class HostTier {
   Status Flush();
 
   size_t block_bytes() const;
+  std::span<std::byte> range() const;  // HostArena::range(): where the bytes of all pins lie
   int64_t capacity_blocks() const;
   int64_t used_blocks() const;
   // host.{of the arena: see HostArena; blocks, pinned, tails, waiting, hits, loads, shared_loads, load_errors, load_bytes,

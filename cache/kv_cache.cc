@@ -194,6 +194,31 @@ Status Sequence::Attend(LayerId layer, const LayerInput& input) {
     return impl_->Attend(layer.value(), input);
   });
 }
+Result<Sequence::StepPlan> Sequence::PlanStep(const LayerInput& io) {
+  return WithinMemory([&] { return impl_->PlanStep(io); });
+}
+namespace {
+Status NoPlan() { return {StatusCode::kInvalid, "a step was enqueued that PlanStep() did not offer"}; }
+}  // namespace
+Status Sequence::EnqueueBehind(void* stream) {
+  if (!impl_->device_step || !impl_->device_step->planned) return NoPlan();
+  return WithinMemory([&] { return impl_->EnqueueBehind(stream); });
+}
+Status Sequence::EnqueueLayer(LayerId layer, void* stream) {
+  if (!impl_->device_step || !impl_->device_step->planned) return NoPlan();
+  return WithinMemory([&] { return impl_->EnqueueLayer(layer.value(), stream); });
+}
+Status Sequence::EnqueueLast(void* stream) {
+  if (!impl_->device_step || !impl_->device_step->planned) return NoPlan();
+  return WithinMemory([&] { return impl_->EnqueueLast(stream); });
+}
+Status Sequence::AfterLayer(LayerId layer) {
+  if (!impl_->device_step || !impl_->device_step->planned) return NoPlan();
+  return WithinMemory([&]() -> Status {
+    PREHOC_RETURN_IF_ERROR(impl_->CheckCall(layer, true));
+    return impl_->AfterLayer(layer.value());
+  });
+}
 Status Sequence::End() {
   return WithinMemory([&] { return impl_->End(); });
 }
@@ -210,9 +235,11 @@ Status Sequence::CheckInvariants() const { return impl_->CheckInvariants(); }
 
 Sequence::Residency Sequence::CountResidency() const {
   Residency count;
+  const bool on_device = impl_->device_step != nullptr && impl_->device_step->active;
+  if (on_device) count.device_rows = impl_->HeldByDevice();
   for (const LayerState& layer : impl_->layers) {
     for (const HeadState& head : layer.heads) {
-      count.device_rows += impl_->length - std::min(impl_->length, impl_->ring_begin) + head.residency.held() +
+      count.device_rows += impl_->length - std::min(impl_->length, impl_->ring_begin) + (on_device ? 0 : head.residency.held()) +
                            std::min<int64_t>(impl_->sinks, std::min(impl_->ring_begin, impl_->length));
       count.device_slots += impl_->layout.slots;
     }
@@ -240,7 +267,9 @@ Result<Sequence::HeadView> Sequence::Impl::LastStep(int32_t layer, int32_t kv_he
   view.cosine = 2;
   for (const Unit& unit : layers[static_cast<size_t>(layer)].units) {
     if (unit.kv_head != kv_head) continue;
-    const std::vector<int32_t> positions = unit.attended.Positions();
+    AttendedSet set = unit.attended;
+    PREHOC_RETURN_IF_ERROR(ReadAttended(layer, kv_head, &set));
+    const std::vector<int32_t> positions = set.Positions();
     view.attended.insert(view.attended.end(), positions.begin(), positions.end());
     view.selected |= unit.selected;
     view.cosine = std::min(view.cosine, unit.cosine);

@@ -27,6 +27,7 @@
 #include "cache/report.h"
 #include "cache/tier_health.h"
 #include "kernels/function_table.h"
+#include "kernels/step_kernels.h"
 #include "selector/selector.h"
 #include "transfer/chunk_store.h"
 #include "transfer/transfer_engine.h"
@@ -69,6 +70,7 @@ struct CacheResources {
   TransferEngine* transfer = nullptr;  // copies that run behind the steps; null = on `background`; required with tc.lag > 0 where
                                        // host code cannot reach `device`
   const Clock* clock = nullptr;        // null = SteadyClock
+  const step::StepKernels* step_kernels = nullptr;  // of the device: what Sequence::PlanStep() enqueues; null = it never offers anything
   Tracer* tracer = nullptr;            // told what runs when, from every thread (docs/cli.md, --trace); null = nobody
 };
 
@@ -144,6 +146,23 @@ class Sequence {
 
   // The same for one decode token: append, then the fast clock: gate, scan, choose, fetch what matters, attend.
   Status Attend(LayerId layer, const LayerInput& input);
+
+  // A decode step as work of the device alone, in the place of the Attend() calls. After Begin(): PlanStep(); if it offers a step, enqueue
+  // EnqueueBehind() (on a stream of its own, from the step's start on, or first of all), EnqueueLayer() of every layer behind the work that makes
+  // its q, k and v, and last of all EnqueueLast(), behind EnqueueBehind() too. When that work is done: End(). What was enqueued for a plan may be
+  // captured and replayed, in the place of these calls, for every later plan with the same id.
+  struct StepPlan {
+    uint64_t id = 0;     // 0: not offered for this step; use Attend()
+    bool pause = false;  // an audit is due: nothing is replayed, and after each layer its work is waited for and AfterLayer() is called
+  };
+  // `io` is in memory that the device reads: buffers that all layers use, one after the other. Offered with two clocks (codes, a gate by the cosine of
+  // a KV head's queries or none, no bounds, no mass budgets) and dense, where all rows that may be wanted are on the device or, held there from now
+  // on, in host memory. The slow clock's rows are used two steps after it wanted them. kOutOfSpace, kCuda as Attend().
+  Result<StepPlan> PlanStep(const LayerInput& io);
+  Status EnqueueBehind(void* stream);
+  Status EnqueueLayer(LayerId layer, void* stream);
+  Status EnqueueLast(void* stream);
+  Status AfterLayer(LayerId layer);
 
   // Ends the step: the slow clock turns, full chunks are sealed and written behind, length() grows.
   Status End();

@@ -145,6 +145,7 @@ Status Sequence::Impl::BeginRepair(ChunkIndex chunk) {
   if (!chunk.valid() || (chunk.value() + 1) * size > length) {
     return {StatusCode::kInvalid, "chunk " + std::to_string(chunk.value()) + " is not a whole chunk of this sequence"};
   }
+  PREHOC_RETURN_IF_ERROR(LeaveSteps());
   std::vector<BlockRef> blocks;
   std::vector<BlockPin> pins;
   for (int32_t l = 0; l < geometry().layers; ++l) {

@@ -58,7 +58,8 @@ Extent ExtentOf(const Selector& selector, int32_t num_layers, int64_t max_tokens
 }  // namespace
 
 int64_t AttendedSet::size() const {
-  return everything ? int64_t{sinks} + n - lo : int64_t{sinks} + static_cast<int64_t>(middle.size()) + n - left;
+  const int64_t chosen = unread >= 0 ? unread : static_cast<int64_t>(middle.size());
+  return everything ? int64_t{sinks} + n - lo : int64_t{sinks} + chosen + n - left;
 }
 
 std::vector<int32_t> AttendedSet::Positions() const {
@@ -114,11 +115,23 @@ Result<std::unique_ptr<Sequence::Impl>> Sequence::Impl::Open(CacheShared* shared
   request.pool = residency.factor > 0;
   request.scores = extent.chooses;
   request.errors = extent.chooses && selector.NeedsErrorBounds();
-  PREHOC_ASSIGN_OR_RETURN(const DeviceLayout layout, DeviceLayout::Fit(request));
+  StepShape shape;
+  const int32_t most_chosen = static_cast<int32_t>(std::min<int64_t>(extent.chooses ? extent.middle : 0, options.max_tokens));
+  Result<DeviceLayout> fit = Status{StatusCode::kUnsupported, "no whole steps"};
+  if (ShapeSteps(*shared, options.max_tokens, most_chosen, &shape)) {
+    DeviceRequest with_steps = request;
+    with_steps.steps = &shape;
+    if (shape.turns > 0) with_steps.ring_min += residency.refresh + 1;  // what a turn does not want stays until the next one's rows are there
+    fit = DeviceLayout::Fit(with_steps);
+  }
+  // A budget that has no room for them is no reason to refuse.
+  if (!fit.ok()) fit = DeviceLayout::Fit(request);
+  PREHOC_ASSIGN_OR_RETURN(const DeviceLayout layout, std::move(fit));
   PREHOC_ASSIGN_OR_RETURN(DeviceBuffer buffer, shared->resources.device->Allocate(layout.bytes, "sequence"));
 
   auto impl = std::make_unique<Impl>(shared, layout, std::move(buffer), options, ChunkKeyChain(shared->KeyRoot("")));
   impl->Carve(request);
+  impl->CarveSteps(shape);
   return impl;
 }
 
@@ -129,7 +142,7 @@ Sequence::Impl::Impl(CacheShared* shared, const DeviceLayout& device_layout, Dev
       dither_seed(sequence_options.dither_seed), branch(NewBranch()), chain(root),
       next_chain(std::move(root)), scratch(std::make_unique<FastStep>()) {}
 
-Sequence::Impl::~Impl() = default;
+Sequence::Impl::~Impl() { DropStepPins(); }
 
 void Sequence::Impl::Carve(const DeviceRequest& request) {
   const auto num_layers = static_cast<size_t>(geometry().layers);
@@ -187,6 +200,7 @@ Status Sequence::Impl::Begin(std::span<const int32_t> new_tokens, int64_t prompt
     return {StatusCode::kOutOfSpace, "token " + std::to_string(length + added) + " is beyond max_tokens = " +
                                          std::to_string(max_tokens)};
   }
+  if (prompt_length != 0) PREHOC_RETURN_IF_ERROR(LeaveSteps());
   if (length == 0) {
     method = MethodOf(prompt_length);
     chain = next_chain = ChunkKeyChain(cache->KeyRoot(method));
@@ -342,12 +356,14 @@ std::byte* Sequence::Impl::TailBytes(LayerState& layer, int64_t chunk) {
 Status Sequence::Impl::End() {
   if (!open) return {StatusCode::kInvalid, "End() without Begin()"};
   if (repairing) return {StatusCode::kInvalid, "End() of a repair: use EndRepair()"};
+  const bool on_device = device_step != nullptr && device_step->planned;
+  if (on_device) PREHOC_RETURN_IF_ERROR(TakeStep());
   if (next_layer != geometry().layers) {
     return {StatusCode::kInvalid, "End() after " + std::to_string(next_layer) + " of " + std::to_string(geometry().layers) +
                                       " layers"};
   }
   const bool prompt_done = !decoding() && visible() == prompt;
-  if (decoding() || prompt_done) PREHOC_RETURN_IF_ERROR(SlowClock());
+  if ((decoding() && !on_device) || prompt_done) PREHOC_RETURN_IF_ERROR(SlowClock());
 
   const int64_t size = geometry().chunk_tokens;
   for (int32_t l = 0; l < geometry().layers; ++l) {
@@ -378,6 +394,13 @@ void Sequence::Impl::Rollback() {
   if (!open) return;
   if (call_trace) call_trace->Say("rolled_back", 1);
   call_trace.reset();
+  if (device_step != nullptr && device_step->planned) {
+    // It broke off somewhere; what heads chose in it may be of any queries.
+    LeaveSteps().IgnoreError();  // what cannot be read is forgotten, too
+    for (LayerState& layer : layers) {
+      for (Unit& unit : layer.units) unit.has_choice = false;
+    }
+  }
   if (decoding() && !repairing) --step;
   // Blocks that began with the announced tokens go; the one that was there keeps its earlier rows.
   const auto kept = static_cast<size_t>(CeilDiv(length, geometry().chunk_tokens));

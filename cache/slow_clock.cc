@@ -242,10 +242,10 @@ Status Sequence::Impl::PostBehind(int32_t layer_index, int32_t kv_head, LayerBlo
 }
 
 // Rows whose time has come. A copy that failed brings nothing: its rows stay in the host tier and are fetched when chosen.
-Status Sequence::Impl::LandPending(int32_t layer_index) {
+Status Sequence::Impl::LandPending(int32_t layer_index, bool all) {
   LayerState& layer = layers[static_cast<size_t>(layer_index)];
   for (auto fetch = layer.pending.begin(); fetch != layer.pending.end();) {
-    if (fetch->due > step) {
+    if (!all && fetch->due > step) {
       ++fetch;
       continue;
     }

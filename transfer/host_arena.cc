@@ -253,6 +253,8 @@ void HostArena::Free(BlockId block) {
   impl_->free.push_back(block.value());
 }
 
+std::span<std::byte> HostArena::range() const { return {impl_->base, static_cast<size_t>(impl_->capacity) * impl_->stride}; }
+
 std::span<std::byte> HostArena::block(BlockId block) const {
   PREHOC_DCHECK(block.valid() && block.value() < impl_->capacity);
   return {impl_->base + static_cast<uint64_t>(block.value()) * impl_->stride, impl_->options.block_bytes};

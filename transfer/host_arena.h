@@ -37,6 +37,9 @@ class HostArena {
   void Free(BlockId block);
   std::span<std::byte> block(BlockId block) const;  // [block_bytes], 4096-aligned; stays where it is until freed
 
+  // The addresses among which all blocks lie, wherever memory is mapped yet; constant.
+  std::span<std::byte> range() const;
+
   int64_t capacity_blocks() const;  // budget / block size in memory
   int64_t used_blocks() const;
   uint64_t used_bytes() const;      // blocks in use

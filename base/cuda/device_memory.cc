@@ -34,6 +34,13 @@ Status CudaDeviceMemory::Read(const void* from, size_t size, void* to) const {
   return {};
 }
 
+Status CudaDeviceMemory::Write(const void* from, size_t size, void* to) const {
+  PREHOC_CUDA_TRY(cudaMemcpy(to, from, size, cudaMemcpyHostToDevice));
+  // From pageable memory the call may return before the bytes are there, and streams of ours do not wait for the default one.
+  PREHOC_CUDA_TRY(cudaStreamSynchronize(cudaStreamLegacy));
+  return {};
+}
+
 CudaDeviceMemory::Range CudaDeviceMemory::RangeOf(const void* at) const {
   MutexLock lock(ranges_mutex_);
   const auto found = std::find_if(ranges_.begin(), ranges_.end(), [&](const Range& range) { return range.Has(at); });

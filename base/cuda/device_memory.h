@@ -12,6 +12,7 @@ class CudaDeviceMemory final : public DeviceMemory {
   using DeviceMemory::DeviceMemory;
   bool host_accessible() const override { return false; }
   Status Read(const void* from, size_t size, void* to) const override;
+  Status Write(const void* from, size_t size, void* to) const override;
   struct Range {
     const std::byte* begin = nullptr;
     size_t size = 0;

@@ -1,5 +1,6 @@
 // What all sequences of a cache share.
 #pragma once
+#include <atomic>
 #include <memory>
 
 #include "cache/chunk_key.h"
@@ -17,6 +18,7 @@ struct CacheShared {
   std::unique_ptr<TierHealth> health;            // with a store that is guarded; else null
   std::unique_ptr<HostTier> host;
   std::string layout_name;  // KvGeometry::LayoutName()
+  std::atomic<int64_t> held_for_steps{0};  // blocks that sequences hold in host memory for whole steps on the device
 
   const KvGeometry& geometry() const { return options.geometry; }
   // What is indexed at once: a group of codes or, where only bounds are wanted, a page; and the format that gives it.

@@ -47,6 +47,10 @@ DeviceLayout Lay(const DeviceRequest& r, int32_t ring, int32_t slots) {
   layout.pool_at = take(r.pool ? layers * static_cast<uint64_t>(r.units) * floats : 0);
   layout.z_at = take(r.scores ? static_cast<uint64_t>(r.geometry.heads) * floats : 0);
   layout.err_at = take(r.errors ? static_cast<uint64_t>(r.geometry.heads) * floats : 0);
+  if (r.steps != nullptr && slots <= StepArrays::kMostSlots) {
+    StepArrays::Carve(nullptr, *r.steps, slots, &layout.step_bytes);
+    layout.steps_at = take(layout.step_bytes);
+  }
   layout.bytes = at;
   return layout;
 }
@@ -74,7 +78,8 @@ Result<DeviceLayout> DeviceLayout::Fit(const DeviceRequest& r) {
   const uint64_t a_row_each = static_cast<uint64_t>(r.geometry.layers) * static_cast<uint64_t>(r.geometry.kv_heads) *
                               r.geometry.row_bytes();
   const auto more = static_cast<int32_t>(std::min<uint64_t>(spare / a_row_each, static_cast<uint64_t>(whole)));
-  const int32_t most = limited ? std::max(r.slots_max, r.slots_min) : whole;
+  int32_t most = limited ? std::max(r.slots_max, r.slots_min) : whole;
+  if (r.steps != nullptr) most = std::min(most, std::max(StepArrays::kMostSlots, r.slots_min));
   DeviceLayout layout = r.slots_min > 0 ? Lay(r, ring, std::min(most, r.slots_min + more))
                                         : Lay(r, std::min(whole, ring + more / 64 * 64), 0);
   // Rounding each part up can cost a row per head.

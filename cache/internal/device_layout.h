@@ -7,6 +7,7 @@
 #include "base/geometry.h"
 #include "base/half.h"
 #include "base/result.h"
+#include "cache/internal/device_step.h"
 
 namespace prehoc {
 
@@ -27,6 +28,7 @@ struct DeviceRequest {
   bool pool = false;            // pooled scores for a slow clock
   bool scores = false;          // logits of all positions
   bool errors = false;          // ... and their error bounds
+  const StepShape* steps = nullptr;  // whole steps on the device: their arrays too, and no more slots than they take; or null
 };
 
 // Offsets are in bytes from the start of the sequence's buffer; every part is aligned to 64.
@@ -40,6 +42,7 @@ struct DeviceLayout {
   size_t pool_at = 0;      // [layers, units, stride]
   bool pooled = false;     // there is a pool
   size_t z_at = 0, err_at = 0;  // [heads, stride], shared by all layers
+  size_t steps_at = 0, step_bytes = 0;  // of whole steps on the device; 0 bytes = there are none
   size_t bytes = 0;        // in all
   bool complete(int64_t max_tokens) const { return ring >= max_tokens; }
 

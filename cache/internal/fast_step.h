@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cache/internal/layer_blocks.h"
+#include "cache/internal/sequence_impl.h"
 #include "cache/kv_cache.h"
 #include "selector/certificate.h"
 
@@ -29,6 +30,9 @@ struct UnitStep {
 };
 
 struct FastStep {
+  // Prepares for a layer; the lists keep their memory.
+  void Reset(int32_t of_layer, const std::vector<Unit>& of_units, size_t kv_heads);
+
   int32_t layer = 0;
   int64_t u = 0;
   int32_t n = 0;

@@ -1,5 +1,6 @@
 #include "cache/internal/residency.h"
 
+#include <algorithm>
 #include <string>
 
 namespace prehoc {
@@ -65,6 +66,22 @@ void HeadResidency::Evict(std::span<const int32_t> positions, int64_t ring_begin
   positions_.resize(kept);
   slots_.resize(kept);
   CountRanks();
+}
+
+void HeadResidency::Restore(std::span<const int32_t> positions, std::span<const int32_t> slots, int64_t ring_begin, int64_t n) {
+  std::fill_n(slotted_, ranks_.size(), 0);
+  std::fill_n(resident_, ranks_.size(), 0);
+  positions_.clear();
+  slots_.clear();
+  free_.clear();
+  std::vector<bool> taken(static_cast<size_t>(total_), false);
+  for (const int32_t slot : slots) taken[static_cast<size_t>(slot)] = true;
+  for (int32_t slot = total_ - 1; slot >= 0; --slot) {
+    if (!taken[static_cast<size_t>(slot)]) free_.push_back(slot);
+  }
+  CountRanks();
+  Publish(positions, slots);
+  for (int64_t i = ring_begin; i < n; ++i) EnterRing(static_cast<int32_t>(i));
 }
 
 void HeadResidency::CountRanks() {

@@ -39,6 +39,9 @@ class HeadResidency {
   // Frees the slots of `positions` (sorted, each with a slot); those from `ring_begin` on stay resident in the ring.
   void Evict(std::span<const int32_t> positions, int64_t ring_begin);
 
+  // Starts anew: just `positions` (sorted) are in `slots` (different), and the ring holds [ring_begin, n).
+  void Restore(std::span<const int32_t> positions, std::span<const int32_t> slots, int64_t ring_begin, int64_t n);
+
   void EnterRing(int32_t position) { resident_[static_cast<size_t>(position) / 64] |= uint64_t{1} << (position % 64); }
   void LeaveRing(int32_t position) {
     if (!Bit(slotted_, position)) resident_[static_cast<size_t>(position) / 64] &= ~(uint64_t{1} << (position % 64));

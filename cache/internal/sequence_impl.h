@@ -3,6 +3,7 @@
 //   fast_clock.cc  one token: gate, scan, choose,       slow_clock.cc  what is resident: wanted rows in, others out
 //                  fetch, attend                        restore.cc     a stored prefix back; repair of lost chunks
 //   audit.cc       the exact truth on sampled steps      sharing.cc     HShare: labels, choices of other heads and layers
+//   device_step.cc one token, fast and slow clock, as work of the device alone
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -14,6 +15,7 @@
 #include "base/units.h"
 #include "cache/internal/cache_impl.h"
 #include "cache/internal/device_layout.h"
+#include "cache/internal/device_step.h"
 #include "cache/internal/key_variance.h"
 #include "cache/internal/layer_blocks.h"
 #include "cache/internal/residency.h"
@@ -29,6 +31,7 @@ struct AttendedSet {
   bool everything = false;  // of what is in sight: [0, sinks) and [lo, n)
   int32_t sinks = 0, lo = 0, left = 0, n = 0;
   std::vector<int32_t> middle;
+  int32_t unread = -1;      // a whole step on the device: so many in the middle, whose list is still there (device_step.cc)
   int64_t size() const;
   std::vector<int32_t> Positions() const;
 };
@@ -198,11 +201,31 @@ struct Sequence::Impl {
   Status Refresh(int32_t layer, int32_t kv_head, int64_t lag);
   Status BringMissing(int32_t layer, int32_t kv_head, std::vector<int32_t>& wanted, int64_t lag);
   Status PostBehind(int32_t layer, int32_t kv_head, LayerBlocks& rows, std::span<const int32_t> positions, int64_t lag);
-  Status LandPending(int32_t layer);
+  Status LandPending(int32_t layer, bool all = false);  // those that are due, or all
   // Frees slots until `wanted` are free, least pooled score first, sparing what a unit has chosen and `spare` (sorted).
   Status MakeRoom(int32_t layer, int32_t kv_head, int32_t wanted, std::span<const int32_t> spare);
   // Copies rows of `positions` (sorted, not on the device) to free slots now, as many as there are. Returns how many.
   Result<int64_t> BringIn(int32_t layer, int32_t kv_head, LayerBlocks& rows, std::span<const int32_t> positions);
+
+  // device_step.cc
+  static bool ShapeSteps(const CacheShared& cache, int64_t max_tokens, int32_t most, StepShape* shape);
+  void CarveSteps(const StepShape& shape);
+  Result<StepPlan> PlanStep(const LayerInput& io);
+  Result<bool> MapHostRows(bool* moved);
+  void DropStepPins();
+  Status EnterSteps();
+  Status LeaveSteps();
+  void WriteFixedTasks();
+  void WriteTasksOfStep();
+  step::ResidencyState StateOf(size_t unit) const;
+  Status EnqueueBehind(void* stream);
+  Status EnqueueLayer(int32_t layer, void* stream);
+  Status EnqueueLast(void* stream);
+  Status AfterLayer(int32_t layer);
+  Status TakeLayer(int32_t layer);
+  Status TakeStep();
+  int64_t HeldByDevice() const;  // rows in slots, while steps are active; 0 if the device cannot be read
+  Status ReadAttended(int32_t layer, int32_t kv_head, AttendedSet* set) const;
 
   // audit.cc
   bool AuditDue() const;
@@ -278,6 +301,7 @@ struct Sequence::Impl {
 
   SequenceReport report, step_report;
   std::unique_ptr<FastStep> scratch;  // one step's working memory, reused
+  std::unique_ptr<DeviceStep> device_step;  // null: whole steps on the device are not offered
 };
 
 // Adds the seconds of its life to a figure.

@@ -31,6 +31,18 @@ TEST_P(DeviceMemoryContract, KeepsWhatWasWritten) {
   EXPECT_EQ(world().Read(b->data(), 1000), twos);
 }
 
+TEST_P(DeviceMemoryContract, WriteAndReadReachTheSameBytes) {
+  auto buffer = memory().Allocate(1000, "a");
+  ASSERT_OK(buffer);
+  std::vector<std::byte> some(300);
+  for (size_t i = 0; i < some.size(); ++i) some[i] = static_cast<std::byte>(i * 7);
+  ASSERT_OK(memory().Write(some.data(), some.size(), buffer->data() + 100));
+  std::vector<std::byte> want(1000), got(1000, std::byte{9});
+  std::copy(some.begin(), some.end(), want.begin() + 100);
+  ASSERT_OK(memory().Read(buffer->data(), 1000, got.data()));
+  EXPECT_EQ(got, want);
+}
+
 TEST_P(DeviceMemoryContract, ZeroBytesAreAnAllocation) {
   auto buffer = memory().Allocate(0, "empty");
   ASSERT_OK(buffer);
