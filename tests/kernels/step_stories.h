@@ -1,0 +1,574 @@
+// What every backend of the step kernels must do, told once: WORLD brings the backend and arrays that it reads. Expectations are made here, from
+// the rows, sets and maps of each story, not from another backend.
+//
+//   WORLD::Array<T>(size or vector)   poisoned, with guard zones: data(), size(), Write(), Read(), GuardsIntact()
+//   WORLD::Run(status of an enqueued call)   it was fine, and it is done
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <map>
+#include <set>
+#include <vector>
+
+#include "kernels/step_kernels.h"
+#include "tests/kernels/choose_model.h"
+#include "tests/kernels/kernel_test_util.h"
+
+namespace prehoc {
+
+inline constexpr int32_t kStoryDim = 64;
+inline constexpr int32_t kNoRow = std::numeric_limits<int32_t>::max();
+inline constexpr float kStoryPoison = std::bit_cast<float>(0xa5a5a5a5u);
+
+// Chunks of 16 positions of one head among four in host memory, in any order; some are not there.
+struct StoryChunks {
+  StoryChunks(Rng& rng, int32_t positions, double missing) : first_row(static_cast<size_t>(positions + kTokens - 1) / kTokens) {
+    for (size_t i = 0; i < first_row.size(); ++i) first_row[i] = static_cast<int32_t>(i) * 4 * kTokens;
+    rng.Shuffle(first_row);
+    for (int32_t& row : first_row) row = rng.Chance(missing) ? -1 : row;
+  }
+  bool Has(int32_t p) const { return first_row[static_cast<size_t>(p / kTokens)] >= 0; }
+  int32_t RowOf(int32_t p) const { return first_row[static_cast<size_t>(p / kTokens)] + kHeadRow + p % kTokens; }
+  int32_t rows() const { return static_cast<int32_t>(first_row.size()) * 4 * kTokens; }
+  step::HostRows Table(const int32_t* chunk_row) const {
+    return {.chunk_row = chunk_row, .chunk_tokens = kTokens, .num_chunks = static_cast<int32_t>(first_row.size()), .head_row = kHeadRow};
+  }
+
+  static constexpr int32_t kTokens = 16, kHeadRow = 2 * kTokens;
+  std::vector<int32_t> first_row;
+};
+
+// Tokens come in calls of random size: ring, codes and host memory have what was appended, and nothing else.
+template <class World>
+void AppendFillsRingCodesAndHostMemory(World world) {
+  SeededRng rng;
+  constexpr int32_t kTokens = 300, kMaxCount = 70, kRing = 192, kRow = 2 * kStoryDim;
+  const CodeFormat format{4, 64, false};
+  const std::vector<Half> rows = MakeRows(rng, kTokens, kStoryDim);
+  const StoryChunks chunks(rng, kTokens, 0.3);
+  std::vector<float> k, v;
+  for (size_t i = 0; i < rows.size(); ++i) (i % kRow < kStoryDim ? k : v).push_back(HalfToFloat(rows[i]));
+  const typename World::template Array<float> keys(k), values(v);
+  const typename World::template Array<int32_t> chunk_row(chunks.first_row);
+  const size_t block_bytes = LayoutOf(format, kStoryDim).bytes;
+  typename World::template Array<Half> ring(size_t{kRing} * kRow), host(static_cast<size_t>(chunks.rows()) * kRow);
+  typename World::template Array<std::byte> blocks(kTokens / 64 * block_bytes);
+  typename World::template Array<int32_t> first(1);
+  typename World::template Array<step::AppendTask> task(1);
+  std::vector<Half> want_host = host.Read();
+  const int32_t host_limit = chunks.rows() - 100;  // rows behind it are not touched
+  for (int32_t at = 0; at < kTokens;) {
+    const auto count = static_cast<int32_t>(std::min<int64_t>(rng.Chance(0.5) ? 1 : rng.Int(0, kMaxCount), kTokens - at));
+    first.Write({at});
+    task.Write({{.k = keys.data() + int64_t{at} * kStoryDim, .v = values.data() + int64_t{at} * kStoryDim, .stride = kStoryDim, .first = first.data(),
+                 .rows = ring.data(), .ring_rows = kRing, .count = count, .blocks = blocks.data(), .host_rows = host.data(),
+                 .host_limit = host_limit, .host = chunks.Table(chunk_row.data())}});
+    world.Run(world.kernels().append({.tasks = task.data(), .num_tasks = 1, .max_count = kMaxCount, .format = format, .head_dim = kStoryDim},
+                                     world.stream()));
+    at += count;
+  }
+  std::vector<Half> want_ring(ring.size());
+  std::vector<std::byte> want_blocks(blocks.size());
+  std::vector<EncodeTask> encode;
+  for (int32_t p = 0; p < kTokens; ++p) {
+    const Half* row = rows.data() + int64_t{p} * kRow;
+    if (p >= kTokens - kRing) std::copy_n(row, kRow, want_ring.begin() + p % kRing * kRow);
+    if (chunks.Has(p) && chunks.RowOf(p) < host_limit) std::copy_n(row, kRow, want_host.begin() + int64_t{chunks.RowOf(p)} * kRow);
+    if ((p + 1) % 64 == 0) encode.push_back({.rows = row - 63 * kRow, .block = want_blocks.data() + static_cast<size_t>(p / 64) * block_bytes});
+  }
+  ASSERT_OK(ReferenceKernels().encode({.tasks = encode, .format = format, .head_dim = kStoryDim}, {}));
+  EXPECT_TRUE(AllEqual(ring.Read(), want_ring, {kRing, 2, kStoryDim}));
+  EXPECT_TRUE(AllEqual(host.Read(), want_host, {chunks.rows(), 2, kStoryDim})) << "host memory";
+  EXPECT_EQ(blocks.Read(), want_blocks);
+  EXPECT_TRUE(ring.GuardsIntact() && host.GuardsIntact() && blocks.GuardsIntact());
+
+  first.Write({5});
+  world.Run(world.kernels().append({.tasks = task.data(), .num_tasks = 1, .max_count = 0, .format = format, .head_dim = kStoryDim}, world.stream()));
+  EXPECT_TRUE(AllEqual(ring.Read(), want_ring, {kRing, 2, kStoryDim})) << "more than max_count appends nothing";
+}
+
+template <class World>
+void GateHoldsNearItsAnchorUntilTooOld(World world) {
+  SeededRng rng;
+  constexpr int32_t kGroup = 3;
+  const std::vector<float> anchor = rng.Normals(kGroup * kStoryDim);
+  std::vector<float> q = anchor, far = anchor;
+  for (float& x : q) x = 2 * x + 0.01f;
+  for (int32_t c = 0; c < kStoryDim; ++c) far[static_cast<size_t>(kStoryDim + c)] *= -1;  // one head of three
+  const typename World::template Array<float> anchors(anchor), near_q(q), far_q(far);
+  typename World::template Array<float> cosine(3);
+  typename World::template Array<uint8_t> hold(3);
+  const typename World::template Array<int32_t> age(std::vector<int32_t>{6, 7, 0});
+  const typename World::template Array<step::GateTask> tasks(std::vector<step::GateTask>{
+      {.q = near_q.data(), .anchor = anchors.data(), .cosine = cosine.data(), .hold = hold.data(), .age = age.data()},
+      {.q = near_q.data(), .anchor = anchors.data(), .cosine = cosine.data() + 1, .hold = hold.data() + 1, .age = age.data() + 1},
+      {.q = far_q.data(), .anchor = anchors.data(), .cosine = cosine.data() + 2, .hold = hold.data() + 2}});
+  world.Run(world.kernels().gate({.tasks = tasks.data(), .num_tasks = 3, .group = kGroup, .head_dim = kStoryDim, .tau = 0.8f, .max_age = 7}, world.stream()));
+  EXPECT_GT(cosine.Read()[0], 0.99f);
+  EXPECT_NEAR(cosine.Read()[2], -1, 1e-6);
+  EXPECT_EQ(hold.Read(), (std::vector<uint8_t>{1, 0, 0})) << "near and young, too old, turned away";
+  EXPECT_TRUE(hold.GuardsIntact() && cosine.GuardsIntact());
+}
+
+// One head's rows: codes of all whole groups, and the others in a ring.
+template <class World>
+struct StoryCodes {
+  StoryCodes(Rng& rng, int32_t positions, int32_t group, CodeFormat the_format)
+      : n(positions), format(the_format), rows(MakeRows(rng, positions, kStoryDim)), q(rng.Normals(static_cast<size_t>(group * kStoryDim))),
+        groups(positions / format.group_tokens), host_blocks(static_cast<size_t>(groups) * LayoutOf(format, kStoryDim).bytes) {
+    const size_t bytes = LayoutOf(format, kStoryDim).bytes;
+    std::vector<EncodeTask> tasks;
+    for (int32_t g = 0; g < groups; ++g) {
+      tasks.push_back({.rows = rows.data() + int64_t{2} * g * format.group_tokens * kStoryDim, .block = host_blocks.data() + static_cast<size_t>(g) * bytes});
+    }
+    EXPECT_OK(ReferenceKernels().encode({.tasks = tasks, .format = format, .head_dim = kStoryDim}, {}));
+    std::vector<Half> in_ring(static_cast<size_t>(ring_rows() * 2 * kStoryDim), 0x7e00);  // NaN where nothing is to be read
+    for (int32_t p = groups * format.group_tokens; p < n; ++p) {
+      std::copy_n(rows.begin() + int64_t{2} * p * kStoryDim, 2 * kStoryDim, in_ring.begin() + int64_t{2} * (p % ring_rows()) * kStoryDim);
+    }
+    ring = Floats<Half>(in_ring), blocks = Floats<std::byte>(host_blocks), query = Floats<float>(q), length = Floats<int32_t>(std::vector<int32_t>{n});
+  }
+  int32_t ring_rows() const { return 2 * format.group_tokens; }
+  step::ScanSource Source() const {
+    return {.q = query.data(), .blocks = blocks.data(), .rows = ring.data(), .ring_rows = ring_rows(), .n = length.data()};
+  }
+  // As the reference has them from the codes; exact behind them. [group, n]
+  std::vector<float> Logits(int32_t group) const {
+    std::vector<float> z(static_cast<size_t>(group) * static_cast<size_t>(n));
+    const ScanTask scan[] = {{.q = q.data(), .blocks = host_blocks.data(), .groups = groups, .z = z.data(), .z_stride = n}};
+    EXPECT_OK(ReferenceKernels().scan({.tasks = scan, .format = format, .group = group, .head_dim = kStoryDim}, {}));
+    for (int32_t h = 0; h < group; ++h) {
+      for (int32_t p = groups * format.group_tokens; p < n; ++p) {
+        z[static_cast<size_t>(h) * static_cast<size_t>(n) + static_cast<size_t>(p)] =
+            static_cast<float>(NaiveLogit(q.data() + int64_t{h} * kStoryDim, rows.data() + int64_t{2} * p * kStoryDim, kStoryDim));
+      }
+    }
+    return z;
+  }
+
+  template <class T>
+  using Floats = typename World::template Array<T>;
+  int32_t n;
+  CodeFormat format;
+  std::vector<Half> rows;
+  std::vector<float> q;
+  int32_t groups;
+  std::vector<std::byte> host_blocks;
+  Floats<Half> ring{0};
+  Floats<std::byte> blocks{0};
+  Floats<float> query{0};
+  Floats<int32_t> length{0};
+};
+
+template <class World>
+struct StoryChoice {
+  StoryChoice(int32_t room, int32_t group, int32_t n)
+      : chosen(static_cast<size_t>(room)), count(1), lse_all(std::vector<float>(static_cast<size_t>(group), 0.5f)),
+        lse_out(static_cast<size_t>(group)), pooled(std::vector<float>(static_cast<size_t>(n), -20.0f)) {}
+  step::ChooseRule Into(step::ChooseRule rule) const {
+    rule.room = static_cast<int32_t>(chosen.size()), rule.chosen = chosen.data(), rule.count = count.data();
+    rule.lse_all = lse_all.data(), rule.lse_out = lse_out.data(), rule.pooled = pooled.data();
+    return rule;
+  }
+  bool GuardsIntact() const {
+    return chosen.GuardsIntact() && count.GuardsIntact() && lse_all.GuardsIntact() && lse_out.GuardsIntact() && pooled.GuardsIntact();
+  }
+  typename World::template Array<int32_t> chosen, count;
+  typename World::template Array<float> lse_all, lse_out, pooled;
+};
+
+// The workspace that a call wants, zeroed.
+template <class World>
+typename World::template Array<std::byte> StoryWorkspace(const Result<size_t>& bytes) {
+  EXPECT_OK(bytes);
+  return typename World::template Array<std::byte>(std::vector<std::byte>(bytes.ok() ? *bytes : 0));
+}
+template <class World>
+void RunSelect(World world, step::SelectParams params) {
+  const auto workspace = StoryWorkspace<World>(world.kernels().select_workspace(params));
+  params.workspace = workspace.data(), params.workspace_bytes = workspace.size();
+  world.Run(world.kernels().select(params, world.stream()));
+  EXPECT_TRUE(workspace.GuardsIntact());
+}
+
+// `chosen` are the k best of `task` as far as logits that are off by `slack` can tell, and lse and pooled scores go with them.
+template <class World>
+void ExpectChoice(const StoryChoice<World>& got, const ChooseTask& task, int32_t group, double slack) {
+  const ChooseModel model = RunChooseModel(task, group);
+  ASSERT_EQ(got.count.Read()[0], static_cast<int32_t>(model.chosen.size()));
+  std::vector<int32_t> chosen = got.chosen.Read();
+  chosen.resize(model.chosen.size());
+  EXPECT_TRUE(std::is_sorted(chosen.begin(), chosen.end()) && std::adjacent_find(chosen.begin(), chosen.end()) == chosen.end());
+  double least = std::numeric_limits<double>::infinity();
+  for (const int32_t p : model.chosen) least = std::min(least, model.score[static_cast<size_t>(p)]);
+  for (const int32_t p : chosen) {
+    ASSERT_TRUE(p >= task.lo && p < task.hi) << p;
+    EXPECT_GE(model.score[static_cast<size_t>(p)], least - slack) << "position " << p;
+  }
+  std::vector<double> outside;
+  for (int32_t h = 0; h < group; ++h) outside.push_back(MassOf(task, h, chosen, false, 0));
+  EXPECT_TRUE(AllClose(got.lse_all.Read(), model.lse_all, {slack})) << "lse_all";
+  EXPECT_TRUE(AllClose(got.lse_out.Read(), outside, {2 * slack})) << "lse_out";
+}
+
+template <class World>
+void SelectChoosesByCodesAndTheTail(World world) {
+  SeededRng rng;
+  constexpr int32_t kGroup = 4;
+  const double slack = 0.02;  // what a device's product adds to logits of codes
+  for (const int32_t n : {1, 40, 64, 100, 700, 2010}) {
+    for (const bool levels : {false, true}) {
+      SCOPED_TRACE(testing::Message() << "n " << n << ", pooled " << (levels ? "above a level" : "scores"));
+      const StoryCodes<World> codes(rng, n, kGroup, {4, 64, false});
+      const std::vector<float> z = codes.Logits(kGroup);
+      const step::ChooseRule rule{.sinks = 4, .local = 8, .window = 1500, .k = n / 10 + 1};
+      StoryChoice<World> choice(rule.k, kGroup, n);
+      step::ChooseRule into = choice.Into(rule);
+      if (levels) into.pool_level = into.lse_all;  // the last call's
+      const typename World::template Array<step::SelectTask> task(std::vector<step::SelectTask>{{codes.Source(), into}});
+      RunSelect(world, {.tasks = task.data(), .num_tasks = 1, .max_n = n, .format = codes.format, .group = kGroup, .head_dim = kStoryDim});
+      const int32_t sinks = std::min(4, n), hi = std::max(sinks, n - 8), lo = std::min(hi, std::max(sinks, n - 1500));
+      const ChooseTask host{.z = z.data(), .z_stride = n, .n = n, .sinks = sinks, .lo = lo, .hi = hi, .k = rule.k};
+      ExpectChoice(choice, host, kGroup, slack);
+      const ChooseModel model = RunChooseModel(host, kGroup);
+      for (int32_t p = 0; p < n; ++p) {
+        double want = levels ? -20 : model.score[static_cast<size_t>(p)];
+        for (int32_t h = 0; levels && h < kGroup; ++h) want = std::max(want, static_cast<double>(z[static_cast<size_t>(h * n + p)]) - 0.5);
+        ASSERT_NEAR(choice.pooled.Read()[static_cast<size_t>(p)], p >= lo && p < hi ? std::max(-20.0, want) : -20.0, slack) << "pooled " << p;
+      }
+      EXPECT_TRUE(choice.GuardsIntact());
+    }
+  }
+}
+
+template <class World>
+void SelectHoldsAndRefuses(World world) {
+  SeededRng rng;
+  constexpr int32_t kN = 200, kGroup = 2;
+  const StoryCodes<World> codes(rng, kN, kGroup, {4, 64, false});
+  const typename World::template Array<uint8_t> hold(std::vector<uint8_t>{1, 0});
+  StoryChoice<World> held(10, kGroup, kN), free(10, kGroup, kN), small(9, kGroup, kN);
+  const step::ChooseRule rule{.sinks = 4, .local = 8, .k = 10};
+  std::vector<step::SelectTask> tasks{{codes.Source(), held.Into(rule)}, {codes.Source(), free.Into(rule)}, {codes.Source(), small.Into(rule)}};
+  tasks[0].rule.hold = hold.data(), tasks[1].rule.hold = hold.data() + 1;
+  const typename World::template Array<step::SelectTask> device(tasks);
+  step::SelectParams params{.tasks = device.data(), .num_tasks = 3, .max_n = kN, .format = codes.format, .group = kGroup, .head_dim = kStoryDim};
+  const std::vector<int32_t> before = held.chosen.Read();
+  RunSelect(world, params);
+  EXPECT_EQ(held.chosen.Read(), before) << "a held choice stands";
+  EXPECT_EQ(held.lse_all.Read(), std::vector<float>(kGroup, 0.5f));
+  EXPECT_EQ(held.pooled.Read(), std::vector<float>(kN, -20.0f));
+  EXPECT_EQ(free.count.Read()[0], 10);
+  EXPECT_EQ(small.count.Read()[0], -1) << "there was no room";
+  EXPECT_EQ(small.lse_all.Read(), free.lse_all.Read());
+  params.max_n = kN - 1;
+  RunSelect(world, params);
+  EXPECT_EQ(free.count.Read()[0], -1) << "more positions than max_n";
+  EXPECT_TRUE(std::isnan(free.lse_all.Read()[1]) && std::isnan(free.lse_out.Read()[1]));
+  EXPECT_EQ(held.chosen.Read(), before);
+  EXPECT_TRUE(held.GuardsIntact() && free.GuardsIntact() && small.GuardsIntact());
+}
+
+template <class World>
+void ChooseFromLogitsDilates(World world) {
+  constexpr int32_t kN = 100;
+  std::vector<float> z(kN, 0.0f);
+  z[50] = 9, z[20] = 8, z[70] = 7, z[3] = 99, z[97] = 99;
+  const typename World::template Array<float> logits(z);
+  const typename World::template Array<int32_t> n(std::vector<int32_t>{kN});
+  StoryChoice<World> choice(9, 1, kN);
+  const typename World::template Array<step::ChooseTask> task(std::vector<step::ChooseTask>{
+      {.z = logits.data(), .z_stride = kN, .n = n.data(), .rule = choice.Into({.sinks = 4, .local = 4, .k = 3, .dilate_m = 2, .dilate_r = 1})}});
+  step::ChooseParams params{.tasks = task.data(), .num_tasks = 1, .max_n = kN, .group = 1, .dilate = true};
+  const auto workspace = StoryWorkspace<World>(world.kernels().choose_workspace(params));
+  params.workspace = workspace.data(), params.workspace_bytes = workspace.size();
+  world.Run(world.kernels().choose(params, world.stream()));
+  std::vector<int32_t> chosen = choice.chosen.Read();
+  ASSERT_EQ(choice.count.Read()[0], 7);
+  chosen.resize(7);
+  EXPECT_EQ(chosen, (std::vector<int32_t>{19, 20, 21, 49, 50, 51, 70}));
+  EXPECT_TRUE(choice.GuardsIntact());
+}
+
+// Rows in a slot, in the ring, in host memory, in a chunk that is not there, and none at all.
+template <class World>
+void ResolveFindsEachRowWhereItIs(World world) {
+  SeededRng rng;
+  constexpr int32_t kMaxN = 1000, kN = 900, kRing = 64, kGroup = 2;
+  StoryChunks chunks(rng, kMaxN, 0);
+  chunks.first_row[7 / 16] = -1, chunks.first_row[300 / 16] = -1;
+  std::vector<int16_t> where(kMaxN, -1);
+  where[5] = 3, where[835] = 0, where[899] = 1;  // 899 lies in the ring: that is newer
+  const typename World::template Array<int16_t> slot_of(where);
+  const typename World::template Array<int32_t> owner(std::vector<int32_t>(8, -1)), chunk_row(chunks.first_row), length(std::vector<int32_t>{kN});
+  std::vector<uint64_t> bits(16, 0);
+  for (int32_t p = kN - 1 - kRing; p < kN - 1; ++p) bits[static_cast<size_t>(p / 64)] |= uint64_t{1} << (p % 64);
+  typename World::template Array<uint64_t> resident(bits);
+  typename World::template Array<int32_t> refs(9), num(1), age(std::vector<int32_t>{4}), far(std::vector<int32_t>{100}), count(std::vector<int32_t>{9});
+  const std::vector<float> query(kGroup * kStoryDim, 2.5f), before(query.size(), -1.0f);
+  const typename World::template Array<float> q(query);
+  typename World::template Array<float> anchor(before);
+  typename World::template Array<int64_t> misses(std::vector<int64_t>{10});
+  const typename World::template Array<int32_t> chosen(std::vector<int32_t>{5, 16, 300, 835, 836, 899, 900, -1, 1000});
+  typename World::template Array<uint8_t> hold(std::vector<uint8_t>{1});
+  const typename World::template Array<step::ResolveTask> task(std::vector<step::ResolveTask>{
+      {.at = {slot_of.data(), owner.data(), resident.data(), 8, kMaxN}, .chosen = chosen.data(), .count = count.data(), .room = 9, .n = length.data(),
+       .slot_row = 100, .ring_row = 20, .ring_rows = kRing, .refs = refs.data(), .num_refs = num.data(), .misses = misses.data(), .far = far.data(),
+       .host = chunks.Table(chunk_row.data()), .hold = hold.data(), .q = q.data(), .anchor = anchor.data(), .age = age.data()}});
+  const step::ResolveParams params{.tasks = task.data(), .num_tasks = 1, .group = kGroup, .head_dim = kStoryDim};
+  world.Run(world.kernels().resolve(params, world.stream()));
+  EXPECT_EQ(refs.Read(), (std::vector<int32_t>{103, ~chunks.RowOf(16), kNoRow, 100, 20 + 836 % kRing, 20 + 899 % kRing, kNoRow, kNoRow, kNoRow}));
+  EXPECT_EQ(num.Read()[0], 9);
+  EXPECT_EQ(misses.Read()[0], 11) << "what is far cannot be read from the host";
+  EXPECT_EQ(far.Read()[0], 101) << "positions that do not exist are not far";
+  EXPECT_EQ(anchor.Read(), before) << "an inherited choice keeps its anchor";
+  EXPECT_EQ(age.Read()[0], 5);
+  // The bits of the ring: 899 came, 836 will be overwritten by the next; 835 was left by the last call, and is not of this one's business.
+  bits[899 / 64] |= uint64_t{1} << (899 % 64), bits[836 / 64] &= ~(uint64_t{1} << (836 % 64));
+  EXPECT_EQ(resident.Read(), bits);
+
+  hold.Write({0});
+  count.Write({10});  // more than there is room for
+  world.Run(world.kernels().resolve(params, world.stream()));
+  EXPECT_EQ(num.Read()[0], -1) << "attend makes NaN of it";
+  EXPECT_EQ(anchor.Read(), query);
+  EXPECT_EQ(age.Read()[0], 0);
+  EXPECT_EQ(resident.Read(), bits) << "the same step again changes nothing";
+  EXPECT_TRUE(refs.GuardsIntact() && anchor.GuardsIntact() && resident.GuardsIntact() && far.GuardsIntact() && misses.GuardsIntact());
+}
+
+// Steps of a head with refreshes between: after each, the bits are those of the ring and of the slots, and slots hold what was wanted.
+template <class World>
+void ResidencyFollowsAModel(World world) {
+  SeededRng rng;
+  for (const int32_t max_n : {70, 1000, 5000}) {
+    SCOPED_TRACE(testing::Message() << "max_n " << max_n);
+    const int32_t slots = std::max(4, max_n / 16), ring = max_n < 100 ? 8 : 64;
+    const StoryChunks chunks(rng, max_n, 0.1);
+    typename World::template Array<int16_t> slot_of(std::vector<int16_t>(static_cast<size_t>(max_n), -1));
+    typename World::template Array<int32_t> owner(std::vector<int32_t>(static_cast<size_t>(slots), -1));
+    typename World::template Array<uint64_t> resident(std::vector<uint64_t>(static_cast<size_t>((max_n + 63) / 64), 0));
+    const step::ResidencyState at{slot_of.data(), owner.data(), resident.data(), slots, max_n};
+    typename World::template Array<int32_t> wanted(static_cast<size_t>(slots + 1)), position(static_cast<size_t>(slots)), from(static_cast<size_t>(slots)),
+        to(static_cast<size_t>(slots)), counts(2), length(1), none(std::vector<int32_t>{0}), refs(1), num(1);
+    typename World::template Array<float> pooled(static_cast<size_t>(max_n));
+    const typename World::template Array<int32_t> chunk_row(chunks.first_row);
+    const typename World::template Array<step::RefreshTask> refresh(std::vector<step::RefreshTask>{
+        {.at = at, .wanted = wanted.data(), .wanted_count = counts.data(), .host = chunks.Table(chunk_row.data()), .n = length.data(), .ring_rows = ring,
+         .position = position.data(), .from_piece = from.data(), .to_piece = to.data(), .count = counts.data() + 1, .pooled = pooled.data()}});
+    const typename World::template Array<step::ResolveTask> resolve(std::vector<step::ResolveTask>{
+        {.at = at, .chosen = none.data(), .count = none.data(), .n = length.data(), .ring_rows = ring, .refs = refs.data(), .num_refs = num.data()}});
+    std::map<int32_t, int32_t> held;  // the model: position to slot
+    // Bits of what is in a slot, and of the ring as the next position will find it.
+    const auto expect_bits = [&](int32_t n, const std::map<int32_t, int32_t>& in_slots, const char* when) {
+      const std::vector<uint64_t> bits = resident.Read();
+      for (int32_t p = 0; p < max_n; ++p) {
+        const bool in_ring = p < n && p > n - ring;
+        ASSERT_EQ(bits[static_cast<size_t>(p / 64)] >> (p % 64) & 1, in_ring || in_slots.count(p) > 0 ? 1 : 0) << when << ", n " << n << ", position " << p;
+      }
+    };
+    int32_t n = 1;
+    for (; n <= std::min(max_n, 400); ++n) {
+      length.Write({n});
+      world.Run(world.kernels().resolve({.tasks = resolve.data(), .num_tasks = 1, .group = 1, .head_dim = kStoryDim}, world.stream()));
+      if (n % 9 != 0) continue;
+      expect_bits(n, held, "after resolve");
+      if (testing::Test::HasFatalFailure()) return;
+      // Of what there is, and sometimes of what is not there yet, or in a chunk that is away.
+      std::set<int32_t> want;
+      const auto most = static_cast<size_t>(rng.Int(0, std::min(slots, n)));
+      while (want.size() < most) want.insert(static_cast<int32_t>(rng.Int(0, n - 1)));
+      std::vector<int32_t> list(want.begin(), want.end());
+      list.resize(static_cast<size_t>(slots + 1), max_n + 7);  // behind the count: never looked at
+      wanted.Write(list);
+      counts.Write({static_cast<int32_t>(want.size()), -1});
+      world.Run(world.kernels().refresh({.tasks = refresh.data(), .num_tasks = 1, .max_n = max_n}, world.stream()));
+      std::set<int32_t> missing;
+      for (const int32_t p : want) {
+        if (held.count(p) == 0 && chunks.Has(p)) missing.insert(p);
+      }
+      const int32_t fetched = counts.Read()[1];
+      ASSERT_EQ(fetched, static_cast<int32_t>(missing.size())) << "n " << n;  // all fit
+      const std::vector<int32_t> positions = position.Read(), pieces = from.Read(), places = to.Read(), owners = owner.Read();
+      EXPECT_EQ(std::set<int32_t>(positions.begin(), positions.begin() + fetched), missing);
+      EXPECT_EQ(std::set<int32_t>(places.begin(), places.begin() + fetched).size(), missing.size()) << "a slot is given once";
+      const size_t free = static_cast<size_t>(slots) - held.size();
+      for (size_t i = 0; i < static_cast<size_t>(fetched); ++i) {
+        ASSERT_TRUE(places[i] >= 0 && places[i] < slots);
+        EXPECT_EQ(pieces[i], chunks.RowOf(positions[i]));
+        EXPECT_EQ(owners[static_cast<size_t>(places[i])], -2) << "on its way";
+      }
+      size_t evicted = 0;
+      for (size_t i = 0; i < static_cast<size_t>(fetched); ++i) evicted += std::erase_if(held, [&](const auto& entry) { return entry.second == places[i]; });
+      EXPECT_EQ(evicted, missing.size() - std::min(missing.size(), free)) << "free slots come first";
+      for (const int32_t p : want) EXPECT_TRUE(held.count(p) > 0 || missing.count(p) > 0 || !chunks.Has(p)) << "a wanted row was evicted: " << p;
+      expect_bits(n, held, "between refresh and land");
+      if (testing::Test::HasFatalFailure()) return;
+      world.Run(world.kernels().land({.tasks = refresh.data(), .num_tasks = 1, .max_n = max_n}, world.stream()));
+      for (size_t i = 0; i < static_cast<size_t>(fetched); ++i) held[positions[i]] = places[i];
+      const std::vector<int16_t> after = slot_of.Read();
+      for (int32_t p = 0; p < max_n; ++p) ASSERT_EQ(after[static_cast<size_t>(p)], held.count(p) > 0 ? held[p] : -1) << p;
+      for (const float score : pooled.Read()) ASSERT_EQ(score, -std::numeric_limits<float>::infinity());
+    }
+    EXPECT_TRUE(slot_of.GuardsIntact() && owner.GuardsIntact() && resident.GuardsIntact() && position.GuardsIntact() && from.GuardsIntact() &&
+                to.GuardsIntact() && pooled.GuardsIntact());
+  }
+}
+
+template <class World>
+void RefreshTakesNoMoreThanThereIs(World world) {
+  typename World::template Array<int16_t> slot_of(std::vector<int16_t>{0, -1, -1, -1, -1, -1, -1, -1});
+  typename World::template Array<int32_t> owner(std::vector<int32_t>{0, -2, -1});  // kept, on its way, free
+  typename World::template Array<uint64_t> resident(std::vector<uint64_t>{1});
+  typename World::template Array<int32_t> position(3), from(3), to(3), count(1), wanted_count(std::vector<int32_t>{3});
+  const typename World::template Array<int32_t> wanted(std::vector<int32_t>{0, 4, 5});
+  const typename World::template Array<step::RefreshTask> task(std::vector<step::RefreshTask>{
+      {.at = {slot_of.data(), owner.data(), resident.data(), 3, 8}, .wanted = wanted.data(), .wanted_count = wanted_count.data(), .position = position.data(),
+       .from_piece = from.data(), .to_piece = to.data(), .count = count.data()}});
+  const step::RefreshParams params{.tasks = task.data(), .num_tasks = 1, .max_n = 8};
+  world.Run(world.kernels().refresh(params, world.stream()));
+  ASSERT_EQ(count.Read()[0], 1) << "one slot is free, one wanted, one on its way";
+  EXPECT_EQ(position.Read()[0], 4);
+  EXPECT_EQ(from.Read()[0], 4) << "without chunks a position is its row";
+  EXPECT_EQ(owner.Read(), (std::vector<int32_t>{0, -2, -2}));
+  for (const int32_t broken : {-1, 4}) {
+    wanted_count.Write({broken});
+    world.Run(world.kernels().refresh(params, world.stream()));
+    EXPECT_EQ(count.Read()[0], 0) << "a count that is none: " << broken;
+  }
+  EXPECT_TRUE(position.GuardsIntact() && from.GuardsIntact() && to.GuardsIntact() && owner.GuardsIntact());
+}
+
+// Sinks, chosen rows of slots and of the host, and the window in a ring: softmax over all of them; NaN where one does not exist.
+template <class World>
+void AttendSeesRowsOfBothMemories(World world) {
+  SeededRng rng;
+  constexpr int32_t kRows = 100, kHost = 50, kGroup = 3, kN = 37, kSinks = 4, kLocal = 10, kRing = 16, kRingRow = 60, kSinkRow = 2;
+  std::vector<Half> rows = MakeRows(rng, kRows + kHost, kStoryDim);
+  const size_t device_halves = size_t{kRows} * 2 * kStoryDim;
+  typename World::template Array<Half> device(std::vector<Half>(rows.begin(), rows.begin() + static_cast<std::ptrdiff_t>(device_halves))),
+      host(std::vector<Half>(rows.begin() + static_cast<std::ptrdiff_t>(device_halves), rows.end()), World::kHostMemory);
+  const std::vector<float> query = rng.Normals(kGroup * kStoryDim);
+  const typename World::template Array<float> q(query);
+  typename World::template Array<float> out(query.size()), lse(kGroup);
+  typename World::template Array<int32_t> n(std::vector<int32_t>{kN}), num(1), refs(4);
+  typename World::template Array<step::AttendTask> task(std::vector<step::AttendTask>{
+      {.q = q.data(), .out = out.data(), .lse = lse.data(), .rows = device.data(), .row_limit = kRows, .sink_row = kSinkRow, .ring_row = kRingRow,
+       .ring_rows = kRing, .sinks = kSinks, .local = kLocal, .n = n.data(), .refs = refs.data(), .num_refs = num.data(), .refs_room = 4,
+       .host_rows = host.data(), .host_limit = kHost}});
+  const auto attend = [&] {
+    step::AttendParams params{.tasks = task.data(), .num_tasks = 1, .max_rows = 20, .group = kGroup, .head_dim = kStoryDim};
+    const auto workspace = StoryWorkspace<World>(world.kernels().attend_workspace(params));
+    params.workspace = workspace.data(), params.workspace_bytes = workspace.size();
+    world.Run(world.kernels().attend(params, world.stream()));
+    EXPECT_TRUE(out.GuardsIntact() && lse.GuardsIntact() && workspace.GuardsIntact());
+  };
+  const auto expect = [&](const std::vector<int32_t>& attended, const char* what) {
+    for (int32_t h = 0; h < kGroup; ++h) {
+      std::vector<double> z, want(kStoryDim, 0);
+      for (const int32_t r : attended) z.push_back(NaiveLogit(query.data() + h * kStoryDim, rows.data() + int64_t{2} * r * kStoryDim, kStoryDim));
+      const double all = NaiveLse(z);
+      for (size_t i = 0; i < z.size(); ++i) {
+        for (int32_t c = 0; c < kStoryDim; ++c) {
+          want[static_cast<size_t>(c)] += std::exp(z[i] - all) * HalfToFloat(rows[static_cast<size_t>((2 * attended[i] + 1) * kStoryDim + c)]);
+        }
+      }
+      EXPECT_NEAR(lse.Read()[static_cast<size_t>(h)], all, 1e-4 * (1 + std::abs(all))) << what << ", head " << h;
+      const std::vector<float> got = out.Read();
+      EXPECT_TRUE(AllClose(std::vector<float>(got.begin() + h * kStoryDim, got.begin() + (h + 1) * kStoryDim), want, {1e-3, 1e-3})) << what << ", head " << h;
+    }
+  };
+  const auto expect_nan = [&](const char* what) {
+    for (const float x : out.Read()) ASSERT_TRUE(std::isnan(x)) << what;
+    for (const float x : lse.Read()) ASSERT_TRUE(std::isnan(x)) << what;
+  };
+  std::vector<int32_t> kept;
+  for (int32_t p = 0; p < kSinks; ++p) kept.push_back(kSinkRow + p);
+  for (int32_t p = kN - kLocal; p < kN; ++p) kept.push_back(kRingRow + p % kRing);
+  refs.Write({90, ~7, ~49, 91}), num.Write({4});
+  attend();
+  std::vector<int32_t> all = kept;
+  all.insert(all.end(), {90, kRows + 7, kRows + 49, 91});
+  expect(all, "all kinds of rows");
+  num.Write({0});
+  attend();
+  expect(kept, "nothing chosen");
+  for (const int32_t ref : {kRows, ~kHost, kNoRow, std::numeric_limits<int32_t>::min()}) {
+    refs.Write({90, ref, 91, 92}), num.Write({1});
+    attend();
+    kept.push_back(90), expect(kept, "refs behind the count are not looked at"), kept.pop_back();
+    num.Write({2});
+    attend();
+    expect_nan("a row that does not exist");
+  }
+  refs.Write({90, 91, 92, 93});
+  for (const int32_t count : {-1, 5}) {
+    num.Write({count});
+    attend();
+    expect_nan("a number of refs that is none");
+  }
+  num.Write({1});
+  rows[size_t{90} * 2 * kStoryDim + 3] = 0xfc00;
+  device.Write(std::vector<Half>(rows.begin(), rows.begin() + static_cast<std::ptrdiff_t>(device_halves)));
+  attend();
+  expect_nan("a key that is not finite");
+  n.Write({0}), num.Write({0});
+  attend();
+  EXPECT_EQ(out.Read(), std::vector<float>(query.size(), 0.0f)) << "no row at all";
+  EXPECT_EQ(lse.Read()[0], -std::numeric_limits<float>::infinity());
+}
+
+template <class World>
+void GatherCopiesAndRefuses(World world) {
+  constexpr int32_t kPiece = 48;
+  std::vector<std::byte> source(10 * kPiece);
+  for (size_t i = 0; i < source.size(); ++i) source[i] = static_cast<std::byte>(i * 7 % 251);
+  const typename World::template Array<std::byte> from(source, World::kHostMemory);
+  typename World::template Array<std::byte> to(size_t{5} * kPiece);
+  const typename World::template Array<int32_t> pieces(std::vector<int32_t>{9, 10, 3, -1, 2}), places(std::vector<int32_t>{0, 1, 4, 2, 5}), count(std::vector<int32_t>{5});
+  typename World::template Array<int32_t> refused(std::vector<int32_t>{100});
+  const typename World::template Array<step::GatherTask> task(std::vector<step::GatherTask>{
+      {.from = from.data(), .to = to.data(), .from_piece = pieces.data(), .to_piece = places.data(), .count = count.data(), .from_limit = 10, .to_limit = 5,
+       .refused = refused.data()}});
+  std::vector<std::byte> want = to.Read();
+  std::copy_n(source.begin() + 9 * kPiece, kPiece, want.begin());
+  std::copy_n(source.begin() + 3 * kPiece, kPiece, want.begin() + 4 * kPiece);
+  world.Run(world.kernels().gather({.tasks = task.data(), .num_tasks = 1, .piece_bytes = kPiece}, world.stream()));
+  EXPECT_EQ(to.Read(), want);
+  EXPECT_EQ(refused.Read()[0], 103);
+  EXPECT_TRUE(to.GuardsIntact());
+}
+
+template <class World>
+void StepCallsThatAreRefused(World world) {
+  const step::StepKernels& k = world.kernels();
+  void* const stream = world.stream();
+  EXPECT_STATUS(StatusCode::kUnsupported, "dither=1", k.append({.format = {.dither = true}, .head_dim = 64}, stream));
+  EXPECT_STATUS(StatusCode::kUnsupported, "bits=6", k.append({.format = {.bits = 6}, .head_dim = 64}, stream));
+  EXPECT_STATUS(StatusCode::kUnsupported, "head_dim=20", k.gate({.group = 1, .head_dim = 20}, stream));
+  EXPECT_STATUS(StatusCode::kUnsupported, "group=0", k.select({.group = 0, .head_dim = 64}, stream));
+  EXPECT_STATUS(StatusCode::kInvalid, "tasks is null", k.resolve({.num_tasks = 1, .group = 1, .head_dim = 64}, stream));
+  EXPECT_STATUS(StatusCode::kInvalid, "max_n=-1", k.choose({.max_n = -1, .group = 1}, stream));
+  EXPECT_STATUS(StatusCode::kInvalid, "num_tasks=-1", k.land({.num_tasks = -1}, stream));
+  EXPECT_STATUS(StatusCode::kInvalid, "piece_bytes=24", k.gather({.piece_bytes = 24}, stream));
+  EXPECT_STATUS(StatusCode::kInvalid, "max_rows=-1", k.attend({.max_rows = -1, .group = 1, .head_dim = 64}, stream));
+}
+
+// Each story as a test of SUITE, whose world() brings the backend.
+#define PREHOC_STEP_STORY(SUITE, STORY) \
+  TEST_F(SUITE, STORY) { STORY(world()); }
+#define PREHOC_STEP_STORIES(SUITE)                              \
+  PREHOC_STEP_STORY(SUITE, AppendFillsRingCodesAndHostMemory)   \
+  PREHOC_STEP_STORY(SUITE, GateHoldsNearItsAnchorUntilTooOld)   \
+  PREHOC_STEP_STORY(SUITE, SelectChoosesByCodesAndTheTail)      \
+  PREHOC_STEP_STORY(SUITE, SelectHoldsAndRefuses)               \
+  PREHOC_STEP_STORY(SUITE, ChooseFromLogitsDilates)             \
+  PREHOC_STEP_STORY(SUITE, ResolveFindsEachRowWhereItIs)        \
+  PREHOC_STEP_STORY(SUITE, ResidencyFollowsAModel)              \
+  PREHOC_STEP_STORY(SUITE, RefreshTakesNoMoreThanThereIs)       \
+  PREHOC_STEP_STORY(SUITE, AttendSeesRowsOfBothMemories)        \
+  PREHOC_STEP_STORY(SUITE, GatherCopiesAndRefuses)              \
+  PREHOC_STEP_STORY(SUITE, StepCallsThatAreRefused)
+
+}  // namespace prehoc
