@@ -174,7 +174,8 @@ struct AttendParams {
 };
 
 // --- residency: where the rows of chosen positions are, and which are to be -----------------------------------------------------
-// A head's rows of the middle lie in `slots` slots; a position that is in none is read from the host.
+// A head's rows of the middle lie in `slots` slots; a position that is in none is read from the host. Without slots all may be null: what is not in
+// the ring is on the host, and no bits are kept.
 struct ResidencyState {
   int16_t* slot_of = nullptr;    // [max_n] slot of a position; -1 = none
   int32_t* owner = nullptr;      // [slots] position in a slot; -1 = free, -2 = on its way

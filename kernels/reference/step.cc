@@ -273,8 +273,9 @@ Status Attend(const AttendParams& params, void*) {
 }
 
 // --- residency ---------------------------------------------------------------------------------------------------------------------
+int16_t SlotOf(const ResidencyState& at, int64_t p) { return at.slot_of != nullptr ? at.slot_of[p] : -1; }
 void SetResident(const ResidencyState& at, int64_t p, bool resident) {
-  if (p < 0 || p >= at.max_n) return;
+  if (at.resident == nullptr || p < 0 || p >= at.max_n) return;
   const uint64_t bit = uint64_t{1} << (p % 64);
   at.resident[p / 64] = resident ? at.resident[p / 64] | bit : at.resident[p / 64] & ~bit;
 }
@@ -294,7 +295,7 @@ Status Resolve(const ResolveParams& params, void*) {
       if (p >= 0 && p < n && p < task.at.max_n) {
         if (p >= leaves) {
           ref = task.ring_row + p % task.ring_rows;
-        } else if (task.at.slot_of[p] >= 0) {
+        } else if (SlotOf(task.at, p) >= 0) {
           ref = task.slot_row + task.at.slot_of[p];
         } else if (const int64_t row = HostRowOf(task.host, p); row >= 0) {
           ref = ~static_cast<int32_t>(row);
@@ -312,7 +313,7 @@ Status Resolve(const ResolveParams& params, void*) {
     if (task.age != nullptr) *task.age = anew ? 0 : *task.age + 1;
     if (task.ring_rows <= 0) continue;
     SetResident(task.at, int64_t{n} - 1, true);
-    SetResident(task.at, leaves, leaves >= 0 && leaves < task.at.max_n && task.at.slot_of[leaves] >= 0);
+    SetResident(task.at, leaves, leaves >= 0 && leaves < task.at.max_n && SlotOf(task.at, leaves) >= 0);
   }
   return {};
 }
@@ -391,12 +392,15 @@ Status Gather(const GatherParams& params, void*) {
   return {};
 }
 
-Result<size_t> SelectWorkspace(const SelectParams& params) {
+// Tasks need not be there yet.
+Result<size_t> SelectWorkspace(SelectParams params) {
+  params.num_tasks = 0;
   PREHOC_RETURN_IF_ERROR(CheckSelect(params));
   return size_t{0};
 }
 Result<size_t> ChooseWorkspace(const ChooseParams&) { return size_t{0}; }
-Result<size_t> AttendWorkspace(const AttendParams& params) {
+Result<size_t> AttendWorkspace(AttendParams params) {
+  params.num_tasks = 0;
   PREHOC_RETURN_IF_ERROR(CheckAttend(params));
   return size_t{0};
 }
@@ -405,8 +409,8 @@ Result<size_t> AttendWorkspace(const AttendParams& params) {
 const StepKernels& ReferenceStepKernels() {
   static constexpr StepKernels kTable{.name = "reference", .append = Append, .gate = Gate, .select = Select, .resolve = Resolve,
                                       .attend = Attend, .choose = Choose, .refresh = Refresh, .land = Land, .gather = Gather,
-                                      .select_workspace = SelectWorkspace, .choose_workspace = ChooseWorkspace,
-                                      .attend_workspace = AttendWorkspace};
+                                      .select_workspace = [](const SelectParams& params) { return SelectWorkspace(params); }, .choose_workspace = ChooseWorkspace,
+                                      .attend_workspace = [](const AttendParams& params) { return AttendWorkspace(params); }};
   return kTable;
 }
 

@@ -82,6 +82,7 @@ struct WorldOptions {
   uint64_t device_budget = 64 << 20;
   uint64_t store_budget = 64 << 20;
   bool with_store = true;
+  const step::StepKernels* step_kernels = nullptr;
   static WorldOptions Default() {
     WorldOptions options;
     options.cache.geometry = SmallGeometry();
@@ -110,6 +111,7 @@ class World {
     resources.executor = executor_.get();
     resources.device = &device_;
     resources.store = options.with_store ? used : nullptr;
+    resources.step_kernels = options.step_kernels;
     auto cache = KvCache::Create(options.cache, resources);
     EXPECT_TRUE(cache.ok()) << cache.status();
     cache_ = std::move(cache).value();
