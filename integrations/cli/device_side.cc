@@ -7,6 +7,7 @@
 #include "base/cuda/device_memory.h"
 #include "base/cuda/host_registrar.h"
 #include "integrations/reference/cuda/cuda_decoder.h"
+#include "kernels/cuda/device_kernels.h"
 #include "kernels/cuda/kernel_table.h"
 #include "transfer/cuda_transfer_engine.h"
 #endif
@@ -32,6 +33,7 @@ Result<DeviceSide> CudaSide(uint64_t device_budget) {
   side.kernels_state = kernels;
   side.kernels = &cuda::DeviceKernels::Table();
   side.stream = kernels->launch_stream();
+  side.step_kernels = &cuda::DeviceStepKernels();
   PREHOC_ASSIGN_OR_RETURN(side.transfer, CudaTransferEngine::Create());
   side.make_decoder = reference::MakeCudaDecoder;
   side.visit_counters = [kernels](const CounterVisitor& visit) { kernels->VisitCounters(visit); };

@@ -10,6 +10,7 @@
 #include "base/result.h"
 #include "integrations/reference/engine/token_decoder.h"
 #include "kernels/function_table.h"
+#include "kernels/step_kernels.h"
 #include "transfer/transfer_engine.h"
 
 namespace prehoc::cli {
@@ -20,6 +21,7 @@ struct DeviceSide {
   std::shared_ptr<const void> kernels_state;    // keeps `stream` alive
   const KernelTable* kernels = nullptr;         // null = BestCpuKernels()
   void* stream = nullptr;
+  const step::StepKernels* step_kernels = nullptr;  // null on the CPU
   std::unique_ptr<TransferEngine> transfer;     // null = on the executor
   reference::MakeDecoder make_decoder;          // empty on the CPU
   std::function<void(const CounterVisitor&)> visit_counters = [](const CounterVisitor&) {};

@@ -156,6 +156,7 @@ Status Session::CreateCache() {
   resources.io = io_.get();
   resources.device = device_.memory.get();
   resources.stream = device_.stream;
+  resources.step_kernels = device_.step_kernels;
   resources.registrar = registrar_.get();
   resources.store = store_.get();
   resources.kernels = device_.kernels;

@@ -32,6 +32,12 @@ struct FreezeRule {
   int32_t reuse_layer = -1;
 };
 
+// A decode step whose attention is work of the device alone: PlanStep() and what follows, of cache/kv_cache.h.
+struct StepPlan {
+  uint64_t id = 0;     // 0: not offered for this step; what was captured for an id may be replayed for the same one
+  bool pause = false;  // nothing is replayed, and each layer's work is waited for, then AfterLayer() called
+};
+
 // One sequence. Not safe for two threads at once.
 class AttentionBackend {
  public:
@@ -43,9 +49,18 @@ class AttentionBackend {
   virtual Status Begin(std::span<const int32_t> tokens, int64_t prompt_tokens) = 0;
   virtual FreezeRule Freeze(int32_t layer) const = 0;  // for the tokens announced
   virtual Status Attend(const AttendCall& call) = 0;   // appends K and V, then attends causally
+  // In the place of Attend(), for a decode step on a device: `io` names buffers there that all layers use. Streams are the device's.
+  virtual Result<StepPlan> Plan(const AttendCall&) { return StepPlan{}; }
+  virtual Status EnqueueBehind(void*) { return NotPlanned(); }
+  virtual Status EnqueueLayer(int32_t, void*) { return NotPlanned(); }
+  virtual Status EnqueueLast(void*) { return NotPlanned(); }
+  virtual Status AfterLayer(int32_t) { return NotPlanned(); }
   virtual Status End() = 0;                            // every layer has been given; length() grows
   // After an error between Begin() and End(): forgets the announced tokens, so that they can be run again.
   virtual void Rollback() = 0;
+
+ protected:
+  static Status NotPlanned() { return {StatusCode::kUnsupported, "this attention offers no steps on a device"}; }
 };
 
 // All K and V in fp32 memory, every position attended: the reference that everything is compared with. Scores, weights

@@ -42,6 +42,11 @@ Status CacheBackend::Attend(const AttendCall& call) {
   return decode_ ? sequence_->Attend(layer, InputOf(call)) : sequence_->Prefill(layer, InputOf(call));
 }
 
+Result<StepPlan> CacheBackend::Plan(const AttendCall& io) {
+  PREHOC_ASSIGN_OR_RETURN(const Sequence::StepPlan plan, sequence_->PlanStep(InputOf(io)));
+  return StepPlan{.id = plan.id, .pause = plan.pause};
+}
+
 Status RepairBackend::Begin(std::span<const int32_t> tokens, int64_t) {
   if (static_cast<int64_t>(tokens.size()) != chunk_tokens_) {
     return {StatusCode::kInvalid, "a repair needs the " + std::to_string(chunk_tokens_) + " tokens of its chunk at once, not " +

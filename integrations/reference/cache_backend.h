@@ -17,6 +17,11 @@ class CacheBackend final : public AttentionBackend {
   Status Begin(std::span<const int32_t> tokens, int64_t prompt_tokens) override;
   FreezeRule Freeze(int32_t layer) const override;
   Status Attend(const AttendCall& call) override;
+  Result<StepPlan> Plan(const AttendCall& io) override;
+  Status EnqueueBehind(void* stream) override { return sequence_->EnqueueBehind(stream); }
+  Status EnqueueLayer(int32_t layer, void* stream) override { return sequence_->EnqueueLayer(LayerId(layer), stream); }
+  Status EnqueueLast(void* stream) override { return sequence_->EnqueueLast(stream); }
+  Status AfterLayer(int32_t layer) override { return sequence_->AfterLayer(LayerId(layer)); }
   Status End() override { return sequence_->End(); }
   void Rollback() override { sequence_->Rollback(); }
 

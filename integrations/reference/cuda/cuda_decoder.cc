@@ -4,10 +4,12 @@
 #include <cstring>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "base/cuda/buffer.h"
 #include "base/cuda/device.h"
 #include "base/cuda/error.h"
+#include "base/cuda/graph.h"
 #include "base/cuda/stream.h"
 #include "integrations/reference/cuda/device_model.h"
 #include "integrations/reference/cuda/device_ops.h"
@@ -35,11 +37,19 @@ class Buffer {
 
 class CudaDecoder final : public TokenDecoder {
  public:
-  CudaDecoder(const Model& model, const EngineOptions& options, CudaStream stream, std::unique_ptr<DeviceModel> weights)
-      : config_(model.config), options_(options), stream_(std::move(stream)), weights_(std::move(weights)),
+  // What a step on the device takes beside the stream: one for copies behind it, and the events that join them.
+  struct Side {
+    CudaStream stream;
+    CudaEvent begun, done;
+  };
+  CudaDecoder(const Model& model, const EngineOptions& options, CudaStream stream, Side side, std::unique_ptr<DeviceModel> weights)
+      : config_(model.config), options_(options), stream_(std::move(stream)), side_(std::move(side)), weights_(std::move(weights)),
         rope_(config_, options.max_batch_tokens), q_width_(int64_t{config_.heads} * config_.head_dim),
         kv_width_(int64_t{config_.kv_heads} * config_.head_dim) {}
-  ~CudaDecoder() override { stream_.Synchronize().IgnoreError(); }
+  ~CudaDecoder() override {
+    stream_.Synchronize().IgnoreError();
+    side_.stream.Synchronize().IgnoreError();
+  }
 
   Status Allocate() {
     const int64_t n = options_.max_batch_tokens, half = config_.head_dim / 2;
@@ -55,6 +65,9 @@ class CudaDecoder final : public TokenDecoder {
       PREHOC_RETURN_IF_ERROR(make(*buffer, CudaPlace::kPinned, width));
     }
     if (options_.keep_q_pre_rope) PREHOC_RETURN_IF_ERROR(make(q_before_, CudaPlace::kPinned, q_width_));
+    for (const auto& [buffer, width] : {std::pair{&step_q_, q_width_}, std::pair{&step_k_, kv_width_}, std::pair{&step_v_, kv_width_}}) {
+      PREHOC_RETURN_IF_ERROR(buffer->Create(CudaPlace::kDevice, width, &bytes_));
+    }
     PREHOC_RETURN_IF_ERROR(tokens_.Create(CudaPlace::kPinned, n, &bytes_));
     return logits_.Create(CudaPlace::kPinned, config_.vocab, &bytes_);
   }
@@ -68,7 +81,24 @@ class CudaDecoder final : public TokenDecoder {
     int64_t start = clock.NowNanos();
     PREHOC_RETURN_IF_ERROR(backend.Begin(tokens, prompt_tokens));
     seconds_.attention += clock.SecondsSince(start);
+    has_logits_ = false;
     start = clock.NowNanos();
+    if (vector_) {
+      const AttendCall io{.first = first_, .count = 1, .q = step_q_.data(), .k = step_k_.data(), .v = step_v_.data(), .out = attended_.data()};
+      auto plan = backend.Plan(io);
+      if (!plan.ok() || plan->id != 0) {
+        Status status = plan.status();
+        if (status.ok()) status = RunStep(backend, *plan, tokens);
+        if (status.ok()) status = backend.End();
+        if (!status.ok()) {
+          stream_.Synchronize().IgnoreError();  // nothing of the step runs on while it is undone
+          side_.stream.Synchronize().IgnoreError();
+          backend.Rollback();
+        }
+        seconds_.steps += clock.SecondsSince(start);
+        return status;
+      }
+    }
     Status status = Embed(tokens, prompt_tokens);
     seconds_.embedding += clock.SecondsSince(start);
     for (int32_t layer = 0; layer < config_.layers && status.ok(); ++layer) status = RunLayer(backend, layer);
@@ -82,10 +112,10 @@ class CudaDecoder final : public TokenDecoder {
 
   Status LogitsOf(int64_t index, float* logits) override {
     const int64_t start = options_.clock->NowNanos();
-    PREHOC_RETURN_IF_ERROR(MultiplyVector({.weights = weights_->output(), .x = hidden_.data() + index * config_.hidden,
-                                           .norm = weights_->output_norm(), .eps = config_.rms_eps, .y = logits_.data(), .rows = config_.vocab,
-                                           .cols = config_.hidden, .type = weights_->type()}, stream_.get()));
-    PREHOC_RETURN_IF_ERROR(stream_.Synchronize());
+    if (!has_logits_) {
+      PREHOC_RETURN_IF_ERROR(EnqueueLogits(index));
+      PREHOC_RETURN_IF_ERROR(stream_.Synchronize());
+    }
     std::copy_n(logits_.data(), config_.vocab, logits);
     seconds_.logits += options_.clock->SecondsSince(start);
     return {};
@@ -100,11 +130,18 @@ class CudaDecoder final : public TokenDecoder {
 
  private:
   Status Embed(std::span<const int32_t> tokens, int64_t prompt_tokens) {
+    PrepareTokens(tokens, prompt_tokens);
+    return EnqueueEmbedding();
+  }
+  void PrepareTokens(std::span<const int32_t> tokens, int64_t prompt_tokens) {
     rope_.Prepare(first_, count_, std::max<int64_t>(prompt_tokens, first_ + count_));
     const int64_t angles = int64_t{count_} * (config_.head_dim / 2);
     std::copy_n(rope_.cos(), angles, angles_.data());
     std::copy_n(rope_.sin(), angles, angles_.data() + angles);
     std::copy(tokens.begin(), tokens.end(), tokens_.data());
+  }
+  Status EnqueueEmbedding() {
+    const int64_t angles = int64_t{count_} * (config_.head_dim / 2);
     const auto bytes = static_cast<size_t>(angles) * sizeof(float);
     PREHOC_CUDA_TRY(cudaMemcpyAsync(cos_.data(), angles_.data(), bytes, cudaMemcpyHostToDevice, stream_.get()));
     PREHOC_CUDA_TRY(cudaMemcpyAsync(sin_.data(), angles_.data() + angles, bytes, cudaMemcpyHostToDevice, stream_.get()));
@@ -125,27 +162,63 @@ class CudaDecoder final : public TokenDecoder {
                            .cols = static_cast<int32_t>(cols), .type = weights_->type()}, stream_.get());
   }
 
-  Status RunLayer(AttentionBackend& backend, int32_t index) {
-    if (backend.Freeze(index).frozen > 0) {
-      return {StatusCode::kUnsupported, "a prompt with frozen tokens (etf, cpe) is not offered by the CUDA engine; use another selector"};
+  Status EnqueueLogits(int64_t index) {
+    return MultiplyVector({.weights = weights_->output(), .x = hidden_.data() + index * config_.hidden, .norm = weights_->output_norm(),
+                           .eps = config_.rms_eps, .y = logits_.data(), .rows = config_.vocab, .cols = config_.hidden, .type = weights_->type()},
+                          stream_.get());
+  }
+
+  // One token with everything on the device: replayed where the plan is known, logits included.
+  Status RunStep(AttentionBackend& backend, const StepPlan& plan, std::span<const int32_t> tokens) {
+    PrepareTokens(tokens, 0);
+    if (plan.pause) {
+      PREHOC_RETURN_IF_ERROR(EnqueueStep(backend, true));
+    } else {
+      auto known = std::find_if(graphs_.begin(), graphs_.end(), [&](const auto& graph) { return graph.first == plan.id; });
+      if (known == graphs_.end()) {
+        constexpr size_t kMostGraphs = 4;
+        if (graphs_.size() == kMostGraphs) graphs_.erase(graphs_.begin());
+        PREHOC_ASSIGN_OR_RETURN(CudaGraph graph, CudaGraph::Capture(stream_, [&] { return EnqueueStep(backend, false); }));
+        graphs_.emplace_back(plan.id, std::move(graph));
+        known = graphs_.end() - 1;
+      }
+      PREHOC_RETURN_IF_ERROR(known->second.Launch(stream_));
     }
-    const DeviceLayer& w = weights_->layer(index);
-    const Clock& clock = *options_.clock;
-    int64_t start = clock.NowNanos();
-    PREHOC_RETURN_IF_ERROR(Multiply(w.qkv, q_width_ + 2 * kv_width_, config_.hidden, hidden_.data(), w.attention_norm, w.qkv_bias, qkv_.data(), false));
-    PREHOC_RETURN_IF_ERROR(RotateHeads({.qkv = qkv_.data(), .q_norm = w.q_norm, .k_norm = w.k_norm, .eps = config_.rms_eps, .cos = cos_.data(),
-                                        .sin = sin_.data(), .interleaved = config_.rope_layout == RopeLayout::kInterleaved, .q = q_.data(),
-                                        .q_before = q_before_.data(), .k = k_.data(), .v = v_.data(), .tokens = count_, .heads = config_.heads,
-                                        .kv_heads = config_.kv_heads, .head_dim = config_.head_dim}, stream_.get()));
     PREHOC_RETURN_IF_ERROR(stream_.Synchronize());
-    seconds_.projections += clock.SecondsSince(start);
-    start = clock.NowNanos();
-    PREHOC_RETURN_IF_ERROR(backend.Attend({.layer = index, .first = first_, .count = count_, .q = q_.data(), .q_pre_rope = q_before_.data(),
-                                           .k = k_.data(), .v = v_.data(), .out = out_.data()}));
-    seconds_.attention += clock.SecondsSince(start);
-    start = clock.NowNanos();
-    PREHOC_CUDA_TRY(cudaMemcpyAsync(attended_.data(), out_.data(), static_cast<size_t>(count_ * q_width_) * sizeof(float), cudaMemcpyHostToDevice,
-                                    stream_.get()));
+    has_logits_ = true;
+    return {};
+  }
+  Status EnqueueStep(AttentionBackend& backend, bool pause) {
+    void* const stream = stream_.get();
+    PREHOC_RETURN_IF_ERROR(EnqueueEmbedding());
+    PREHOC_RETURN_IF_ERROR(side_.begun.Record(stream_.get()));
+    PREHOC_RETURN_IF_ERROR(side_.begun.Before(side_.stream.get()));
+    PREHOC_RETURN_IF_ERROR(backend.EnqueueBehind(side_.stream.get()));
+    PREHOC_RETURN_IF_ERROR(side_.done.Record(side_.stream.get()));
+    for (int32_t layer = 0; layer < config_.layers; ++layer) {
+      const DeviceLayer& w = weights_->layer(layer);
+      PREHOC_RETURN_IF_ERROR(Multiply(w.qkv, q_width_ + 2 * kv_width_, config_.hidden, hidden_.data(), w.attention_norm, w.qkv_bias, qkv_.data(), false));
+      PREHOC_RETURN_IF_ERROR(Rotate(w, step_q_.data(), nullptr, step_k_.data(), step_v_.data()));
+      PREHOC_RETURN_IF_ERROR(backend.EnqueueLayer(layer, stream));
+      if (pause) {
+        PREHOC_RETURN_IF_ERROR(stream_.Synchronize());
+        PREHOC_RETURN_IF_ERROR(backend.AfterLayer(layer));
+      }
+      PREHOC_RETURN_IF_ERROR(FinishLayer(w));
+    }
+    PREHOC_RETURN_IF_ERROR(side_.done.Before(stream_.get()));
+    PREHOC_RETURN_IF_ERROR(backend.EnqueueLast(stream));
+    return EnqueueLogits(0);
+  }
+
+  Status Rotate(const DeviceLayer& w, float* q, float* q_before, float* k, float* v) {
+    return RotateHeads({.qkv = qkv_.data(), .q_norm = w.q_norm, .k_norm = w.k_norm, .eps = config_.rms_eps, .cos = cos_.data(), .sin = sin_.data(),
+                        .interleaved = config_.rope_layout == RopeLayout::kInterleaved, .q = q, .q_before = q_before, .k = k, .v = v, .tokens = count_,
+                        .heads = config_.heads, .kv_heads = config_.kv_heads, .head_dim = config_.head_dim}, stream_.get());
+  }
+
+  // What follows attention, from `attended_`.
+  Status FinishLayer(const DeviceLayer& w) {
     PREHOC_RETURN_IF_ERROR(Multiply(w.o, config_.hidden, q_width_, attended_.data(), nullptr, w.o_bias, hidden_.data(), true));
     if (vector_) {
       PREHOC_RETURN_IF_ERROR(MultiplyVector({.weights = w.gate_up, .x = hidden_.data(), .norm = w.ffn_norm, .eps = config_.rms_eps,
@@ -156,7 +229,28 @@ class CudaDecoder final : public TokenDecoder {
                                       gate_up_.data(), false));
       PREHOC_RETURN_IF_ERROR(GateRows(gate_up_.data(), gated_.data(), count_, config_.intermediate, stream_.get()));
     }
-    PREHOC_RETURN_IF_ERROR(Multiply(w.down, config_.hidden, config_.intermediate, gated_.data(), nullptr, nullptr, hidden_.data(), true));
+    return Multiply(w.down, config_.hidden, config_.intermediate, gated_.data(), nullptr, nullptr, hidden_.data(), true);
+  }
+
+  Status RunLayer(AttentionBackend& backend, int32_t index) {
+    if (backend.Freeze(index).frozen > 0) {
+      return {StatusCode::kUnsupported, "a prompt with frozen tokens (etf, cpe) is not offered by the CUDA engine; use another selector"};
+    }
+    const DeviceLayer& w = weights_->layer(index);
+    const Clock& clock = *options_.clock;
+    int64_t start = clock.NowNanos();
+    PREHOC_RETURN_IF_ERROR(Multiply(w.qkv, q_width_ + 2 * kv_width_, config_.hidden, hidden_.data(), w.attention_norm, w.qkv_bias, qkv_.data(), false));
+    PREHOC_RETURN_IF_ERROR(Rotate(w, q_.data(), q_before_.data(), k_.data(), v_.data()));
+    PREHOC_RETURN_IF_ERROR(stream_.Synchronize());
+    seconds_.projections += clock.SecondsSince(start);
+    start = clock.NowNanos();
+    PREHOC_RETURN_IF_ERROR(backend.Attend({.layer = index, .first = first_, .count = count_, .q = q_.data(), .q_pre_rope = q_before_.data(),
+                                           .k = k_.data(), .v = v_.data(), .out = out_.data()}));
+    seconds_.attention += clock.SecondsSince(start);
+    start = clock.NowNanos();
+    PREHOC_CUDA_TRY(cudaMemcpyAsync(attended_.data(), out_.data(), static_cast<size_t>(count_ * q_width_) * sizeof(float), cudaMemcpyHostToDevice,
+                                    stream_.get()));
+    PREHOC_RETURN_IF_ERROR(FinishLayer(w));
     seconds_.projections += clock.SecondsSince(start);
     return {};
   }
@@ -164,6 +258,7 @@ class CudaDecoder final : public TokenDecoder {
   const ModelConfig& config_;
   const EngineOptions& options_;
   const CudaStream stream_;
+  const Side side_;
   const std::unique_ptr<DeviceModel> weights_;
   RopeTables rope_;
   const int64_t q_width_, kv_width_;  // [floats] of a token's q, and of its k or v
@@ -175,6 +270,10 @@ class CudaDecoder final : public TokenDecoder {
   int64_t first_ = 0;
   int32_t count_ = 0;
   bool vector_ = true;
+  // Steps on the device: one token's q, k and v there; the graphs of the last plans, by id; whether logits_ are those of the last step.
+  Buffer<float> step_q_, step_k_, step_v_;
+  std::vector<std::pair<uint64_t, CudaGraph>> graphs_;
+  bool has_logits_ = false;
   EngineSeconds seconds_;
 };
 }  // namespace
@@ -186,7 +285,11 @@ Result<std::unique_ptr<TokenDecoder>> MakeCudaDecoder(const Model& model, const 
   }
   PREHOC_ASSIGN_OR_RETURN(CudaStream stream, CudaStream::Create());
   PREHOC_ASSIGN_OR_RETURN(auto weights, DeviceModel::Create(model, *options.executor));
-  auto decoder = std::make_unique<CudaDecoder>(model, options, std::move(stream), std::move(weights));
+  PREHOC_ASSIGN_OR_RETURN(CudaStream side, CudaStream::Create());
+  PREHOC_ASSIGN_OR_RETURN(CudaEvent begun, CudaEvent::Create());
+  PREHOC_ASSIGN_OR_RETURN(CudaEvent done, CudaEvent::Create());
+  auto decoder = std::make_unique<CudaDecoder>(model, options, std::move(stream),
+                                               CudaDecoder::Side{std::move(side), std::move(begun), std::move(done)}, std::move(weights));
   PREHOC_RETURN_IF_ERROR(decoder->Allocate());
   return std::unique_ptr<TokenDecoder>(std::move(decoder));
 }

@@ -139,6 +139,7 @@ void Engine::VisitCounters(const CounterVisitor& visit) const {
   visit("engine.seconds.attention", seconds().attention);
   visit("engine.seconds.logits", seconds().logits);
   visit("engine.seconds.embedding", seconds().embedding);
+  visit("engine.seconds.steps", seconds().steps);
 }
 
 }  // namespace prehoc::reference

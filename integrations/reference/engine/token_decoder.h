@@ -20,7 +20,8 @@ struct EngineSeconds {
   double attention = 0;    // inside the backend: Begin, Attend, End
   double logits = 0;       // final norm and output matrix
   double embedding = 0;    // embedding rows, RoPE tables
-  double total() const { return projections + attention + logits + embedding; }
+  double steps = 0;        // whole decode steps on a device, all of the above at once
+  double total() const { return projections + attention + logits + embedding + steps; }
 };
 
 class TokenDecoder {
