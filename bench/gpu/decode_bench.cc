@@ -392,6 +392,7 @@ class Step {
                    .lse_all = unused_->data() + list};
       want[TurnOf(u)].push_back(best);
       refresh[TurnOf(u)].push_back({.at = at, .wanted = wanted_->data() + list * slots, .wanted_count = wanted_count_->data() + list,
+                                    .n = n_.data(), .ring_rows = kRing, .position = position_->data() + list * slots,
                                     .from_piece = from_->data() + list * slots, .to_piece = to_->data() + list * slots, .count = fetch_count_->data() + list,
                                     .pooled = PooledOf(u)});
       gather[TurnOf(u)].push_back({.from = reinterpret_cast<const std::byte*>(Host(u)), .to = reinterpret_cast<std::byte*>(Rows(u) + size_t(kSinks + kRing) * Row()),
@@ -436,9 +437,9 @@ class Step {
     Cuda(cudaMemset(slot_of_->data(), 0xff, slot_of_->bytes()), "no slots");
     owner_ = std::make_unique<Array<int32_t>>(all * slots);
     Cuda(cudaMemset(owner_->data(), 0xff, owner_->bytes()), "free slots");
-    // What the ring holds, or will hold, counts as resident.
+    // What the ring will still hold when the first step has appended; resolve goes on from there.
     std::vector<uint64_t> ring_bits(Words(), 0), all_bits;
-    for (int32_t p = first_n_ - kRing; p < max_n_; ++p) ring_bits[size_t(p) / 64] |= uint64_t{1} << (p % 64);
+    for (int32_t p = first_n_ + 1 - kRing; p < first_n_; ++p) ring_bits[size_t(p) / 64] |= uint64_t{1} << (p % 64);
     for (size_t u = 0; u < all; ++u) all_bits.insert(all_bits.end(), ring_bits.begin(), ring_bits.end());
     resident_ = std::make_unique<Array<uint64_t>>(all_bits);
     pooled_ = std::make_unique<Array<float>>(size_t(c_.pool) * PerPhase() * size_t(max_n_));
@@ -449,6 +450,7 @@ class Step {
     num_refs_ = std::make_unique<Array<int32_t>>(all);
     const size_t lists = 2 * PerPhase();
     wanted_ = std::make_unique<Array<int32_t>>(lists * slots);
+    position_ = std::make_unique<Array<int32_t>>(lists * slots);
     from_ = std::make_unique<Array<int32_t>>(lists * slots);
     to_ = std::make_unique<Array<int32_t>>(lists * slots);
     wanted_count_ = std::make_unique<Array<int32_t>>(lists);
@@ -506,10 +508,14 @@ class Step {
   // The slow clock: what was gathered is used from now on, what is wanted next is listed.
   void Turn(int phase) {
     const int before = (phase + c_.refresh - 1) % c_.refresh;
-    OrExit(cuda::Land(refresh_[size_t(before)].data(), int32_t(refresh_[size_t(before)].size()), stream_));
+    OrExit(cuda::Land(RefreshOf(before), stream_));
     want_params_.tasks = want_[size_t(phase)].data(), want_params_.num_tasks = int32_t(want_[size_t(phase)].size());
     OrExit(cuda::Choose(want_params_, stream_));
-    OrExit(cuda::Refresh(refresh_[size_t(phase)].data(), int32_t(refresh_[size_t(phase)].size()), max_n_, stream_));
+    OrExit(cuda::Refresh(RefreshOf(phase), stream_));
+  }
+  cuda::RefreshParams RefreshOf(int phase) const {
+    const auto& tasks = refresh_[size_t(phase)];
+    return {.tasks = tasks.data(), .num_tasks = int32_t(tasks.size()), .max_n = max_n_};
   }
 
   // y = W norm(hidden), or the gated one to where Added() takes it from.
@@ -544,7 +550,9 @@ class Step {
     select_params_.tasks = select_->data() + size_t(phase) * size_t(units()) + l * tasks_;
     OrExit(cuda::Select(select_params_, stream_));
   }
-  void ResolveLayer(int l) { OrExit(cuda::Resolve(resolve_->data() + l * tasks_, tasks_, s_.group(), s_.d, stream_)); }
+  void ResolveLayer(int l) {
+    OrExit(cuda::Resolve({.tasks = resolve_->data() + l * tasks_, .num_tasks = tasks_, .group = s_.group(), .head_dim = s_.d}, stream_));
+  }
   void AttendLayer(int l) {
     attend_params_.tasks = attend_->data() + l * tasks_;
     OrExit(cuda::Attend(attend_params_, stream_));
@@ -583,7 +591,7 @@ class Step {
   std::unique_ptr<Array<Half>> rows_;
   std::unique_ptr<Array<std::byte>> codes_, attend_space_, select_space_, want_space_;
   std::unique_ptr<Array<int16_t>> slot_of_;
-  std::unique_ptr<Array<int32_t>> owner_, chosen_, refs_, count_, num_refs_, restarts_, wanted_, wanted_count_, from_, to_, fetch_count_, age_;
+  std::unique_ptr<Array<int32_t>> owner_, chosen_, refs_, count_, num_refs_, restarts_, wanted_, wanted_count_, position_, from_, to_, fetch_count_, age_;
   std::unique_ptr<Array<uint64_t>> resident_;
   std::unique_ptr<Array<int64_t>> misses_;
   std::unique_ptr<Array<uint8_t>> hold_;

@@ -189,6 +189,8 @@ class Sparse {
     std::vector<cuda::RunScoreTask> score;
     std::vector<cuda::ResolveTask> resolve;
     std::vector<cuda::AttendTask> attend;
+    const auto words = size_t(CeilDiv(cell.n, 64));
+    resident_ = std::make_unique<Array<uint64_t>>(units * words);
     for (int step = 0; step < kSteps; ++step) {
       for (size_t u = 0; u < units; ++u) {
         const bool holds = mode_.gate && !(mode_.block && step == 0);
@@ -203,7 +205,7 @@ class Sparse {
         } else {
           select.push_back({.source = {.q = q, .blocks = cell.Codes(u), .rows = cell.Rows(u), .ring_rows = cell.n, .n = cell.N()}, .rule = rule});
         }
-        resolve.push_back({.at = {.max_n = cell.n}, .chosen = chosen, .count = count_.data() + u, .room = room_, .n = cell.N(), .ring_rows = cell.n + 1,
+        resolve.push_back({.at = {.resident = resident_->data() + u * words, .max_n = cell.n}, .chosen = chosen, .count = count_.data() + u, .room = room_, .n = cell.N(), .ring_rows = cell.n + 1,
                            .refs = refs_.data() + u * size_t(room_), .num_refs = num_refs_.data() + u, .hold = holds ? hold_.data() + u : nullptr, .q = q,
                            .anchor = anchor_.data() + u * kD, .age = age_.data() + u});
         // Positions are rows: without anchors to move there is nothing to resolve.
@@ -301,7 +303,7 @@ class Sparse {
         select_params_.tasks = select_->data() + at;
         OrExit(cuda::Select(select_params_, stream_));
       }
-      if (MovesAnchors()) OrExit(cuda::Resolve(resolve_->data() + at, cell_.tasks, 1, kD, stream_));
+      if (MovesAnchors()) OrExit(cuda::Resolve({.tasks = resolve_->data() + at, .num_tasks = cell_.tasks, .group = 1, .head_dim = kD}, stream_));
       attend_params_.tasks = attend_->data() + at;
       OrExit(cuda::Attend(attend_params_, stream_));
     }
@@ -346,6 +348,7 @@ class Sparse {
   std::unique_ptr<Array<cuda::SelectTask>> select_;
   std::unique_ptr<Array<cuda::ChooseTask>> choose_;
   std::unique_ptr<Array<cuda::RunScoreTask>> score_;  // [units]
+  std::unique_ptr<Array<uint64_t>> resident_;
   std::unique_ptr<Array<cuda::ResolveTask>> resolve_;
   std::unique_ptr<Array<cuda::AttendTask>> attend_;
   cuda::AttendParams attend_params_;

@@ -4,6 +4,7 @@
 #include "kernels/code_block.h"
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/residency.cuh"
 #include "kernels/cuda/run_kernels.h"
 
 namespace prehoc::cuda {
@@ -181,6 +182,16 @@ __global__ void __launch_bounds__(kThreads) AppendKernel(const __grid_constant__
     uint16_t* const row = row_of(from + t);
     row[c] = Number<R>::Bits(task.k[at]);
     row[d + c] = Number<R>::Bits(task.v[at]);
+  }
+  if (task.host_rows != nullptr) {
+    __syncthreads();
+    const int words = d / 4;  // of 16 bytes in a row: what crosses the link comes in large pieces
+    for (int i = threadIdx.x; i < new_tokens * words; i += kThreads) {
+      const int64_t position = from + i / words;
+      const int32_t row = HostRowOf(task.host, static_cast<int32_t>(position));
+      if (row < 0 || row >= task.host_limit) continue;
+      static_cast<uint4*>(task.host_rows)[int64_t{row} * words + i % words] = reinterpret_cast<const uint4*>(row_of(position))[i % words];
+    }
   }
   if (to < end || task.blocks == nullptr) return;
   __syncthreads();

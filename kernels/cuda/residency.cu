@@ -1,6 +1,7 @@
 // resolve, refresh, land: which rows are in slots. One block a head.
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/residency.cuh"
 
 namespace prehoc::cuda {
 namespace {
@@ -13,37 +14,12 @@ struct ResolveArgs {
   int32_t group, head_dim;
 };
 __global__ void __launch_bounds__(kThreads) ResolveKernel(const __grid_constant__ ResolveArgs args) {
-  __shared__ int missed;
   const ResolveTask task = args.tasks[blockIdx.x];
-  if (threadIdx.x == 0) missed = 0;
   WaitForEarlierWork();
   LetLaterWorkLaunch();
-  __syncthreads();
-  const int32_t n = *task.n, count = *task.count, ring_begin = n - task.ring_rows;
-  const bool known = count >= 0 && count <= task.room;
-  if (threadIdx.x == 0) *task.num_refs = known ? count : -1;
-  int mine = 0;
-  for (int i = threadIdx.x; known && i < count; i += kThreads) {
-    const int32_t p = task.chosen[i];
-    int32_t ref = 0x7fffffff;
-    if (p >= 0 && p < n && p < task.at.max_n) {
-      if (p >= ring_begin) {
-        ref = task.ring_row + p % task.ring_rows;
-      } else {
-        const int slot = task.at.slot_of[p];
-        ref = slot >= 0 ? task.slot_row + slot : ~p;
-        mine += slot < 0;
-      }
-    }
-    task.refs[i] = ref;
-  }
-  if (mine > 0) atomicAdd(&missed, mine);
-  const bool anew = task.hold == nullptr || *task.hold == 0;
-  for (int i = threadIdx.x; anew && task.q != nullptr && i < args.group * args.head_dim; i += kThreads) task.anchor[i] = task.q[i];
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  if (task.age != nullptr) *task.age = anew ? 0 : *task.age + 1;
-  if (task.misses != nullptr && missed > 0) *task.misses += missed;
+  const int32_t n = *task.n, count = *task.count;
+  if (IsKnown(task, count)) ResolveRows(task, n, 0, count);
+  EndResolve(task, n, count, args.group * args.head_dim);
 }
 
 struct RefreshArgs {
@@ -62,11 +38,12 @@ __global__ void __launch_bounds__(kThreads) RefreshKernel(const __grid_constant_
   if (threadIdx.x == 0) num_free = num_spare = num_missing = 0;
   __syncthreads();
   const int32_t given = *task.wanted_count, count = given >= 0 && given <= at.slots ? given : 0;
-  const auto in_range = [&](int32_t p) { return p >= 0 && p < at.max_n; };
+  const auto row_of = [&](int32_t p) { return p >= 0 && p < at.max_n ? HostRowOf(task.host, p) : -1; };
   for (int i = threadIdx.x; i < count; i += kThreads) {
     const int32_t p = task.wanted[i];
-    if (in_range(p)) atomicOr(&wanted[p / 32], 1u << (p % 32));
+    if (row_of(p) >= 0) atomicOr(&wanted[p / 32], 1u << (p % 32));
   }
+  const int32_t n = task.n != nullptr ? *task.n : 0, ring_rows = task.n != nullptr ? task.ring_rows : 0;
   __syncthreads();
   for (int slot = threadIdx.x; slot < at.slots; slot += kThreads) {
     if (at.owner[slot] == -1) spare[atomicAdd(&num_free, 1)] = static_cast<int16_t>(slot);
@@ -83,7 +60,8 @@ __global__ void __launch_bounds__(kThreads) RefreshKernel(const __grid_constant_
   for (int base = 0; base < count; base += kThreads) {
     const int i = base + threadIdx.x;
     const int32_t p = i < count ? task.wanted[i] : -1;
-    const bool missing = in_range(p) && at.slot_of[p] < 0 && (i == 0 || task.wanted[i - 1] != p);
+    const int32_t row = row_of(p);
+    const bool missing = row >= 0 && at.slot_of[p] < 0 && (i == 0 || task.wanted[i - 1] != p);
     const unsigned votes = __ballot_sync(kAllLanes, missing);
     int first = 0;
     if (threadIdx.x % kWarp == 0 && votes != 0) first = atomicAdd(&num_missing, __popc(votes));
@@ -94,10 +72,12 @@ __global__ void __launch_bounds__(kThreads) RefreshKernel(const __grid_constant_
       const int32_t old = at.owner[slot];
       if (old >= 0) {
         at.slot_of[old] = -1;
-        atomicAnd(reinterpret_cast<uint32_t*>(at.resident) + old / 32, ~(1u << (old % 32)));
+        const bool in_ring = old <= n && old > n - ring_rows;  // of the next position
+        if (!in_ring) atomicAnd(reinterpret_cast<uint32_t*>(at.resident) + old / 32, ~(1u << (old % 32)));
       }
       at.owner[slot] = -2;
-      task.from_piece[place] = p;
+      task.position[place] = p;
+      task.from_piece[place] = row;
       task.to_piece[place] = slot;
     }
   }
@@ -111,7 +91,7 @@ __global__ void __launch_bounds__(kThreads) LandKernel(const __grid_constant__ R
   const RefreshTask task = args.tasks[blockIdx.x];
   const int32_t count = *task.count;
   for (int i = threadIdx.x; i < count; i += kThreads) {
-    const int32_t p = task.from_piece[i], slot = task.to_piece[i];
+    const int32_t p = task.position[i], slot = task.to_piece[i];
     task.at.owner[slot] = p;
     task.at.slot_of[p] = static_cast<int16_t>(slot);
     atomicOr(reinterpret_cast<uint32_t*>(task.at.resident) + p / 32, 1u << (p % 32));
@@ -120,29 +100,29 @@ __global__ void __launch_bounds__(kThreads) LandKernel(const __grid_constant__ R
 }
 }  // namespace
 
-Status Resolve(const ResolveTask* tasks, int32_t num_tasks, int32_t group, int32_t head_dim, cudaStream_t stream) {
-  PREHOC_RETURN_IF_ERROR(Check("resolve").Tasks(tasks, num_tasks).Group(group).HeadDim(head_dim).Take());
-  if (num_tasks == 0) return {};
-  return LaunchKernel(ResolveKernel, "resolve", ResolveArgs{tasks, group, head_dim},
-                      {.grid = dim3(static_cast<unsigned>(num_tasks)), .threads = kThreads}, stream);
+Status Resolve(const ResolveParams& params, cudaStream_t stream) {
+  PREHOC_RETURN_IF_ERROR(Check("resolve").Tasks(params.tasks, params.num_tasks).Group(params.group).HeadDim(params.head_dim).Take());
+  if (params.num_tasks == 0) return {};
+  return LaunchKernel(ResolveKernel, "resolve", ResolveArgs{params.tasks, params.group, params.head_dim},
+                      {.grid = dim3(static_cast<unsigned>(params.num_tasks)), .threads = kThreads}, stream);
 }
 
-Status Refresh(const RefreshTask* tasks, int32_t num_tasks, int32_t max_n, cudaStream_t stream) {
+Status Refresh(const RefreshParams& params, cudaStream_t stream) {
+  PREHOC_RETURN_IF_ERROR(Check("refresh").Tasks(params.tasks, params.num_tasks).That(params.max_n >= 0, "max_n", params.max_n, "use 0 or more").Take());
   PREHOC_ASSIGN_OR_RETURN(const DeviceLimits limits, CurrentLimits());
-  const int32_t words = (max_n + 31) / 32;
+  const int32_t words = params.max_n / 32 + (params.max_n % 32 != 0 ? 1 : 0);
   const size_t shared = static_cast<size_t>(words) * 4 + kMostSlots * sizeof(int16_t);
-  PREHOC_RETURN_IF_ERROR(Check("refresh").Tasks(tasks, num_tasks)
-                             .That(max_n >= 0 && shared + 1024 <= static_cast<size_t>(limits.block_shared_bytes), "max_n", max_n,
-                                   "is more than a block's bitmap holds", StatusCode::kUnsupported).Take());
-  if (num_tasks == 0) return {};
-  return LaunchKernel(RefreshKernel, "refresh", RefreshArgs{tasks, words},
-                      {.grid = dim3(static_cast<unsigned>(num_tasks)), .threads = kThreads, .shared_bytes = shared}, stream);
+  PREHOC_RETURN_IF_ERROR(Check("refresh").That(shared + 1024 <= static_cast<size_t>(limits.block_shared_bytes), "max_n", params.max_n,
+                                               "is more than a block's bitmap holds", StatusCode::kUnsupported).Take());
+  if (params.num_tasks == 0) return {};
+  return LaunchKernel(RefreshKernel, "refresh", RefreshArgs{params.tasks, words},
+                      {.grid = dim3(static_cast<unsigned>(params.num_tasks)), .threads = kThreads, .shared_bytes = shared}, stream);
 }
 
-Status Land(const RefreshTask* tasks, int32_t num_tasks, cudaStream_t stream) {
-  PREHOC_RETURN_IF_ERROR(Check("land").Tasks(tasks, num_tasks).Take());
-  if (num_tasks == 0) return {};
-  return LaunchKernel(LandKernel, "land", RefreshArgs{tasks, 0}, {.grid = dim3(static_cast<unsigned>(num_tasks)), .threads = kThreads}, stream);
+Status Land(const RefreshParams& params, cudaStream_t stream) {
+  PREHOC_RETURN_IF_ERROR(Check("land").Tasks(params.tasks, params.num_tasks).That(params.max_n >= 0, "max_n", params.max_n, "use 0 or more").Take());
+  if (params.num_tasks == 0) return {};
+  return LaunchKernel(LandKernel, "land", RefreshArgs{params.tasks, 0}, {.grid = dim3(static_cast<unsigned>(params.num_tasks)), .threads = kThreads}, stream);
 }
 
 }  // namespace prehoc::cuda

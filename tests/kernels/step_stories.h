@@ -115,8 +115,9 @@ void GateHoldsNearItsAnchorUntilTooOld(World world) {
 template <class World>
 struct StoryCodes {
   StoryCodes(Rng& rng, int32_t positions, int32_t group, CodeFormat the_format)
-      : n(positions), format(the_format), rows(MakeRows(rng, positions, kStoryDim)), q(rng.Normals(static_cast<size_t>(group * kStoryDim))),
+      : n(positions), format(the_format), q(rng.Normals(static_cast<size_t>(group * kStoryDim))),
         groups(positions / format.group_tokens), host_blocks(static_cast<size_t>(groups) * LayoutOf(format, kStoryDim).bytes) {
+    for (const float x : rng.Normals(static_cast<size_t>(n) * 2 * kStoryDim)) rows.push_back(FloatToHalf(x));
     const size_t bytes = LayoutOf(format, kStoryDim).bytes;
     std::vector<EncodeTask> tasks;
     for (int32_t g = 0; g < groups; ++g) {
@@ -216,7 +217,7 @@ template <class World>
 void SelectChoosesByCodesAndTheTail(World world) {
   SeededRng rng;
   constexpr int32_t kGroup = 4;
-  const double slack = 0.02;  // what a device's product adds to logits of codes
+  const double slack = 0.04;  // what a device's product may add to logits of these codes
   for (const int32_t n : {1, 40, 64, 100, 700, 2010}) {
     for (const bool levels : {false, true}) {
       SCOPED_TRACE(testing::Message() << "n " << n << ", pooled " << (levels ? "above a level" : "scores"));
