@@ -18,6 +18,8 @@ __device__ inline int32_t HostRowOf(const HostRows& host, int32_t p) {
 
 __device__ inline bool IsKnown(const ResolveTask& task, int32_t count) { return count >= 0 && count <= task.room; }
 
+__device__ inline int SlotOf(const ResidencyState& at, int64_t p) { return at.slot_of != nullptr ? at.slot_of[p] : -1; }
+
 // What attend reads of the chosen positions [from, to), by all threads of a block.
 __device__ inline void ResolveRows(const ResolveTask& task, int32_t n, int32_t from, int32_t to) {
   const int64_t ring_begin = int64_t{n} - task.ring_rows;
@@ -26,7 +28,7 @@ __device__ inline void ResolveRows(const ResolveTask& task, int32_t n, int32_t f
     const int32_t p = task.chosen[i];
     int32_t ref = 0x7fffffff;  // a row that does not exist
     if (p >= 0 && p < n && p < task.at.max_n) {
-      const int slot = p >= ring_begin ? -1 : task.at.slot_of[p];
+      const int slot = p >= ring_begin ? -1 : SlotOf(task.at, p);
       if (p >= ring_begin) {
         ref = task.ring_row + p % task.ring_rows;
       } else if (slot >= 0) {
@@ -55,7 +57,7 @@ __device__ inline void EndResolve(const ResolveTask& task, int32_t n, int32_t co
   if (threadIdx.x != 0) return;
   *task.num_refs = IsKnown(task, count) ? count : -1;
   if (task.age != nullptr) *task.age = anew ? 0 : *task.age + 1;
-  if (task.ring_rows <= 0) return;
+  if (task.ring_rows <= 0 || task.at.resident == nullptr) return;
   const auto mark = [&](int64_t p, bool resident) {
     if (p < 0 || p >= task.at.max_n) return;
     uint64_t* const word = task.at.resident + p / 64;

@@ -109,7 +109,7 @@ Status MakePlan(int32_t num_tasks, int32_t max_n, bool scans, size_t scan_bytes,
 }
 
 Result<Plan> PlanOf(const ChooseParams& params) {
-  PREHOC_RETURN_IF_ERROR(CheckPositions("choose", params.max_n).Tasks(params.tasks, params.num_tasks).Group(params.group)
+  PREHOC_RETURN_IF_ERROR(CheckPositions("choose", params.max_n).Count(params.num_tasks).Group(params.group)
                              .That(params.rule <= GroupRule::kMaxLogit, "rule", static_cast<int64_t>(params.rule), "use 0, 1 or 2").Take());
   Plan plan;
   plan.args.choose = params.tasks;
@@ -120,7 +120,7 @@ Result<Plan> PlanOf(const ChooseParams& params) {
   return plan;
 }
 Result<Plan> PlanOf(const SelectParams& params) {
-  PREHOC_RETURN_IF_ERROR(CheckPositions("select", params.max_n).Tasks(params.tasks, params.num_tasks).HeadDim(params.head_dim)
+  PREHOC_RETURN_IF_ERROR(CheckPositions("select", params.max_n).Count(params.num_tasks).HeadDim(params.head_dim)
                              .Group(params.group).Type(params.type)
                              .That(params.rule <= GroupRule::kMaxLogit, "rule", static_cast<int64_t>(params.rule), "use 0, 1 or 2").Take());
   PREHOC_RETURN_IF_ERROR(CheckFormat("select", params.format));
