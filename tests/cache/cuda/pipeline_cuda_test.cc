@@ -244,7 +244,9 @@ class StepEngine {
       PREHOC_RETURN_IF_ERROR(copy(stream_.v(l, first), v_));
       PREHOC_RETURN_IF_ERROR(CudaStatus(cudaStreamSynchronize(cudaStreamLegacy), "copy"));
       PREHOC_RETURN_IF_ERROR(part(static_cast<size_t>(l) + 1, on_, [&] { return sequence.EnqueueLayer(LayerId(l), on_.get()); }));
-      (*out)[static_cast<size_t>(l)] = out_.Read();
+      std::vector<float>& of_layer = (*out)[static_cast<size_t>(l)];
+      of_layer.resize(out_.size());
+      PREHOC_RETURN_IF_ERROR(CudaStatus(cudaMemcpy(of_layer.data(), out_.data(), of_layer.size() * sizeof(float), cudaMemcpyDeviceToHost), "copy"));
       if (plan.pause) PREHOC_RETURN_IF_ERROR(sequence.AfterLayer(LayerId(l)));
     }
     PREHOC_RETURN_IF_ERROR(part(static_cast<size_t>(geometry_.layers) + 1, on_, [&] { return sequence.EnqueueLast(on_.get()); }));
