@@ -60,7 +60,7 @@ void ChooseBlocks(int64_t tiles, int64_t rows, const SharedBytes& shared, const 
 }
 
 Result<Plan> PlanOf(const AttendParams& params) {
-  PREHOC_RETURN_IF_ERROR(Check("attend").Tasks(params.tasks, params.num_tasks).HeadDim(params.head_dim).Group(params.group)
+  PREHOC_RETURN_IF_ERROR(Check("attend").Count(params.num_tasks).HeadDim(params.head_dim).Group(params.group)
                              .Type(params.type).That(params.max_rows >= 0, "max_rows", params.max_rows, "use 0 or more").Take());
   PREHOC_ASSIGN_OR_RETURN(const DeviceLimits limits, CurrentLimits());
   Plan plan;
@@ -92,7 +92,7 @@ Result<size_t> AttendWorkspaceBytes(const AttendParams& params) {
 Status Attend(const AttendParams& params, cudaStream_t stream) {
   PREHOC_ASSIGN_OR_RETURN(const Plan plan, PlanOf(params));
   if (params.num_tasks == 0) return {};
-  PREHOC_RETURN_IF_ERROR(Check("attend").That(params.workspace_bytes >= plan.bytes, "workspace_bytes",
+  PREHOC_RETURN_IF_ERROR(Check("attend").Given(params.tasks, "tasks").That(params.workspace_bytes >= plan.bytes, "workspace_bytes",
                                               static_cast<int64_t>(params.workspace_bytes), "use AttendWorkspaceBytes()").Take());
   AttendArgs args{};
   args.tasks = params.tasks;

@@ -38,8 +38,9 @@ class Check {
     if (pointer == nullptr && status_.ok()) status_ = Status(StatusCode::kInvalid, std::string(kernel_) + ": " + field + " is null");
     return *this;
   }
+  Check& Count(int32_t tasks) { return That(tasks >= 0 && tasks <= 65535, "num_tasks", tasks, "use 0 to 65535"); }
   Check& Tasks(const void* tasks, int32_t count) {
-    That(count >= 0 && count <= 65535, "num_tasks", count, "use 0 to 65535");
+    Count(count);
     return count > 0 ? Given(tasks, "tasks") : *this;
   }
   Check& HeadDim(int32_t d) {

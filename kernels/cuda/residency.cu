@@ -17,9 +17,7 @@ __global__ void __launch_bounds__(kThreads) ResolveKernel(const __grid_constant_
   const ResolveTask task = args.tasks[blockIdx.x];
   WaitForEarlierWork();
   LetLaterWorkLaunch();
-  const int32_t n = *task.n, count = *task.count;
-  if (IsKnown(task, count)) ResolveRows(task, n, 0, count);
-  EndResolve(task, n, count, args.group * args.head_dim);
+  ResolveWhole(task, args.group * args.head_dim);
 }
 
 struct RefreshArgs {

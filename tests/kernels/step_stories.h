@@ -541,6 +541,158 @@ void GatherCopiesAndRefuses(World world) {
   EXPECT_TRUE(to.GuardsIntact());
 }
 
+// Gates with append and resolve with select give what their own calls give, over steps in which some heads hold.
+template <class World>
+struct StoryUnits {
+  template <class T>
+  using Array = typename World::template Array<T>;
+  static constexpr int32_t kGroup = 4, kRing = 64, kSlots = 200;
+
+  StoryUnits(const StoryCodes<World>& codes, const StoryChunks& chunks, int32_t the_tasks, int32_t k, const std::vector<int16_t>& where)
+      : tasks(the_tasks), q(Floats()), anchor(std::vector<float>(q.size(), 1.0f)), hold(Tasks()), chunk_row(chunks.first_row),
+        age(std::vector<int32_t>(Tasks(), 100)), num_refs(Tasks()), far(std::vector<int32_t>(Tasks(), 0)), refs(Tasks() * static_cast<size_t>(k)),
+        misses(std::vector<int64_t>(Tasks(), 0)), slot_of(where), owner(std::vector<int32_t>(kSlots, -1)),
+        resident(std::vector<uint64_t>(Tasks() * Words(codes.n), 0)), gates(Tasks()), selects(Tasks()), resolves(Tasks()) {
+    std::vector<uint64_t> bits = resident.Read();
+    for (int32_t t = 0; t < tasks; ++t) {
+      for (int32_t p = 0; p < codes.n; ++p) {
+        const bool in = where[static_cast<size_t>(p)] >= 0 || (p < codes.n - 1 && p >= codes.n - kRing);
+        if (in) bits[static_cast<size_t>(t) * Words(codes.n) + static_cast<size_t>(p / 64)] |= uint64_t{1} << (p % 64);
+      }
+    }
+    resident.Write(bits);
+    std::vector<step::GateTask> gate;
+    std::vector<step::SelectTask> select;
+    std::vector<step::ResolveTask> resolve;
+    for (int32_t t = 0; t < tasks; ++t) {
+      const int64_t floats = int64_t{t} * kGroup * kStoryDim;
+      uint64_t* const own_bits = resident.data() + static_cast<size_t>(t) * Words(codes.n);
+      choices.emplace_back(k, kGroup, codes.n);
+      gate.push_back({.q = q.data() + floats, .anchor = anchor.data() + floats, .hold = hold.data() + t, .age = age.data() + t});
+      step::ScanSource source = codes.Source();
+      source.q = q.data() + floats;
+      step::ChooseRule rule = choices.back().Into({.sinks = 4, .local = 8, .k = k, .resident = own_bits, .log_theta = -12, .hold = hold.data() + t});
+      rule.pool_level = rule.lse_all;
+      if (t == 1) rule.room = k / 2;  // never enough: the choice is none, and so are the rows
+      select.push_back({source, rule});
+      resolve.push_back({.at = {slot_of.data(), owner.data(), own_bits, kSlots, codes.n}, .chosen = rule.chosen, .count = rule.count, .room = rule.room,
+                         .n = codes.length.data(), .slot_row = 100, .ring_row = 20, .ring_rows = kRing, .refs = refs.data() + int64_t{t} * k,
+                         .num_refs = num_refs.data() + t, .misses = misses.data() + t, .far = far.data() + t, .host = chunks.Table(chunk_row.data()),
+                         .hold = hold.data() + t, .q = q.data() + floats, .anchor = anchor.data() + floats, .age = age.data() + t});
+    }
+    gates.Write(gate), selects.Write(select), resolves.Write(resolve);
+  }
+  size_t Tasks() const { return static_cast<size_t>(tasks); }
+  size_t Floats() const { return Tasks() * kGroup * kStoryDim; }
+  static size_t Words(int32_t n) { return static_cast<size_t>((n + 63) / 64); }
+  bool GuardsIntact() const {
+    return anchor.GuardsIntact() && hold.GuardsIntact() && age.GuardsIntact() && num_refs.GuardsIntact() && far.GuardsIntact() && refs.GuardsIntact() &&
+           misses.GuardsIntact() && resident.GuardsIntact() &&
+           std::all_of(choices.begin(), choices.end(), [](const auto& choice) { return choice.GuardsIntact(); });
+  }
+
+  int32_t tasks;
+  Array<float> q, anchor;
+  Array<uint8_t> hold;
+  Array<int32_t> chunk_row, age, num_refs, far, refs;
+  Array<int64_t> misses;
+  Array<int16_t> slot_of;
+  Array<int32_t> owner;
+  Array<uint64_t> resident;
+  Array<step::GateTask> gates;
+  Array<step::SelectTask> selects;
+  Array<step::ResolveTask> resolves;
+  std::vector<StoryChoice<World>> choices;
+};
+
+template <class World>
+void FusedStepsAreThoseOfSeparateCalls(World world) {
+  struct Case {
+    int32_t n, tasks, k;
+    step::SelectBy by;
+    bool gated;
+  };
+  SeededRng rng;
+  for (const Case& c : {Case{300, 5, 30, step::SelectBy::kAny, false}, Case{300, 5, 30, step::SelectBy::kAny, true},
+                        Case{3000, 8, 150, step::SelectBy::kLogits, true}, Case{20'000, 70, 500, step::SelectBy::kBars, true},
+                        Case{20'000, 70, 500, step::SelectBy::kBars, false}, Case{500, 150, 40, step::SelectBy::kLogits, true},
+                        Case{17'000, 8, 300, step::SelectBy::kBars, true}, Case{400, 600, 20, step::SelectBy::kAny, true}}) {
+    const int32_t tasks = std::min(c.tasks, World::kMostTasks);
+    SCOPED_TRACE(testing::Message() << "n " << c.n << ", tasks " << tasks << ", by " << static_cast<int>(c.by) << (c.gated ? ", gated" : ""));
+    const StoryCodes<World> codes(rng, c.n, StoryUnits<World>::kGroup, {4, 64, false});
+    const StoryChunks chunks(rng, c.n, 0.1);
+    std::vector<int16_t> where(static_cast<size_t>(c.n), -1);
+    for (int16_t slot = 0; slot < StoryUnits<World>::kSlots; ++slot) where[static_cast<size_t>(rng.Int(0, c.n - 1))] = slot;
+    StoryUnits<World> apart(codes, chunks, tasks, c.k, where), fused(codes, chunks, tasks, c.k, where);
+    const step::GateParams gate{.num_tasks = tasks, .group = StoryUnits<World>::kGroup, .head_dim = kStoryDim, .tau = 0.8f, .max_age = 3};
+    const step::SelectParams select{.num_tasks = tasks, .max_n = c.n, .format = codes.format, .group = StoryUnits<World>::kGroup, .head_dim = kStoryDim,
+                                    .by = c.by, .gated = c.gated};
+    std::vector<float> q = rng.Normals(apart.q.size());
+    size_t held = 0, asked = 0;
+    for (int step = 0; step < 5; ++step) {
+      const auto moved = rng.Normals(q.size());
+      const size_t width = StoryUnits<World>::kGroup * kStoryDim;
+      for (size_t i = 0; step > 0 && i < q.size(); ++i) q[i] = i / width % 3 == 0 ? moved[i] : q[i] + 0.1f * moved[i];  // a third turns
+      apart.q.Write(q), fused.q.Write(q);
+      step::GateParams gates = gate;
+      step::SelectParams selects = select;
+      gates.tasks = apart.gates.data(), selects.tasks = apart.selects.data();
+      world.Run(world.kernels().gate(gates, world.stream()));
+      RunSelect(world, selects);
+      world.Run(world.kernels().resolve({.tasks = apart.resolves.data(), .num_tasks = tasks, .group = gate.group, .head_dim = kStoryDim}, world.stream()));
+      gates.tasks = fused.gates.data(), selects.tasks = fused.selects.data(), selects.resolves = fused.resolves.data();
+      world.Run(world.kernels().append({.format = codes.format, .head_dim = kStoryDim, .gate = gates}, world.stream()));
+      RunSelect(world, selects);
+      for (const uint8_t hold : fused.hold.Read()) held += hold, ++asked;
+      ASSERT_EQ(fused.hold.Read(), apart.hold.Read()) << "step " << step;
+      ASSERT_EQ(fused.num_refs.Read(), apart.num_refs.Read()) << "step " << step;
+      ASSERT_EQ(fused.refs.Read(), apart.refs.Read()) << "step " << step;
+      EXPECT_EQ(fused.misses.Read(), apart.misses.Read()) << "step " << step;
+      EXPECT_EQ(fused.far.Read(), apart.far.Read()) << "step " << step;
+      EXPECT_EQ(fused.age.Read(), apart.age.Read()) << "step " << step;
+      EXPECT_EQ(fused.anchor.Read(), apart.anchor.Read()) << "step " << step;
+      EXPECT_EQ(fused.resident.Read(), apart.resident.Read()) << "step " << step;
+      for (size_t t = 0; t < fused.choices.size(); ++t) {
+        const StoryChoice<World>&a = apart.choices[t], &b = fused.choices[t];
+        ASSERT_EQ(b.count.Read(), a.count.Read()) << "step " << step << ", task " << t;
+        ASSERT_EQ(b.chosen.Read(), a.chosen.Read()) << "step " << step << ", task " << t;
+        ASSERT_TRUE(AllClose(b.lse_all.Read(), a.lse_all.Read(), {1e-5, 1e-6}) && AllClose(b.lse_out.Read(), a.lse_out.Read(), {1e-4, 1e-5})) << t;
+        ASSERT_TRUE(AllClose(b.pooled.Read(), a.pooled.Read(), {1e-5, 1e-6})) << "step " << step << ", task " << t;
+      }
+    }
+    EXPECT_TRUE(held > 0 && held < asked) << "all hold or none: " << held << " of " << asked;
+    EXPECT_GT(apart.misses.Read()[0], 0) << "nothing was missed";
+    EXPECT_GT(apart.far.Read()[0], 0) << "nothing was far";
+    EXPECT_EQ(fused.num_refs.Read()[1], -1) << "no room";
+    EXPECT_TRUE(fused.GuardsIntact() && apart.GuardsIntact());
+  }
+}
+
+// Without slots nothing of the state need be there, and lists that are empty are left alone.
+template <class World>
+void AStateWithoutSlotsIsNone(World world) {
+  typename World::template Array<int32_t> n(std::vector<int32_t>{100}), count(std::vector<int32_t>{2}), refs(2), num(1), zero(std::vector<int32_t>{0}), fetched(1);
+  const typename World::template Array<int32_t> chosen(std::vector<int32_t>{10, 90});
+  const typename World::template Array<step::ResolveTask> task(std::vector<step::ResolveTask>{
+      {.at = {.max_n = 100}, .chosen = chosen.data(), .count = count.data(), .room = 2, .n = n.data(), .ring_row = 7, .ring_rows = 16, .refs = refs.data(),
+       .num_refs = num.data()}});
+  world.Run(world.kernels().resolve({.tasks = task.data(), .num_tasks = 1, .group = 1, .head_dim = kStoryDim}, world.stream()));
+  EXPECT_EQ(refs.Read(), (std::vector<int32_t>{~10, 7 + 90 % 16}));
+  const typename World::template Array<step::RefreshTask> none(std::vector<step::RefreshTask>{{.wanted_count = zero.data(), .count = fetched.data()}});
+  world.Run(world.kernels().refresh({.tasks = none.data(), .num_tasks = 1, .max_n = 100}, world.stream()));
+  EXPECT_EQ(fetched.Read()[0], 0);
+  world.Run(world.kernels().land({.tasks = none.data(), .num_tasks = 1, .max_n = 100}, world.stream()));
+  StoryChoice<World> choice(1, 1, 1);
+  const typename World::template Array<step::ChooseTask> nothing(std::vector<step::ChooseTask>{{.n = zero.data(), .rule = choice.Into({.sinks = 2, .k = 1})}});
+  step::ChooseParams params{.num_tasks = 1, .max_n = 100, .group = 1, .rule = GroupRule::kMaxLogit};
+  const auto workspace = StoryWorkspace<World>(world.kernels().choose_workspace(params));  // tasks need not be there yet
+  params.tasks = nothing.data(), params.workspace = workspace.data(), params.workspace_bytes = workspace.size();
+  world.Run(world.kernels().choose(params, world.stream()));
+  EXPECT_EQ(choice.count.Read()[0], 0);
+  EXPECT_OK(world.kernels().select_workspace({.num_tasks = 8, .max_n = 100, .group = 1, .head_dim = kStoryDim}));
+  EXPECT_OK(world.kernels().attend_workspace({.num_tasks = 8, .max_rows = 100, .group = 1, .head_dim = kStoryDim}));
+}
+
 template <class World>
 void StepCallsThatAreRefused(World world) {
   const step::StepKernels& k = world.kernels();
@@ -570,6 +722,8 @@ void StepCallsThatAreRefused(World world) {
   PREHOC_STEP_STORY(SUITE, RefreshTakesNoMoreThanThereIs)       \
   PREHOC_STEP_STORY(SUITE, AttendSeesRowsOfBothMemories)        \
   PREHOC_STEP_STORY(SUITE, GatherCopiesAndRefuses)              \
+  PREHOC_STEP_STORY(SUITE, FusedStepsAreThoseOfSeparateCalls)   \
+  PREHOC_STEP_STORY(SUITE, AStateWithoutSlotsIsNone)            \
   PREHOC_STEP_STORY(SUITE, StepCallsThatAreRefused)
 
 }  // namespace prehoc
