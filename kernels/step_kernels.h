@@ -216,9 +216,9 @@ struct ResolveParams {
 };
 
 // refresh: of `wanted` positions (sorted, different) those in no slot get one, of the free slots first, then of those whose owner is not
-// wanted; as many as there are. Their former owners are not resident from now on, unless the ring of the next position, [*n + 1 - ring_rows, *n], has them.
-// What is to be copied is listed for gather: piece from_piece[i] is the host row of position[i], to_piece[i] its slot. Positions of chunks that are not
-// there are not wanted. When the copies are done, Land() makes the new ones resident.
+// wanted; as many as there are. Their former owners are not resident from now on, unless the ring of the next position has them,
+// [*n + 1 - ring_rows, *n]. What is to be copied is listed for gather: piece from_piece[i] is the host row of position[i], to_piece[i] its slot.
+// Positions of chunks that are not there are not wanted. When the copies are done, Land() makes the new ones resident.
 struct RefreshTask {
   ResidencyState at;
   const int32_t* wanted = nullptr;

@@ -242,7 +242,8 @@ Status Append(const AppendParams& params, cudaStream_t stream) {
   const GateParams& gate = params.gate;
   if (gate.num_tasks != 0) {
     PREHOC_RETURN_IF_ERROR(Check("append: gate").Tasks(gate.tasks, gate.num_tasks).HeadDim(gate.head_dim).Group(gate.group)
-                               .That(gate.num_tasks + params.num_tasks <= 65535, "num_tasks", gate.num_tasks, "are too many beside those of append").Take());
+                               .That(int64_t{gate.num_tasks} + params.num_tasks <= 65535, "num_tasks", gate.num_tasks,
+                                     "are too many beside those of append").Take());
   }
   const int32_t num_tasks = params.max_count > 0 ? params.num_tasks : 0, blocks = num_tasks + gate.num_tasks;
   if (blocks == 0) return {};

@@ -182,7 +182,8 @@ __host__ __device__ inline size_t CommonBytes(const SelectArgs& args) {
 // --- resolve: functions of their own, so that what they need is not kept beside a scan ------------------------------------------------
 static __device__ __noinline__ void ResolveStanding(const ResolveTask* task, int32_t query_floats) { ResolveWhole(*task, query_floats); }
 // The chosen positions [from, to) that this block has written, and all else if it leads.
-static __device__ __noinline__ void ResolveOwn(const ResolveTask* task, int32_t n, int32_t from, int32_t to, int32_t count, int32_t query_floats, bool leads) {
+static __device__ __noinline__ void ResolveOwn(const ResolveTask* task, int32_t n, int32_t from, int32_t to, int32_t count, int32_t query_floats,
+                                               bool leads) {
   __syncthreads();
   ResolveRows(*task, n, from, to);
   if (leads) EndResolve(*task, n, count, query_floats);
@@ -503,8 +504,8 @@ class TeamMember {
     if (Leads() && threadIdx.x == 0) *rule_->count = fits ? static_cast<int32_t>(count) : -1;
     const uint32_t own = fits ? WriteOwn(offset) : 0;
     if (args_.resolves == nullptr) return;
-    ResolveOwn(ResolveOf(), n_, static_cast<int32_t>(offset), static_cast<int32_t>(offset + own), fits ? static_cast<int32_t>(count) : -1, args_.query_floats,
-               Leads());
+    ResolveOwn(ResolveOf(), n_, static_cast<int32_t>(offset), static_cast<int32_t>(offset + own), fits ? static_cast<int32_t>(count) : -1,
+               args_.query_floats, Leads());
   }
   // How many.
   __device__ uint32_t WriteOwn(uint32_t offset) {

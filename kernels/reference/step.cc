@@ -395,15 +395,17 @@ Status Gather(const GatherParams& params, void*) {
 }
 
 // Tasks need not be there yet.
-Result<size_t> SelectWorkspace(SelectParams params) {
-  params.num_tasks = 0;
-  PREHOC_RETURN_IF_ERROR(CheckSelect(params));
+Result<size_t> SelectWorkspace(const SelectParams& params) {
+  SelectParams shape = params;
+  shape.num_tasks = 0;
+  PREHOC_RETURN_IF_ERROR(CheckSelect(shape));
   return size_t{0};
 }
 Result<size_t> ChooseWorkspace(const ChooseParams&) { return size_t{0}; }
-Result<size_t> AttendWorkspace(AttendParams params) {
-  params.num_tasks = 0;
-  PREHOC_RETURN_IF_ERROR(CheckAttend(params));
+Result<size_t> AttendWorkspace(const AttendParams& params) {
+  AttendParams shape = params;
+  shape.num_tasks = 0;
+  PREHOC_RETURN_IF_ERROR(CheckAttend(shape));
   return size_t{0};
 }
 }  // namespace
@@ -411,8 +413,8 @@ Result<size_t> AttendWorkspace(AttendParams params) {
 const StepKernels& ReferenceStepKernels() {
   static constexpr StepKernels kTable{.name = "reference", .append = Append, .gate = Gate, .select = Select, .resolve = Resolve,
                                       .attend = Attend, .choose = Choose, .refresh = Refresh, .land = Land, .gather = Gather,
-                                      .select_workspace = [](const SelectParams& params) { return SelectWorkspace(params); }, .choose_workspace = ChooseWorkspace,
-                                      .attend_workspace = [](const AttendParams& params) { return AttendWorkspace(params); }};
+                                      .select_workspace = SelectWorkspace, .choose_workspace = ChooseWorkspace,
+                                      .attend_workspace = AttendWorkspace};
   return kTable;
 }
 
