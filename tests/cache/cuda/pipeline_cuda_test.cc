@@ -1,10 +1,13 @@
 // The pipeline with its device tier in GPU memory: the same cache, the same stream of K, V and queries, beside the CPU build.
 #include <cmath>
+#include <map>
 
 #include "base/cuda/device_memory.h"
 #include "base/cuda/faults.h"
+#include "base/cuda/graph.h"
 #include "base/cuda/host_registrar.h"
 #include "base/units.h"
+#include "kernels/cuda/device_kernels.h"
 #include "kernels/cuda/kernel_table.h"
 #include "tests/cache/pipeline_world.h"
 #include "tests/support/compare.h"
@@ -33,6 +36,7 @@ class CudaWorld {
     resources.kernels = &cuda::DeviceKernels::Table();
     resources.stream = kernels_->launch_stream();
     resources.registrar = &registrar_;
+    resources.step_kernels = &cuda::DeviceStepKernels();
     if (options.cache.selector.tc.lag > 0) {
       transfer_ = CudaTransferEngine::Create().value();
       resources.transfer = transfer_.get();
@@ -179,6 +183,179 @@ TEST_F(CudaPipelineTest, APrefixComesBackFromTheStore) {
     }
   }
   EXPECT_EQ(first, second) << "restored rows and codes are the same bytes";
+}
+
+// Plays the engine for whole steps: buffers on the device that all layers use, a graph for what a plan enqueues.
+class StepEngine {
+ public:
+  StepEngine(const KvGeometry& geometry, const Stream& stream)
+      : geometry_(geometry), stream_(stream), q_(static_cast<size_t>(geometry.heads * geometry.head_dim)), out_(q_.size()),
+        k_(static_cast<size_t>(geometry.kv_heads * geometry.head_dim)), v_(k_.size()), on_(CudaStream::Create().value()),
+        side_(CudaStream::Create().value()) {}
+
+  Status Step(Sequence& sequence, Outputs* out) {
+    const int64_t first = sequence.length();
+    PREHOC_RETURN_IF_ERROR(sequence.Begin(stream_.ids(first, 1), 0));
+    Status status = Run(sequence, first, out);
+    if (status.ok()) status = sequence.End();
+    if (!status.ok()) {
+      on_.Synchronize().IgnoreError();
+      side_.Synchronize().IgnoreError();
+      sequence.Rollback();
+    }
+    return status;
+  }
+  int planned = 0, replayed = 0;
+
+ private:
+  // [behind, layers.., last]
+  using Graphs = std::vector<CudaGraph>;
+
+  Status Run(Sequence& sequence, int64_t first, Outputs* out) {
+    PREHOC_ASSIGN_OR_RETURN(const Sequence::StepPlan plan,
+                            sequence.PlanStep({.q = q_.data(), .k = k_.data(), .v = v_.data(), .out = out_.data()}));
+    if (plan.id == 0) return RunLayers(sequence, stream_, first, 1, true, out);
+    ++planned;
+    const auto known = graphs_.find(plan.id);
+    const bool again = known != graphs_.end() && !plan.pause;
+    replayed += again;
+    Graphs fresh;
+    const Graphs& used = again ? known->second : fresh;
+    const auto part = [&](size_t index, const CudaStream& stream, auto&& enqueue) -> Status {
+      if (plan.pause) {
+        PREHOC_RETURN_IF_ERROR(enqueue());
+      } else {
+        if (!again) {
+          PREHOC_ASSIGN_OR_RETURN(CudaGraph graph, CudaGraph::Capture(stream, enqueue));
+          fresh.push_back(std::move(graph));
+        }
+        PREHOC_RETURN_IF_ERROR(used[index].Launch(stream));
+      }
+      return stream.Synchronize();
+    };
+    const auto copy = [](const float* from, const CudaArray<float>& to) {
+      return CudaStatus(cudaMemcpy(to.data(), from, to.size() * sizeof(float), cudaMemcpyHostToDevice), "copy");
+    };
+    out->assign(static_cast<size_t>(geometry_.layers), {});
+    PREHOC_RETURN_IF_ERROR(part(0, side_, [&] { return sequence.EnqueueBehind(side_.get()); }));
+    for (int32_t l = 0; l < geometry_.layers; ++l) {
+      PREHOC_RETURN_IF_ERROR(copy(stream_.q(l, first), q_));
+      PREHOC_RETURN_IF_ERROR(copy(stream_.k(l, first), k_));
+      PREHOC_RETURN_IF_ERROR(copy(stream_.v(l, first), v_));
+      PREHOC_RETURN_IF_ERROR(CudaStatus(cudaStreamSynchronize(cudaStreamLegacy), "copy"));
+      PREHOC_RETURN_IF_ERROR(part(static_cast<size_t>(l) + 1, on_, [&] { return sequence.EnqueueLayer(LayerId(l), on_.get()); }));
+      (*out)[static_cast<size_t>(l)] = out_.Read();
+      if (plan.pause) PREHOC_RETURN_IF_ERROR(sequence.AfterLayer(LayerId(l)));
+    }
+    PREHOC_RETURN_IF_ERROR(part(static_cast<size_t>(geometry_.layers) + 1, on_, [&] { return sequence.EnqueueLast(on_.get()); }));
+    if (!again && !plan.pause) graphs_.emplace(plan.id, std::move(fresh));
+    return {};
+  }
+
+  const KvGeometry geometry_;
+  const Stream& stream_;
+  CudaArray<float> q_, out_, k_, v_;
+  const CudaStream on_, side_;
+  std::map<uint64_t, Graphs> graphs_;
+};
+
+// Whole steps on the device: the method of the steps that the host takes part in, in every head of every layer.
+TEST_F(CudaPipelineTest, WholeStepsAttendAsTheStepsOfTheHostDo) {
+  constexpr int64_t kMany = 160;
+  for (const int64_t slots : {160, 0}) {
+    for (const double tau : {0.9, 1.0}) {
+      SCOPED_TRACE("slots " + std::to_string(slots) + " tau " + std::to_string(tau));
+      WorldOptions options = OptionsFor(SelectorKind::kTwoClock);
+      options.cache.geometry.heads = options.cache.geometry.kv_heads;  // in groups, sinks' scores decide among heads, and the two ways score them differently
+      options.cache.selector.tc.theta = 0;
+      options.cache.selector.tc.dense_below = slots == 0 ? kPrompt + 40 : 0;
+      options.cache.selector.tc.tau = tau;
+      options.cache.audit_every = 16;
+      const Stream stream(options.cache.geometry, kPrompt + kMany, 14);
+      CudaWorld there(options), here(options);
+      ASSERT_OK(there.status());
+      StepEngine engine(options.cache.geometry, stream);
+      auto device = there.cache().Open({.max_tokens = kPrompt + kMany, .device_slots = slots}), host = here.cache().Open({.max_tokens = kPrompt + kMany, .device_slots = slots});
+      ASSERT_OK(device);
+      ASSERT_OK(host);
+      ASSERT_OK(PrefillAll(**device, stream, kPrompt, 128));
+      ASSERT_OK(PrefillAll(**host, stream, kPrompt, 128));
+      size_t equal = 0, all = 0;
+      for (int64_t step = 0; step < kMany; ++step) {
+        const int64_t t = (*device)->length();
+        Outputs out, want;
+        ASSERT_OK(engine.Step(**device, &out)) << "step " << step;
+        ASSERT_OK(DecodeOne(**host, stream, &want));
+        ASSERT_OK((*device)->CheckInvariants());
+        for (int32_t l = 0; l < options.cache.geometry.layers; ++l) {
+          for (int32_t h = 0; h < options.cache.geometry.kv_heads; ++h) {
+            auto mine = (*device)->LastStep(LayerId(l), KvHeadId(h)), theirs = (*host)->LastStep(LayerId(l), KvHeadId(h));
+            ASSERT_OK(mine);
+            ASSERT_OK(theirs);
+            // Two scores may tie to the rounding of a scan, which sums in another order there.
+            equal += mine->attended == theirs->attended;
+            ++all;
+            const std::span got(out[static_cast<size_t>(l)].data() + h * options.cache.geometry.head_dim, static_cast<size_t>(options.cache.geometry.head_dim));
+            ASSERT_TRUE(AllClose(got, NaiveAttention(stream, l, t, h, mine->attended), {1e-4, 1e-3})) << "step " << step << " layer " << l << " head " << h;
+          }
+        }
+      }
+      EXPECT_GT(equal * 100, all * 95) << equal << " of " << all << " sets are equal";
+      EXPECT_EQ(engine.planned, kMany);
+      EXPECT_GT(engine.replayed, kMany * 3 / 4);
+      const SequenceReport &a = (*device)->Report(), &b = (*host)->Report();
+      EXPECT_EQ(a.retrievals, b.retrievals);
+      EXPECT_EQ(a.inherited, b.inherited);
+      EXPECT_EQ(a.attended, b.attended);
+      EXPECT_EQ(a.audited_steps, b.audited_steps);
+      EXPECT_NEAR(a.dropped_audited.mean(), b.dropped_audited.mean(), 1e-3);
+      EXPECT_LT(a.output_error.mean(), b.output_error.mean() + 1e-3);
+      EXPECT_EQ(a.rows_behind > 0, slots > 0);
+      EXPECT_LE(there.device().peak(), there.device().budget());
+    }
+  }
+}
+
+// A failing call anywhere in a whole step, captures and launches included.
+TEST_F(CudaPipelineTest, AnyCallOfAWholeStepMayFail) {
+  constexpr int64_t kMany = 120;
+  WorldOptions options = OptionsFor(SelectorKind::kTwoClock);
+  options.cache.selector.tc.refresh = 4;
+  options.cache.selector.tc.dense_below = 0;
+  options.cache.audit_every = 16;
+  const Stream stream(options.cache.geometry, kPrompt + kMany, 15);
+  CudaWorld world(options);
+  ASSERT_OK(world.status());
+  StepEngine engine(options.cache.geometry, stream);
+  auto opened = world.cache().Open({.max_tokens = kPrompt + kMany, .device_slots = 160});
+  ASSERT_OK(opened);
+  Sequence& sequence = **opened;
+  ASSERT_OK(PrefillAll(sequence, stream, kPrompt, 128));
+  int64_t failures = 0;
+  for (int64_t step = 0; step < kMany; ++step) {
+    Outputs out;
+    FailNthCudaCall(step + 1);
+    const Status failed = engine.Step(sequence, &out);
+    FailNthCudaCall(0);
+    const int64_t t = sequence.length() - (failed.ok() ? 1 : 0);
+    if (!failed.ok()) {
+      ++failures;
+      EXPECT_EQ(failed.code(), StatusCode::kCuda) << failed;
+      ASSERT_OK(sequence.CheckInvariants()) << "call " << step + 1 << ": " << failed;
+      ASSERT_OK(engine.Step(sequence, &out)) << "call " << step + 1 << ": " << failed;
+    }
+    for (int32_t l = 0; l < options.cache.geometry.layers; ++l) {
+      for (int32_t head = 0; head < options.cache.geometry.heads; ++head) {
+        auto view = sequence.LastStep(LayerId(l), KvHeadId(head / options.cache.geometry.group()));
+        ASSERT_OK(view);
+        const std::span got(out[static_cast<size_t>(l)].data() + head * options.cache.geometry.head_dim, static_cast<size_t>(options.cache.geometry.head_dim));
+        ASSERT_TRUE(AllClose(got, NaiveAttention(stream, l, t, head, view->attended), {1e-4, 1e-3})) << "call " << step + 1 << " layer " << l << ": " << failed;
+      }
+    }
+  }
+#ifdef PREHOC_TEST_POINTS
+  EXPECT_GT(failures, 30);
+#endif
 }
 
 // A failing call ends the step that it belongs to, with an error; run again, the step gives what it would have given.
