@@ -27,6 +27,22 @@ struct HostRows {
   int32_t head_row = 0;
 };
 
+// --- gate ------------------------------------------------------------------------------------------------------------
+struct GateTask {
+  const float* q = nullptr;       // [group, head_dim]
+  const float* anchor = nullptr;  // [group, head_dim]
+  float* cosine = nullptr;        // [1]; or null
+  uint8_t* hold = nullptr;        // [1] 1 if cosine > tau, and *age < max_age if there is an age; or null
+  const int32_t* age = nullptr;   // [1] steps since the choice was made; or null
+};
+struct GateParams {
+  const GateTask* tasks = nullptr;
+  int32_t num_tasks = 0;
+  int32_t group = 0, head_dim = 0;
+  float tau = 0;
+  int32_t max_age = 0x7fffffff;
+};
+
 // --- append: fp32 K and V become rows; a group that is complete becomes a code block (append + encode) ---------------
 // Position p lies in row p % ring_rows. Blocks of bf16 keys are those of the keys rounded to fp16: exact for
 // 2^-14 <= |k| <= 65504, else off by at most 2^-25, or infinite and so unbounded.
@@ -52,22 +68,7 @@ struct AppendParams {
   CodeFormat format;
   RowType type = RowType::kF16;
   int32_t head_dim = 0;
-};
-
-// --- gate ------------------------------------------------------------------------------------------------------------
-struct GateTask {
-  const float* q = nullptr;       // [group, head_dim]
-  const float* anchor = nullptr;  // [group, head_dim]
-  float* cosine = nullptr;        // [1]; or null
-  uint8_t* hold = nullptr;        // [1] 1 if cosine > tau, and *age < max_age if there is an age; or null
-  const int32_t* age = nullptr;   // [1] steps since the choice was made; or null
-};
-struct GateParams {
-  const GateTask* tasks = nullptr;
-  int32_t num_tasks = 0;
-  int32_t group = 0, head_dim = 0;
-  float tau = 0;
-  int32_t max_age = 0x7fffffff;
+  GateParams gate;  // done beside, by the same launch; nothing that it reads or writes is of the append tasks
 };
 
 // --- select: logits from the codes, and choice of k ---------------------------------------------------------------------
@@ -109,6 +110,7 @@ struct ChooseTask {
   ChooseRule rule;
 };
 // scan and choose in one launch: the logits never leave the chip where they fit into its shared memory (or L2).
+struct ResolveTask;
 struct SelectTask {
   ScanSource source;
   ChooseRule rule;
@@ -138,6 +140,8 @@ struct SelectParams {
   SelectBy by = SelectBy::kAny;
   bool gated = false;           // tasks may hold: the blocks of those that do work for the others. No faster where none does
   int32_t* restarts = nullptr;  // [1] += tasks whose candidates were not enough, which were scanned again; or null
+  const ResolveTask* resolves = nullptr;  // [num_tasks] resolved by the same launch, each when its task has chosen or holds: chosen, count, n and
+                                          // hold are those of the task, and so are the bits of residents, if there are any. Or null
   std::byte* workspace = nullptr;
   size_t workspace_bytes = 0;
 };
@@ -212,9 +216,9 @@ struct ResolveParams {
 };
 
 // refresh: of `wanted` positions (sorted, different) those in no slot get one, of the free slots first, then of those whose owner is not
-// wanted; as many as there are. Their former owners are not resident from now on, unless the ring of the next position, [*n + 1 - ring_rows, *n], has them.
-// What is to be copied is listed for gather: piece from_piece[i] is the host row of position[i], to_piece[i] its slot. Positions of chunks that are not
-// there are not wanted. When the copies are done, Land() makes the new ones resident.
+// wanted; as many as there are. Their former owners are not resident from now on, unless the ring of the next position has them,
+// [*n + 1 - ring_rows, *n]. What is to be copied is listed for gather: piece from_piece[i] is the host row of position[i], to_piece[i] its slot.
+// Positions of chunks that are not there are not wanted. When the copies are done, Land() makes the new ones resident.
 struct RefreshTask {
   ResidencyState at;
   const int32_t* wanted = nullptr;

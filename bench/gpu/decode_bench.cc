@@ -2,7 +2,7 @@
 //
 //   decode_bench --out=FILE.json [--commit=ID] [--model=llama-3.1-8b] [--cases=weights,dense,scan4,gate4@0.8/b8/n32768/m13,...] [--steps=N]
 //                [--context=131072] [--batch=1] [--k=2048] [--factor=4] [--refresh=64] [--pool=16] [--max-age=14] [--theta=0.001]
-//                [--budget-gib=G] [--host-pool-gib=G]
+//                [--budget-gib=G] [--host-pool-gib=G] [--fused=1]
 //
 // A case may end in settings of its own: /b batch, /n context, /k chosen rows, /f factor, /r refresh, /m budget in GiB.
 //
@@ -11,6 +11,7 @@
 // that is in no slot is read from pinned host memory within the step. The slow clock turns a 1 / refresh of the heads a step: what is wanted
 // is chosen beside the step, evicted at its end, gathered beside the next one and used from the one after on (lag 1 step, 2 at most).
 // Scores are pooled over the scans of the last pool - 1 steps before a head's turn, so that a pool / refresh of the heads needs the memory.
+// Gates are done with append and look-ups with the choice, or (fused 0) by launches of their own.
 // There is one graph for each turn of the slow clock. K, V and queries are made up (synthetic.h) and the queries of the model are replaced by
 // them, because random weights have no attention to speak of. Times are of whole replays between two events, host launch included; the last
 // step reaches the case's context.
@@ -71,6 +72,8 @@ struct Case {
   float theta = 0.001f;  // a missing position lighter than this is left out, and counted as dropped
   int32_t batch = 1, context = 0, k = 0, refresh = 64, max_age = 14, pool = 16;
   double factor = 4, budget_gib = 0;
+  bool fused = true;
+  bool keep_l1 = false;
   int32_t max_n() const { return static_cast<int32_t>(RoundUp(static_cast<uint64_t>(context), 64)); }
   int warm() const { return kind == Kind::kTwoClock ? 2 * refresh : 8; }  // the slow clock has turned over all heads
 };
@@ -170,6 +173,7 @@ class Step {
     const double triples = double(steps) * units();
     row["bits"] = c_.bits, row["tau"] = c_.tau, row["k"] = c_.k, row["factor"] = c_.factor, row["slots"] = slots_, row["refresh"] = c_.refresh;
     row["pool"] = c_.pool, row["max_age"] = c_.max_age, row["theta"] = c_.theta;
+    row["fused"] = c_.fused;
     row["kv_parts_bytes"] = {{"rows", rows_->bytes()}, {"codes", codes_->bytes()}, {"pooled", pooled_->bytes()},
                              {"residency", slot_of_->bytes() + owner_->bytes() + resident_->bytes()},
                              {"workspace", attend_space_->bytes() + select_space_->bytes() + want_space_->bytes()}};
@@ -199,8 +203,10 @@ class Step {
     Json parts{{"attend", part([&](int l) { AttendLayer(l); })}};
     if (c_.kind != Case::Kind::kTwoClock) return parts;
     parts["select"] = part([&](int l) { SelectLayer(0, l); });  // with the last step's gates
-    parts["resolve"] = part([&](int l) { ResolveLayer(l); });
-    parts["gate"] = part([&](int l) { GateLayer(l); });
+    if (!c_.fused) {
+      parts["resolve"] = part([&](int l) { ResolveLayer(l); });
+      parts["gate"] = part([&](int l) { OrExit(cuda::Gate(GateOf(l), stream_)); });
+    }
     parts["append"] = part([&](int l) { AppendLayer(l); });
     std::vector<double> turns;
     for (int phase = 1; phase < std::min(c_.refresh, 8); ++phase) turns.push_back(Graph(stream_, [&] { Turn(phase); }).Measure(stream_, 1, 0).median / 1e3);
@@ -522,7 +528,7 @@ class Step {
   void Normed(const uint16_t* weights, const float* norm, float* y, int rows, bool gated) {
     if (c_.batch == 1) {
       OrExit(reference::MultiplyVector({.weights = weights, .x = hidden_.data(), .norm = norm, .eps = 1e-5f, .y = gated ? gated_.data() : y, .gated = gated,
-                                    .rows = rows, .cols = s_.hidden}, stream_));
+                                    .rows = rows, .cols = s_.hidden, .keeps_l1 = c_.keep_l1}, stream_));
       return;
     }
     OrExit(NormBatch(hidden_.data(), norm, 1e-5f, normed_.data(), c_.batch, s_.hidden, stream_));
@@ -532,8 +538,8 @@ class Step {
   // hidden += W x; x null is what the gated product left.
   void Added(const uint16_t* weights, const float* x, int cols) {
     if (c_.batch == 1) {
-      OrExit(reference::MultiplyVector({.weights = weights, .x = x != nullptr ? x : gated_.data(), .y = hidden_.data(), .add = true, .rows = s_.hidden, .cols = cols},
-                                       stream_));
+      OrExit(reference::MultiplyVector({.weights = weights, .x = x != nullptr ? x : gated_.data(), .y = hidden_.data(), .add = true, .rows = s_.hidden, .cols = cols,
+                                        .keeps_l1 = c_.keep_l1}, stream_));
       return;
     }
     OrExit(MultiplyBatch({.weights = weights, .x = x != nullptr ? nullptr : gated_half_.data(), .x_float = x, .y = hidden_.data(), .add = true, .tokens = c_.batch,
@@ -541,12 +547,14 @@ class Step {
   }
 
   void AppendLayer(int l) {
-    OrExit(cuda::Append({.tasks = append_->data() + l * tasks_, .num_tasks = tasks_, .max_count = 1, .format = {.bits = c_.bits, .group_tokens = 64}, .head_dim = s_.d}, stream_));
+    OrExit(cuda::Append({.tasks = append_->data() + l * tasks_, .num_tasks = tasks_, .max_count = 1, .format = {.bits = c_.bits, .group_tokens = 64},
+                         .head_dim = s_.d, .gate = c_.kind == Case::Kind::kTwoClock && c_.fused ? GateOf(l) : cuda::GateParams{}}, stream_));
   }
-  void GateLayer(int l) {
-    OrExit(cuda::Gate({.tasks = gate_->data() + l * tasks_, .num_tasks = tasks_, .group = s_.group(), .head_dim = s_.d, .tau = c_.tau, .max_age = c_.max_age}, stream_));
+  cuda::GateParams GateOf(int l) const {
+    return {.tasks = gate_->data() + l * tasks_, .num_tasks = tasks_, .group = s_.group(), .head_dim = s_.d, .tau = c_.tau, .max_age = c_.max_age};
   }
   void SelectLayer(int phase, int l) {
+    select_params_.resolves = c_.fused ? resolve_->data() + l * tasks_ : nullptr;
     select_params_.tasks = select_->data() + size_t(phase) * size_t(units()) + l * tasks_;
     OrExit(cuda::Select(select_params_, stream_));
   }
@@ -566,7 +574,11 @@ class Step {
       OrExit(reference::RotateHeads({.qkv = qkv_.data(), .cos = angles_.data(), .sin = angles_.data() + angles_.size() / 2, .q = q_model_.data(), .k = k_.data(), .v = v_.data(),
                                  .tokens = c_.batch, .heads = s_.heads, .kv_heads = s_.kv_heads, .head_dim = s_.d}, stream_));
       AppendLayer(l);
-      if (c_.kind == Case::Kind::kTwoClock) GateLayer(l), SelectLayer(phase, l), ResolveLayer(l);
+      if (c_.kind == Case::Kind::kTwoClock) {
+        if (!c_.fused) OrExit(cuda::Gate(GateOf(l), stream_));
+        SelectLayer(phase, l);
+        if (!c_.fused) ResolveLayer(l);
+      }
       AttendLayer(l);
     }
     Added(w.o.data(), c_.kind == Case::Kind::kWeights && c_.batch == 1 ? qkv_.data() : out_.data(), q_width);
@@ -667,6 +679,7 @@ int Main(int argc, char** argv) {
   defaults.factor = flags.Number("factor", 4), defaults.refresh = flags.Int("refresh", 64), defaults.pool = flags.Int("pool", 16);
   defaults.max_age = flags.Int("max-age", 14), defaults.theta = float(flags.Number("theta", 0.001)), defaults.budget_gib = flags.Number("budget-gib", 0);
   const double pool_gib = flags.Number("host-pool-gib", 0);
+  defaults.fused = flags.Int("fused", 1) != 0, defaults.keep_l1 = flags.Int("keep-l1", 0) != 0;
   const int steps = flags.Int("steps", 128);
   flags.Finish();
   std::vector<Case> cases;

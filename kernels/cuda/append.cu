@@ -3,6 +3,7 @@
 #include "base/units.h"
 #include "kernels/code_block.h"
 #include "kernels/cuda/common.cuh"
+#include "kernels/cuda/gate.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/residency.cuh"
 #include "kernels/cuda/run_kernels.h"
@@ -18,6 +19,8 @@ struct AppendArgs {
   CodeBlockLayout layout;
   int32_t max_count;
   int32_t head_dim;
+  int32_t num_tasks;
+  GateArgs gate;
 };
 
 struct Channel {
@@ -159,11 +162,20 @@ __global__ void __launch_bounds__(kThreads) EncodeKernel(const __grid_constant__
   if (task.page_lo != nullptr && task.page_hi != nullptr) BoundPages(args.append, keys, task.page_lo, task.page_hi);
 }
 
-// A block takes one group of positions of one task: those of its tokens that are new, and the encoding if it becomes complete.
+// A block takes one group of positions of one task: those of its tokens that are new, and the encoding if it becomes complete. Those behind the
+// tasks take a gate each.
 template <RowType R>
 __global__ void __launch_bounds__(kThreads) AppendKernel(const __grid_constant__ AppendArgs args) {
   extern __shared__ __align__(16) __half keys[];  // [group_tokens, head_dim], then Channel [head_dim]
   __shared__ bool bounded;
+  const int gate = static_cast<int>(blockIdx.y) - args.num_tasks;
+  if (gate >= 0) {
+    const GateTask task = args.gate.tasks[gate];
+    WaitForEarlierWork();
+    LetLaterWorkLaunch();
+    if (blockIdx.x == 0) RunGate<kThreads>(task, args.gate);
+    return;
+  }
   const AppendTask task = args.tasks[blockIdx.y];
   WaitForEarlierWork();
   LetLaterWorkLaunch();
@@ -210,7 +222,7 @@ Status EncodeRuns(const RunEncodeTask* tasks, int32_t num_tasks, const CodeForma
                              .That(!format.dither, "dither", format.dither, "use codes without dither on a device", StatusCode::kUnsupported)
                              .That(IsCodeFormat(format, head_dim), "bits", format.bits, "is no code format").Take());
   if (num_tasks == 0) return {};
-  const EncodeArgs args{tasks, {nullptr, format, LayoutOf(format, head_dim), 0, head_dim}};
+  const EncodeArgs args{tasks, {nullptr, format, LayoutOf(format, head_dim), 0, head_dim, 0, {}}};
   const auto d = static_cast<size_t>(head_dim);
   const Shape shape{.grid = dim3(static_cast<unsigned>(num_tasks)), .threads = kThreads,
                     .shared_bytes = d * (static_cast<size_t>(format.group_tokens) * sizeof(__half) + sizeof(Channel))};
@@ -227,11 +239,19 @@ Status Append(const AppendParams& params, cudaStream_t stream) {
           .That(!format.dither, "dither", format.dither, "use codes without dither on a device", StatusCode::kUnsupported)
           .That(IsCodeFormat(format, 64), "group_tokens", format.group_tokens, "use 16 or 64", StatusCode::kUnsupported)
           .Take());
-  if (params.num_tasks == 0 || params.max_count == 0) return {};
-  const AppendArgs args{params.tasks, format, LayoutOf(format, params.head_dim), params.max_count, params.head_dim};
-  const auto groups = CeilDiv(params.max_count - 1, format.group_tokens) + 1;  // wherever the first one starts
+  const GateParams& gate = params.gate;
+  if (gate.num_tasks != 0) {
+    PREHOC_RETURN_IF_ERROR(Check("append: gate").Tasks(gate.tasks, gate.num_tasks).HeadDim(gate.head_dim).Group(gate.group)
+                               .That(int64_t{gate.num_tasks} + params.num_tasks <= 65535, "num_tasks", gate.num_tasks,
+                                     "are too many beside those of append").Take());
+  }
+  const int32_t num_tasks = params.max_count > 0 ? params.num_tasks : 0, blocks = num_tasks + gate.num_tasks;
+  if (blocks == 0) return {};
+  const AppendArgs args{params.tasks, format, LayoutOf(format, params.head_dim), params.max_count, params.head_dim, num_tasks,
+                        {gate.tasks, gate.group, gate.head_dim, gate.tau, gate.max_age}};
+  const auto groups = num_tasks > 0 ? CeilDiv(params.max_count - 1, format.group_tokens) + 1 : 1;  // wherever the first one starts
   const auto d = static_cast<size_t>(params.head_dim);
-  const Shape shape{.grid = dim3(static_cast<unsigned>(groups), static_cast<unsigned>(params.num_tasks)), .threads = kThreads,
+  const Shape shape{.grid = dim3(static_cast<unsigned>(groups), static_cast<unsigned>(blocks)), .threads = kThreads,
                     .shared_bytes = d * (static_cast<size_t>(format.group_tokens) * sizeof(__half) + sizeof(Channel))};
   return params.type == RowType::kF16 ? LaunchKernel(AppendKernel<RowType::kF16>, "append", args, shape, stream)
                                       : LaunchKernel(AppendKernel<RowType::kBF16>, "append", args, shape, stream);

@@ -85,8 +85,9 @@ Status KeepL1(const void* kernel, const char* name, const Shape& shape) {
   cudaFuncAttributes attributes{};
   PREHOC_CUDA_TRY(cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
   PREHOC_RETURN_IF_ERROR(CudaStatus(cudaFuncGetAttributes(&attributes, kernel), name));
-  PREHOC_RETURN_IF_ERROR(CudaStatus(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, shape.threads, shape.shared_bytes), name));
-  const size_t used = static_cast<size_t>(blocks) * (attributes.sharedSizeBytes + shape.shared_bytes + kOfEachBlock);
+  const size_t most = std::max(shape.shared_bytes, shape.most_shared_bytes);
+  PREHOC_RETURN_IF_ERROR(CudaStatus(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, shape.threads, most), name));
+  const size_t used = static_cast<size_t>(blocks) * (attributes.sharedSizeBytes + most + kOfEachBlock);
   const size_t percent = std::min<size_t>(100, (100 * used + static_cast<size_t>(room) - 1) / static_cast<size_t>(std::max(room, 1)));
   PREHOC_RETURN_IF_ERROR(CudaStatus(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, static_cast<int>(percent)), name));
   told->emplace(device, kernel);

@@ -17,9 +17,7 @@ __global__ void __launch_bounds__(kThreads) ResolveKernel(const __grid_constant_
   const ResolveTask task = args.tasks[blockIdx.x];
   WaitForEarlierWork();
   LetLaterWorkLaunch();
-  const int32_t n = *task.n, count = *task.count;
-  if (IsKnown(task, count)) ResolveRows(task, n, 0, count);
-  EndResolve(task, n, count, args.group * args.head_dim);
+  ResolveWhole(task, args.group * args.head_dim);
 }
 
 struct RefreshArgs {
@@ -98,6 +96,9 @@ __global__ void __launch_bounds__(kThreads) LandKernel(const __grid_constant__ R
   }
   for (int i = threadIdx.x; task.pooled != nullptr && i < task.at.max_n; i += kThreads) task.pooled[i] = -Infinity();
 }
+Status CheckTurn(const char* kernel, const RefreshParams& params) {
+  return Check(kernel).Tasks(params.tasks, params.num_tasks).That(params.max_n >= 0, "max_n", params.max_n, "use 0 or more").Take();
+}
 }  // namespace
 
 Status Resolve(const ResolveParams& params, cudaStream_t stream) {
@@ -108,7 +109,7 @@ Status Resolve(const ResolveParams& params, cudaStream_t stream) {
 }
 
 Status Refresh(const RefreshParams& params, cudaStream_t stream) {
-  PREHOC_RETURN_IF_ERROR(Check("refresh").Tasks(params.tasks, params.num_tasks).That(params.max_n >= 0, "max_n", params.max_n, "use 0 or more").Take());
+  PREHOC_RETURN_IF_ERROR(CheckTurn("refresh", params));
   PREHOC_ASSIGN_OR_RETURN(const DeviceLimits limits, CurrentLimits());
   const int32_t words = params.max_n / 32 + (params.max_n % 32 != 0 ? 1 : 0);
   const size_t shared = static_cast<size_t>(words) * 4 + kMostSlots * sizeof(int16_t);
@@ -120,9 +121,10 @@ Status Refresh(const RefreshParams& params, cudaStream_t stream) {
 }
 
 Status Land(const RefreshParams& params, cudaStream_t stream) {
-  PREHOC_RETURN_IF_ERROR(Check("land").Tasks(params.tasks, params.num_tasks).That(params.max_n >= 0, "max_n", params.max_n, "use 0 or more").Take());
+  PREHOC_RETURN_IF_ERROR(CheckTurn("land", params));
   if (params.num_tasks == 0) return {};
-  return LaunchKernel(LandKernel, "land", RefreshArgs{params.tasks, 0}, {.grid = dim3(static_cast<unsigned>(params.num_tasks)), .threads = kThreads}, stream);
+  return LaunchKernel(LandKernel, "land", RefreshArgs{params.tasks, 0},
+                      {.grid = dim3(static_cast<unsigned>(params.num_tasks)), .threads = kThreads}, stream);
 }
 
 }  // namespace prehoc::cuda

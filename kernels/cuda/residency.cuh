@@ -22,24 +22,35 @@ __device__ inline int SlotOf(const ResidencyState& at, int64_t p) { return at.sl
 
 // What attend reads of the chosen positions [from, to), by all threads of a block.
 __device__ inline void ResolveRows(const ResolveTask& task, int32_t n, int32_t from, int32_t to) {
-  const int64_t ring_begin = int64_t{n} - task.ring_rows;
+  constexpr int kAtOnce = 4;  // so that loads do not wait for each other
+  const int32_t* const chosen = task.chosen;
+  int32_t* const refs = task.refs;
+  const int16_t* const slot_of = task.at.slot_of;
+  const int32_t threads = static_cast<int32_t>(blockDim.x), end = min(n, task.at.max_n);
+  const int32_t slot_row = task.slot_row, ring_row = task.ring_row, ring_rows = task.ring_rows;
+  const int64_t ring_begin = int64_t{n} - ring_rows;
   uint32_t missed = 0, far = 0;
-  for (int32_t i = from + static_cast<int32_t>(threadIdx.x); i < to; i += static_cast<int32_t>(blockDim.x)) {
-    const int32_t p = task.chosen[i];
-    int32_t ref = 0x7fffffff;  // a row that does not exist
-    if (p >= 0 && p < n && p < task.at.max_n) {
-      const int slot = p >= ring_begin ? -1 : SlotOf(task.at, p);
-      if (p >= ring_begin) {
-        ref = task.ring_row + p % task.ring_rows;
-      } else if (slot >= 0) {
-        ref = task.slot_row + slot;
-      } else {
-        const int32_t row = HostRowOf(task.host, p);
+  for (int32_t base = from + static_cast<int32_t>(threadIdx.x); base < to; base += kAtOnce * threads) {
+    int32_t p[kAtOnce], slot[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) p[i] = base + i * threads < to ? chosen[base + i * threads] : -1;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) slot[i] = p[i] >= 0 && p[i] < end && p[i] < ring_begin && slot_of != nullptr ? slot_of[p[i]] : -1;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (base + i * threads >= to) break;
+      int32_t ref = 0x7fffffff;  // a row that does not exist
+      if (slot[i] >= 0) {
+        ref = slot_row + slot[i];
+      } else if (p[i] >= 0 && p[i] < end && p[i] >= ring_begin) {
+        ref = ring_row + p[i] % ring_rows;
+      } else if (p[i] >= 0 && p[i] < end) {
+        const int32_t row = HostRowOf(task.host, p[i]);
         if (row >= 0) ref = ~row;
         ++(row >= 0 ? missed : far);
       }
+      refs[base + i * threads] = ref;
     }
-    task.refs[i] = ref;
   }
   // Few are missed: one addition a warp, and mostly none.
   missed = __reduce_add_sync(kAllLanes, missed), far = __reduce_add_sync(kAllLanes, far);
@@ -48,25 +59,36 @@ __device__ inline void ResolveRows(const ResolveTask& task, int32_t n, int32_t f
   if (far != 0 && task.far != nullptr) atomicAdd(task.far, static_cast<int32_t>(far));
 }
 
-// All else that resolve does, by one block, when nobody reads the bits of residents any more.
+// All else that resolve does, by one block of more than a warp, when nobody reads the bits of residents any more.
 __device__ inline void EndResolve(const ResolveTask& task, int32_t n, int32_t count, int32_t query_floats) {
+  const auto thread = static_cast<int32_t>(threadIdx.x);
   const bool anew = task.hold == nullptr || *task.hold == 0;
-  for (int32_t i = static_cast<int32_t>(threadIdx.x); anew && task.q != nullptr && i < query_floats; i += static_cast<int32_t>(blockDim.x)) {
-    task.anchor[i] = task.q[i];
+  for (int32_t i = thread; task.q != nullptr && i < query_floats; i += static_cast<int32_t>(blockDim.x)) {
+    const float x = task.q[i];
+    if (anew) task.anchor[i] = x;
   }
-  if (threadIdx.x != 0) return;
-  *task.num_refs = IsKnown(task, count) ? count : -1;
-  if (task.age != nullptr) *task.age = anew ? 0 : *task.age + 1;
-  if (task.ring_rows <= 0 || task.at.resident == nullptr) return;
+  if (thread == 0) {
+    *task.num_refs = IsKnown(task, count) ? count : -1;
+    if (task.age != nullptr) *task.age = anew ? 0 : *task.age + 1;
+  }
+  if (thread != kWarp || task.ring_rows <= 0 || task.at.resident == nullptr) return;
+  // Additions to memory that nobody waits for; those of one thread to one word are done in order.
   const auto mark = [&](int64_t p, bool resident) {
     if (p < 0 || p >= task.at.max_n) return;
-    uint64_t* const word = task.at.resident + p / 64;
-    const uint64_t bit = uint64_t{1} << (p % 64);
-    *word = resident ? *word | bit : *word & ~bit;
+    uint32_t* const word = reinterpret_cast<uint32_t*>(task.at.resident) + p / 32;
+    const uint32_t bit = 1u << (p % 32);
+    resident ? atomicOr(word, bit) : atomicAnd(word, ~bit);
   };
   const int64_t leaves = int64_t{n} - task.ring_rows;
   mark(int64_t{n} - 1, true);
-  mark(leaves, leaves >= 0 && leaves < task.at.max_n && task.at.slot_of[leaves] >= 0);
+  mark(leaves, leaves >= 0 && leaves < task.at.max_n && SlotOf(task.at, leaves) >= 0);
+}
+
+// A whole task: what stands in its memory.
+__device__ inline void ResolveWhole(const ResolveTask& task, int32_t query_floats) {
+  const int32_t n = *task.n, count = *task.count;
+  if (IsKnown(task, count)) ResolveRows(task, n, 0, count);
+  EndResolve(task, n, count, query_floats);
 }
 
 }  // namespace prehoc::cuda

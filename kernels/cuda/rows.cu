@@ -3,6 +3,7 @@
 
 #include "base/units.h"
 #include "kernels/cuda/common.cuh"
+#include "kernels/cuda/gate.cuh"
 #include "kernels/cuda/launch.h"
 
 namespace prehoc::cuda {
@@ -12,44 +13,11 @@ constexpr int kGateThreads = 256;
 constexpr int kGatherThreads = 512;
 constexpr int kInFlight = 8;  // 16-byte loads of a lane: what it takes to fill the link from a few blocks
 
-struct GateArgs {
-  const GateTask* tasks;
-  int32_t group, head_dim;
-  float tau;
-  int32_t max_age;
-};
-
-// A warp takes a head at a time. fp64, as the reference: a cosine near tau decides.
 __global__ void __launch_bounds__(kGateThreads) GateKernel(const __grid_constant__ GateArgs args) {
-  __shared__ float least[kGateThreads / kWarp];
   const GateTask task = args.tasks[blockIdx.x];
   WaitForEarlierWork();
   LetLaterWorkLaunch();
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  float mine = 1;
-  for (int h = warp; h < args.group; h += kGateThreads / kWarp) {
-    double dot = 0, q_square = 0, anchor_square = 0;
-    for (int c = lane; c < args.head_dim; c += kWarp) {
-      const double x = task.q[h * args.head_dim + c], y = task.anchor[h * args.head_dim + c];
-      dot += x * y, q_square += x * x, anchor_square += y * y;
-    }
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-      dot += __shfl_xor_sync(kAllLanes, dot, offset);
-      q_square += __shfl_xor_sync(kAllLanes, q_square, offset);
-      anchor_square += __shfl_xor_sync(kAllLanes, anchor_square, offset);
-    }
-    const double norms = sqrt(q_square) * sqrt(anchor_square);
-    float cosine = -2;
-    if (norms > 0 && norms <= 1.7976931348623157e308) cosine = static_cast<float>(fmin(1.0, fmax(-1.0, dot / norms)));
-    mine = fminf(mine, cosine);
-  }
-  if (lane == 0) least[warp] = mine;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  for (int w = 1; w < kGateThreads / kWarp; ++w) mine = fminf(mine, least[w]);
-  if (task.cosine != nullptr) *task.cosine = mine;
-  if (task.hold != nullptr) *task.hold = mine > args.tau && (task.age == nullptr || *task.age < args.max_age) ? 1 : 0;
+  RunGate<kGateThreads>(task, args);
 }
 
 struct GatherArgs {

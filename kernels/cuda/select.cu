@@ -134,6 +134,8 @@ Result<Plan> PlanOf(const SelectParams& params) {
   plan.args.rule = params.rule;
   plan.args.dilate = params.dilate;
   plan.args.restarts = params.restarts;
+  plan.args.resolves = params.resolves;
+  plan.args.query_floats = params.group * params.head_dim;
   plan.args.regroup = params.gated && params.num_tasks > 1 && CanRegroup(params.num_tasks);
   size_t scan_bytes = 0;
   PREHOC_RETURN_IF_ERROR(DispatchHeadDim(params.head_dim, [&](auto d) {
@@ -144,8 +146,8 @@ Result<Plan> PlanOf(const SelectParams& params) {
   return plan;
 }
 
-Status CheckWorkspace(const char* kernel, const std::byte* workspace, size_t given, size_t needed) {
-  return Check(kernel)
+Status CheckMemory(const char* kernel, const void* tasks, const std::byte* workspace, size_t given, size_t needed) {
+  return Check(kernel).Given(tasks, "tasks")
       .That(given >= needed, "workspace_bytes", static_cast<int64_t>(given), "is too little; ask for the bytes of these params")
       .Given(workspace, "workspace").Take();
 }
@@ -163,14 +165,14 @@ Result<size_t> SelectWorkspaceBytes(const SelectParams& params) {
 Status Choose(const ChooseParams& params, cudaStream_t stream) {
   PREHOC_ASSIGN_OR_RETURN(const Plan plan, PlanOf(params));
   if (params.num_tasks == 0) return {};
-  PREHOC_RETURN_IF_ERROR(CheckWorkspace("choose", params.workspace, params.workspace_bytes, plan.bytes));
+  PREHOC_RETURN_IF_ERROR(CheckMemory("choose", params.tasks, params.workspace, params.workspace_bytes, plan.bytes));
   return LaunchWay<Selector<0, 0>>("choose", plan.args, plan.blocks, stream);
 }
 
 Status Select(const SelectParams& params, cudaStream_t stream) {
   PREHOC_ASSIGN_OR_RETURN(const Plan plan, PlanOf(params));
   if (params.num_tasks == 0) return {};
-  PREHOC_RETURN_IF_ERROR(CheckWorkspace("select", params.workspace, params.workspace_bytes, plan.bytes));
+  PREHOC_RETURN_IF_ERROR(CheckMemory("select", params.tasks, params.workspace, params.workspace_bytes, plan.bytes));
   return DispatchHeadDim(params.head_dim, [&](auto d) {
     if (!plan.args.bars) return LaunchSelect<d()>(params.format.bits, plan.args, plan.blocks, stream);
     // What the first launch cannot choose, the second does, with all blocks for the few tasks that there are; mostly there is none.

@@ -1,6 +1,7 @@
 // What the ways to choose share: how the blocks of a team wait for each other, keys and cuts, sums over the team, and the result.
 #pragma once
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/residency.cuh"
 #include "kernels/cuda/scan.cuh"
 
 namespace prehoc::cuda {
@@ -53,6 +54,8 @@ struct SelectArgs {
   float* z;              // [blocks, group, z_stride], unless in shared memory or found
   bool bars;             // select_bars.cuh first
   int32_t* restarts;     // or null
+  const ResolveTask* resolves;  // or null
+  int32_t query_floats;
   uint8_t* again;        // [num_tasks] 1: select_bars.cuh has not chosen; or null: all tasks are to be chosen
   int32_t most_samples;  // code blocks of a warp
   int32_t list_room;     // of a block
@@ -176,6 +179,16 @@ __host__ __device__ inline size_t CommonBytes(const SelectArgs& args) {
   return size_t{kBins} * 4 + static_cast<size_t>((3 * args.group + 3) / 4 * 4) * 4 + static_cast<size_t>(args.chunk / 32) * 8;
 }
 
+// --- resolve: functions of their own, so that what they need is not kept beside a scan ------------------------------------------------
+static __device__ __noinline__ void ResolveStanding(const ResolveTask* task, int32_t query_floats) { ResolveWhole(*task, query_floats); }
+// The chosen positions [from, to) that this block has written, and all else if it leads.
+static __device__ __noinline__ void ResolveOwn(const ResolveTask* task, int32_t n, int32_t from, int32_t to, int32_t count, int32_t query_floats,
+                                               bool leads) {
+  __syncthreads();
+  ResolveRows(*task, n, from, to);
+  if (leads) EndResolve(*task, n, count, query_floats);
+}
+
 // --- a block at a task -------------------------------------------------------------------------------------------------------------
 
 // A way to choose, WAY, brings
@@ -214,11 +227,21 @@ class TeamMember {
   __device__ bool Leads() const { return block_ == 0; }
   __device__ bool InSight(int32_t i) const { return i < sinks_ || i >= lo_; }
 
-  // The own part of the task of `rule_` and n_. False if there is none to choose from.
+  // The task to be resolved that goes with the one of `rule_`.
+  __device__ const ResolveTask* ResolveOf() const {
+    if (args_.resolves == nullptr) return nullptr;
+    const std::byte* const task = reinterpret_cast<const std::byte*>(rule_) - offsetof(SelectTask, rule);
+    return args_.resolves + (reinterpret_cast<const SelectTask*>(task) - args_.select);
+  }
+  // The own part of the task of `rule_` and n_. False if there is none to choose from: then all is done.
   __device__ bool Divide() {
-    if (rule_->hold != nullptr && *rule_->hold != 0) return false;
-    if (n_ < 0 || n_ > args_.max_n) {
-      Refuse();
+    const bool holds = rule_->hold != nullptr && *rule_->hold != 0;
+    if (holds || n_ < 0 || n_ > args_.max_n) {
+      if (!holds) Refuse();
+      if (Leads() && args_.resolves != nullptr) {
+        __syncthreads();
+        ResolveStanding(ResolveOf(), args_.query_floats);
+      }
       return false;
     }
     chunk_ = (n_ + 64 * team_blocks_ - 1) / (64 * team_blocks_) * 64;
@@ -475,12 +498,18 @@ class TeamMember {
     }
   }
 
-  // The positions of kept_words(), which come after `offset` others.
+  // The positions of kept_words(), which come after `offset` others. Nobody of the team reads bits of residents any more.
   __device__ void Write(uint32_t offset, uint32_t count) {
-    __shared__ uint32_t scratch[kSelectWarps];
     const bool fits = static_cast<int64_t>(count) <= rule_->room;
     if (Leads() && threadIdx.x == 0) *rule_->count = fits ? static_cast<int32_t>(count) : -1;
-    if (!fits) return;
+    const uint32_t own = fits ? WriteOwn(offset) : 0;
+    if (args_.resolves == nullptr) return;
+    ResolveOwn(ResolveOf(), n_, static_cast<int32_t>(offset), static_cast<int32_t>(offset + own), fits ? static_cast<int32_t>(count) : -1,
+               args_.query_floats, Leads());
+  }
+  // How many.
+  __device__ uint32_t WriteOwn(uint32_t offset) {
+    __shared__ uint32_t scratch[kSelectWarps];
     const int words = (end_ - begin_ + 31) / 32, each = (words + kSelectThreads - 1) / kSelectThreads;
     const int first = static_cast<int>(threadIdx.x) * each;
     uint32_t mine = 0, total;
@@ -491,6 +520,7 @@ class TeamMember {
         rule_->chosen[at++] = begin_ + w * 32 + __ffs(static_cast<int>(left)) - 1;
       }
     }
+    return total;
   }
 
   // lse_out, when the last block has written its part of `outside`.
@@ -537,7 +567,7 @@ class TeamMember {
 // The tasks of a launch, by teams of blocks. WAY::kLists: it leaves tasks to the launch that follows, by `again`.
 template <class WAY>
 __device__ inline void RunTasks(const SelectArgs& args) {
-  __shared__ uint16_t needed[kSelectThreads];
+  __shared__ uint16_t order[kSelectThreads];  // tasks that need something, then (from the end) those that do not
   __shared__ uint32_t scratch[kSelectWarps];
   int tasks = args.num_tasks, team_blocks = args.team_blocks;
   if (args.regroup) {
@@ -553,22 +583,27 @@ __device__ inline void RunTasks(const SelectArgs& args) {
       }
     }
     uint32_t total = 0;
-    const uint32_t before = BlockPrefix(needs ? 1 : 0, scratch, &total);
-    if (needs) needed[before] = static_cast<uint16_t>(t);
+    const auto before = static_cast<int>(BlockPrefix(needs ? 1 : 0, scratch, &total));
+    if (t < tasks) order[needs ? before : tasks - 1 - (t - before)] = static_cast<uint16_t>(t);
     __syncthreads();
-    if (total == 0) return;
     tasks = static_cast<int>(total);
-    team_blocks = max(team_blocks, min(static_cast<int>(gridDim.x) / tasks, kMaxTeam));
+    if (tasks > 0) team_blocks = max(team_blocks, min(static_cast<int>(gridDim.x) / tasks, kMaxTeam));
   }
   const int teams = static_cast<int>(gridDim.x) / team_blocks;
   const int first = static_cast<int>(blockIdx.x) / team_blocks;
-  if (first >= min(teams, tasks)) return;
-  WAY way(args, team_blocks);
-  for (int i = first; i < tasks; i += teams) {
-    way.Run(args.regroup ? needed[i] : i);
-    __syncthreads();
+  if (first < min(teams, tasks)) {
+    WAY way(args, team_blocks);
+    for (int i = first; i < tasks; i += teams) {
+      way.Run(args.regroup ? order[i] : i);
+      __syncthreads();
+    }
+    way.Leave();
   }
-  way.Leave();
+  // Tasks that hold are resolved by blocks that have nothing to do, as far as there are any: teams are at the front.
+  if (!args.regroup || args.resolves == nullptr || (!WAY::kLists && args.again != nullptr)) return;
+  for (int i = static_cast<int>(gridDim.x - 1 - blockIdx.x); i < args.num_tasks - tasks; i += static_cast<int>(gridDim.x)) {
+    ResolveStanding(args.resolves + order[args.num_tasks - 1 - i], args.query_floats);
+  }
 }
 
 template <class WAY>

@@ -63,6 +63,21 @@ int64_t HostRowOf(const HostRows& host, int64_t p) {
   return row >= 0 && row < kNowhere ? row : -1;
 }
 
+// --- gate --------------------------------------------------------------------------------------------------------------------------
+Status Gate(const GateParams& params, void*) {
+  PREHOC_RETURN_IF_ERROR(Check("gate", params.tasks, params.num_tasks).HeadDim(params.head_dim).Group(params.group).Take());
+  for (int32_t i = 0; i < params.num_tasks; ++i) {
+    const GateTask& task = params.tasks[i];
+    float cosine = 0;
+    const prehoc::GateTask one[] = {{.q = task.q, .anchor = task.anchor, .cosine = &cosine}};
+    PREHOC_RETURN_IF_ERROR(ReferenceKernels().gate({.tasks = one, .group = params.group, .head_dim = params.head_dim}, {}));
+    if (task.cosine != nullptr) *task.cosine = cosine;
+    const bool young = task.age == nullptr || *task.age < params.max_age;
+    if (task.hold != nullptr) *task.hold = cosine > params.tau && young ? 1 : 0;
+  }
+  return {};
+}
+
 // --- append ------------------------------------------------------------------------------------------------------------------------
 Status AppendOne(const AppendParams& params, const AppendTask& task) {
   const int64_t first = *task.first, d = params.head_dim, tokens = params.format.group_tokens, row = 2 * d;
@@ -93,20 +108,51 @@ Status Append(const AppendParams& params, void*) {
   PREHOC_RETURN_IF_ERROR(Check("append", params.tasks, params.num_tasks).HeadDim(params.head_dim).Type(params.type).Format(params.format)
                              .That(params.max_count >= 0, "max_count", params.max_count, "use 0 or more").Take());
   for (int32_t i = 0; i < params.num_tasks; ++i) PREHOC_RETURN_IF_ERROR(AppendOne(params, params.tasks[i]));
-  return {};
+  return params.gate.num_tasks != 0 ? Gate(params.gate, nullptr) : Status();
 }
 
-// --- gate --------------------------------------------------------------------------------------------------------------------------
-Status Gate(const GateParams& params, void*) {
-  PREHOC_RETURN_IF_ERROR(Check("gate", params.tasks, params.num_tasks).HeadDim(params.head_dim).Group(params.group).Take());
-  for (int32_t i = 0; i < params.num_tasks; ++i) {
-    const GateTask& task = params.tasks[i];
-    float cosine = 0;
-    const prehoc::GateTask one[] = {{.q = task.q, .anchor = task.anchor, .cosine = &cosine}};
-    PREHOC_RETURN_IF_ERROR(ReferenceKernels().gate({.tasks = one, .group = params.group, .head_dim = params.head_dim}, {}));
-    if (task.cosine != nullptr) *task.cosine = cosine;
-    const bool young = task.age == nullptr || *task.age < params.max_age;
-    if (task.hold != nullptr) *task.hold = cosine > params.tau && young ? 1 : 0;
+// --- resolve -----------------------------------------------------------------------------------------------------------------------
+int16_t SlotOf(const ResidencyState& at, int64_t p) { return at.slot_of != nullptr ? at.slot_of[p] : -1; }
+void SetResident(const ResidencyState& at, int64_t p, bool resident) {
+  if (at.resident == nullptr || p < 0 || p >= at.max_n) return;
+  const uint64_t bit = uint64_t{1} << (p % 64);
+  at.resident[p / 64] = resident ? at.resident[p / 64] | bit : at.resident[p / 64] & ~bit;
+}
+
+Status Resolve(const ResolveParams& params, void*) {
+  PREHOC_RETURN_IF_ERROR(Check("resolve", params.tasks, params.num_tasks).HeadDim(params.head_dim).Group(params.group).Take());
+  for (int32_t t = 0; t < params.num_tasks; ++t) {
+    const ResolveTask& task = params.tasks[t];
+    const int32_t n = *task.n, count = *task.count;
+    const int64_t leaves = int64_t{n} - task.ring_rows;  // the ring's oldest position
+    const bool known = count >= 0 && count <= task.room;
+    *task.num_refs = known ? count : -1;
+    int32_t misses = 0, far = 0;
+    for (int32_t i = 0; known && i < count; ++i) {
+      const int32_t p = task.chosen[i];
+      int32_t ref = kNowhere;
+      if (p >= 0 && p < n && p < task.at.max_n) {
+        if (p >= leaves) {
+          ref = task.ring_row + p % task.ring_rows;
+        } else if (SlotOf(task.at, p) >= 0) {
+          ref = task.slot_row + task.at.slot_of[p];
+        } else if (const int64_t row = HostRowOf(task.host, p); row >= 0) {
+          ref = ~static_cast<int32_t>(row);
+          ++misses;
+        } else {
+          ++far;
+        }
+      }
+      task.refs[i] = ref;
+    }
+    if (task.misses != nullptr) *task.misses += misses;
+    if (task.far != nullptr) *task.far += far;
+    const bool anew = !Holds(task.hold);
+    if (anew && task.q != nullptr) std::copy_n(task.q, int64_t{params.group} * params.head_dim, task.anchor);
+    if (task.age != nullptr) *task.age = anew ? 0 : *task.age + 1;
+    if (task.ring_rows <= 0) continue;
+    SetResident(task.at, int64_t{n} - 1, true);
+    SetResident(task.at, leaves, leaves >= 0 && leaves < task.at.max_n && SlotOf(task.at, leaves) >= 0);
   }
   return {};
 }
@@ -215,7 +261,8 @@ Status Select(const SelectParams& params, void*) {
     PREHOC_ASSIGN_OR_RETURN(const std::vector<float> z, Logits(params, task.source, n));
     PREHOC_RETURN_IF_ERROR(ChooseFrom(z.data(), n, n, task.rule, shape));
   }
-  return {};
+  if (params.resolves == nullptr) return {};
+  return Resolve({.tasks = params.resolves, .num_tasks = params.num_tasks, .group = params.group, .head_dim = params.head_dim}, nullptr);
 }
 
 // --- attend ------------------------------------------------------------------------------------------------------------------------
@@ -272,52 +319,7 @@ Status Attend(const AttendParams& params, void*) {
   return {};
 }
 
-// --- residency ---------------------------------------------------------------------------------------------------------------------
-int16_t SlotOf(const ResidencyState& at, int64_t p) { return at.slot_of != nullptr ? at.slot_of[p] : -1; }
-void SetResident(const ResidencyState& at, int64_t p, bool resident) {
-  if (at.resident == nullptr || p < 0 || p >= at.max_n) return;
-  const uint64_t bit = uint64_t{1} << (p % 64);
-  at.resident[p / 64] = resident ? at.resident[p / 64] | bit : at.resident[p / 64] & ~bit;
-}
-
-Status Resolve(const ResolveParams& params, void*) {
-  PREHOC_RETURN_IF_ERROR(Check("resolve", params.tasks, params.num_tasks).HeadDim(params.head_dim).Group(params.group).Take());
-  for (int32_t t = 0; t < params.num_tasks; ++t) {
-    const ResolveTask& task = params.tasks[t];
-    const int32_t n = *task.n, count = *task.count;
-    const int64_t leaves = int64_t{n} - task.ring_rows;  // the ring's oldest position
-    const bool known = count >= 0 && count <= task.room;
-    *task.num_refs = known ? count : -1;
-    int32_t misses = 0, far = 0;
-    for (int32_t i = 0; known && i < count; ++i) {
-      const int32_t p = task.chosen[i];
-      int32_t ref = kNowhere;
-      if (p >= 0 && p < n && p < task.at.max_n) {
-        if (p >= leaves) {
-          ref = task.ring_row + p % task.ring_rows;
-        } else if (SlotOf(task.at, p) >= 0) {
-          ref = task.slot_row + task.at.slot_of[p];
-        } else if (const int64_t row = HostRowOf(task.host, p); row >= 0) {
-          ref = ~static_cast<int32_t>(row);
-          ++misses;
-        } else {
-          ++far;
-        }
-      }
-      task.refs[i] = ref;
-    }
-    if (task.misses != nullptr) *task.misses += misses;
-    if (task.far != nullptr) *task.far += far;
-    const bool anew = !Holds(task.hold);
-    if (anew && task.q != nullptr) std::copy_n(task.q, int64_t{params.group} * params.head_dim, task.anchor);
-    if (task.age != nullptr) *task.age = anew ? 0 : *task.age + 1;
-    if (task.ring_rows <= 0) continue;
-    SetResident(task.at, int64_t{n} - 1, true);
-    SetResident(task.at, leaves, leaves >= 0 && leaves < task.at.max_n && SlotOf(task.at, leaves) >= 0);
-  }
-  return {};
-}
-
+// --- refresh, land -------------------------------------------------------------------------------------------------------------------
 void RefreshOne(const RefreshTask& task) {
   const ResidencyState& at = task.at;
   const int32_t given = *task.wanted_count, count = given >= 0 && given <= at.slots ? given : 0;
@@ -393,15 +395,17 @@ Status Gather(const GatherParams& params, void*) {
 }
 
 // Tasks need not be there yet.
-Result<size_t> SelectWorkspace(SelectParams params) {
-  params.num_tasks = 0;
-  PREHOC_RETURN_IF_ERROR(CheckSelect(params));
+Result<size_t> SelectWorkspace(const SelectParams& params) {
+  SelectParams shape = params;
+  shape.num_tasks = 0;
+  PREHOC_RETURN_IF_ERROR(CheckSelect(shape));
   return size_t{0};
 }
 Result<size_t> ChooseWorkspace(const ChooseParams&) { return size_t{0}; }
-Result<size_t> AttendWorkspace(AttendParams params) {
-  params.num_tasks = 0;
-  PREHOC_RETURN_IF_ERROR(CheckAttend(params));
+Result<size_t> AttendWorkspace(const AttendParams& params) {
+  AttendParams shape = params;
+  shape.num_tasks = 0;
+  PREHOC_RETURN_IF_ERROR(CheckAttend(shape));
   return size_t{0};
 }
 }  // namespace
@@ -409,8 +413,8 @@ Result<size_t> AttendWorkspace(AttendParams params) {
 const StepKernels& ReferenceStepKernels() {
   static constexpr StepKernels kTable{.name = "reference", .append = Append, .gate = Gate, .select = Select, .resolve = Resolve,
                                       .attend = Attend, .choose = Choose, .refresh = Refresh, .land = Land, .gather = Gather,
-                                      .select_workspace = [](const SelectParams& params) { return SelectWorkspace(params); }, .choose_workspace = ChooseWorkspace,
-                                      .attend_workspace = [](const AttendParams& params) { return AttendWorkspace(params); }};
+                                      .select_workspace = SelectWorkspace, .choose_workspace = ChooseWorkspace,
+                                      .attend_workspace = AttendWorkspace};
   return kTable;
 }
 

@@ -17,9 +17,11 @@
 
 namespace prehoc {
 
+template <class World, class T>
+using Of = typename World::template Array<T>;
+
 inline constexpr int32_t kStoryDim = 64;
 inline constexpr int32_t kNoRow = std::numeric_limits<int32_t>::max();
-inline constexpr float kStoryPoison = std::bit_cast<float>(0xa5a5a5a5u);
 
 // Chunks of 16 positions of one head among four in host memory, in any order; some are not there.
 struct StoryChunks {
@@ -49,13 +51,13 @@ void AppendFillsRingCodesAndHostMemory(World world) {
   const StoryChunks chunks(rng, kTokens, 0.3);
   std::vector<float> k, v;
   for (size_t i = 0; i < rows.size(); ++i) (i % kRow < kStoryDim ? k : v).push_back(HalfToFloat(rows[i]));
-  const typename World::template Array<float> keys(k), values(v);
-  const typename World::template Array<int32_t> chunk_row(chunks.first_row);
+  const Of<World, float> keys(k), values(v);
+  const Of<World, int32_t> chunk_row(chunks.first_row);
   const size_t block_bytes = LayoutOf(format, kStoryDim).bytes;
-  typename World::template Array<Half> ring(size_t{kRing} * kRow), host(static_cast<size_t>(chunks.rows()) * kRow);
-  typename World::template Array<std::byte> blocks(kTokens / 64 * block_bytes);
-  typename World::template Array<int32_t> first(1);
-  typename World::template Array<step::AppendTask> task(1);
+  Of<World, Half> ring(size_t{kRing} * kRow), host(static_cast<size_t>(chunks.rows()) * kRow);
+  Of<World, std::byte> blocks(kTokens / 64 * block_bytes);
+  Of<World, int32_t> first(1);
+  Of<World, step::AppendTask> task(1);
   std::vector<Half> want_host = host.Read();
   const int32_t host_limit = chunks.rows() - 100;  // rows behind it are not touched
   for (int32_t at = 0; at < kTokens;) {
@@ -96,15 +98,16 @@ void GateHoldsNearItsAnchorUntilTooOld(World world) {
   std::vector<float> q = anchor, far = anchor;
   for (float& x : q) x = 2 * x + 0.01f;
   for (int32_t c = 0; c < kStoryDim; ++c) far[static_cast<size_t>(kStoryDim + c)] *= -1;  // one head of three
-  const typename World::template Array<float> anchors(anchor), near_q(q), far_q(far);
-  typename World::template Array<float> cosine(3);
-  typename World::template Array<uint8_t> hold(3);
-  const typename World::template Array<int32_t> age(std::vector<int32_t>{6, 7, 0});
-  const typename World::template Array<step::GateTask> tasks(std::vector<step::GateTask>{
+  const Of<World, float> anchors(anchor), near_q(q), far_q(far);
+  Of<World, float> cosine(3);
+  Of<World, uint8_t> hold(3);
+  const Of<World, int32_t> age(std::vector<int32_t>{6, 7, 0});
+  const Of<World, step::GateTask> tasks(std::vector<step::GateTask>{
       {.q = near_q.data(), .anchor = anchors.data(), .cosine = cosine.data(), .hold = hold.data(), .age = age.data()},
       {.q = near_q.data(), .anchor = anchors.data(), .cosine = cosine.data() + 1, .hold = hold.data() + 1, .age = age.data() + 1},
       {.q = far_q.data(), .anchor = anchors.data(), .cosine = cosine.data() + 2, .hold = hold.data() + 2}});
-  world.Run(world.kernels().gate({.tasks = tasks.data(), .num_tasks = 3, .group = kGroup, .head_dim = kStoryDim, .tau = 0.8f, .max_age = 7}, world.stream()));
+  world.Run(world.kernels().gate({.tasks = tasks.data(), .num_tasks = 3, .group = kGroup, .head_dim = kStoryDim, .tau = 0.8f, .max_age = 7},
+                                 world.stream()));
   EXPECT_GT(cosine.Read()[0], 0.99f);
   EXPECT_NEAR(cosine.Read()[2], -1, 1e-6);
   EXPECT_EQ(hold.Read(), (std::vector<uint8_t>{1, 0, 0})) << "near and young, too old, turned away";
@@ -121,14 +124,15 @@ struct StoryCodes {
     const size_t bytes = LayoutOf(format, kStoryDim).bytes;
     std::vector<EncodeTask> tasks;
     for (int32_t g = 0; g < groups; ++g) {
-      tasks.push_back({.rows = rows.data() + int64_t{2} * g * format.group_tokens * kStoryDim, .block = host_blocks.data() + static_cast<size_t>(g) * bytes});
+      tasks.push_back({.rows = rows.data() + int64_t{2} * g * format.group_tokens * kStoryDim,
+                       .block = host_blocks.data() + static_cast<size_t>(g) * bytes});
     }
     EXPECT_OK(ReferenceKernels().encode({.tasks = tasks, .format = format, .head_dim = kStoryDim}, {}));
     std::vector<Half> in_ring(static_cast<size_t>(ring_rows() * 2 * kStoryDim), 0x7e00);  // NaN where nothing is to be read
     for (int32_t p = groups * format.group_tokens; p < n; ++p) {
       std::copy_n(rows.begin() + int64_t{2} * p * kStoryDim, 2 * kStoryDim, in_ring.begin() + int64_t{2} * (p % ring_rows()) * kStoryDim);
     }
-    ring = Floats<Half>(in_ring), blocks = Floats<std::byte>(host_blocks), query = Floats<float>(q), length = Floats<int32_t>(std::vector<int32_t>{n});
+    ring = Array<Half>(in_ring), blocks = Array<std::byte>(host_blocks), query = Array<float>(q), length = Array<int32_t>(std::vector<int32_t>{n});
   }
   int32_t ring_rows() const { return 2 * format.group_tokens; }
   step::ScanSource Source() const {
@@ -149,17 +153,17 @@ struct StoryCodes {
   }
 
   template <class T>
-  using Floats = typename World::template Array<T>;
+  using Array = Of<World, T>;
   int32_t n;
   CodeFormat format;
   std::vector<Half> rows;
   std::vector<float> q;
   int32_t groups;
   std::vector<std::byte> host_blocks;
-  Floats<Half> ring{0};
-  Floats<std::byte> blocks{0};
-  Floats<float> query{0};
-  Floats<int32_t> length{0};
+  Array<Half> ring{0};
+  Array<std::byte> blocks{0};
+  Array<float> query{0};
+  Array<int32_t> length{0};
 };
 
 template <class World>
@@ -175,15 +179,15 @@ struct StoryChoice {
   bool GuardsIntact() const {
     return chosen.GuardsIntact() && count.GuardsIntact() && lse_all.GuardsIntact() && lse_out.GuardsIntact() && pooled.GuardsIntact();
   }
-  typename World::template Array<int32_t> chosen, count;
-  typename World::template Array<float> lse_all, lse_out, pooled;
+  Of<World, int32_t> chosen, count;
+  Of<World, float> lse_all, lse_out, pooled;
 };
 
 // The workspace that a call wants, zeroed.
 template <class World>
-typename World::template Array<std::byte> StoryWorkspace(const Result<size_t>& bytes) {
+Of<World, std::byte> StoryWorkspace(const Result<size_t>& bytes) {
   EXPECT_OK(bytes);
-  return typename World::template Array<std::byte>(std::vector<std::byte>(bytes.ok() ? *bytes : 0));
+  return Of<World, std::byte>(std::vector<std::byte>(bytes.ok() ? *bytes : 0));
 }
 template <class World>
 void RunSelect(World world, step::SelectParams params) {
@@ -227,7 +231,7 @@ void SelectChoosesByCodesAndTheTail(World world) {
       StoryChoice<World> choice(rule.k, kGroup, n);
       step::ChooseRule into = choice.Into(rule);
       if (levels) into.pool_level = into.lse_all;  // the last call's
-      const typename World::template Array<step::SelectTask> task(std::vector<step::SelectTask>{{codes.Source(), into}});
+      const Of<World, step::SelectTask> task(std::vector<step::SelectTask>{{codes.Source(), into}});
       RunSelect(world, {.tasks = task.data(), .num_tasks = 1, .max_n = n, .format = codes.format, .group = kGroup, .head_dim = kStoryDim});
       const int32_t sinks = std::min(4, n), hi = std::max(sinks, n - 8), lo = std::min(hi, std::max(sinks, n - 1500));
       const ChooseTask host{.z = z.data(), .z_stride = n, .n = n, .sinks = sinks, .lo = lo, .hi = hi, .k = rule.k};
@@ -248,12 +252,12 @@ void SelectHoldsAndRefuses(World world) {
   SeededRng rng;
   constexpr int32_t kN = 200, kGroup = 2;
   const StoryCodes<World> codes(rng, kN, kGroup, {4, 64, false});
-  const typename World::template Array<uint8_t> hold(std::vector<uint8_t>{1, 0});
+  const Of<World, uint8_t> hold(std::vector<uint8_t>{1, 0});
   StoryChoice<World> held(10, kGroup, kN), free(10, kGroup, kN), small(9, kGroup, kN);
   const step::ChooseRule rule{.sinks = 4, .local = 8, .k = 10};
   std::vector<step::SelectTask> tasks{{codes.Source(), held.Into(rule)}, {codes.Source(), free.Into(rule)}, {codes.Source(), small.Into(rule)}};
   tasks[0].rule.hold = hold.data(), tasks[1].rule.hold = hold.data() + 1;
-  const typename World::template Array<step::SelectTask> device(tasks);
+  const Of<World, step::SelectTask> device(tasks);
   step::SelectParams params{.tasks = device.data(), .num_tasks = 3, .max_n = kN, .format = codes.format, .group = kGroup, .head_dim = kStoryDim};
   const std::vector<int32_t> before = held.chosen.Read();
   RunSelect(world, params);
@@ -276,10 +280,10 @@ void ChooseFromLogitsDilates(World world) {
   constexpr int32_t kN = 100;
   std::vector<float> z(kN, 0.0f);
   z[50] = 9, z[20] = 8, z[70] = 7, z[3] = 99, z[97] = 99;
-  const typename World::template Array<float> logits(z);
-  const typename World::template Array<int32_t> n(std::vector<int32_t>{kN});
+  const Of<World, float> logits(z);
+  const Of<World, int32_t> n(std::vector<int32_t>{kN});
   StoryChoice<World> choice(9, 1, kN);
-  const typename World::template Array<step::ChooseTask> task(std::vector<step::ChooseTask>{
+  const Of<World, step::ChooseTask> task(std::vector<step::ChooseTask>{
       {.z = logits.data(), .z_stride = kN, .n = n.data(), .rule = choice.Into({.sinks = 4, .local = 4, .k = 3, .dilate_m = 2, .dilate_r = 1})}});
   step::ChooseParams params{.tasks = task.data(), .num_tasks = 1, .max_n = kN, .group = 1, .dilate = true};
   const auto workspace = StoryWorkspace<World>(world.kernels().choose_workspace(params));
@@ -301,19 +305,19 @@ void ResolveFindsEachRowWhereItIs(World world) {
   chunks.first_row[7 / 16] = -1, chunks.first_row[300 / 16] = -1;
   std::vector<int16_t> where(kMaxN, -1);
   where[5] = 3, where[835] = 0, where[899] = 1;  // 899 lies in the ring: that is newer
-  const typename World::template Array<int16_t> slot_of(where);
-  const typename World::template Array<int32_t> owner(std::vector<int32_t>(8, -1)), chunk_row(chunks.first_row), length(std::vector<int32_t>{kN});
+  const Of<World, int16_t> slot_of(where);
+  const Of<World, int32_t> owner(std::vector<int32_t>(8, -1)), chunk_row(chunks.first_row), length(std::vector<int32_t>{kN});
   std::vector<uint64_t> bits(16, 0);
   for (int32_t p = kN - 1 - kRing; p < kN - 1; ++p) bits[static_cast<size_t>(p / 64)] |= uint64_t{1} << (p % 64);
-  typename World::template Array<uint64_t> resident(bits);
-  typename World::template Array<int32_t> refs(9), num(1), age(std::vector<int32_t>{4}), far(std::vector<int32_t>{100}), count(std::vector<int32_t>{9});
+  Of<World, uint64_t> resident(bits);
+  Of<World, int32_t> refs(9), num(1), age(std::vector<int32_t>{4}), far(std::vector<int32_t>{100}), count(std::vector<int32_t>{9});
   const std::vector<float> query(kGroup * kStoryDim, 2.5f), before(query.size(), -1.0f);
-  const typename World::template Array<float> q(query);
-  typename World::template Array<float> anchor(before);
-  typename World::template Array<int64_t> misses(std::vector<int64_t>{10});
-  const typename World::template Array<int32_t> chosen(std::vector<int32_t>{5, 16, 300, 835, 836, 899, 900, -1, 1000});
-  typename World::template Array<uint8_t> hold(std::vector<uint8_t>{1});
-  const typename World::template Array<step::ResolveTask> task(std::vector<step::ResolveTask>{
+  const Of<World, float> q(query);
+  Of<World, float> anchor(before);
+  Of<World, int64_t> misses(std::vector<int64_t>{10});
+  const Of<World, int32_t> chosen(std::vector<int32_t>{5, 16, 300, 835, 836, 899, 900, -1, 1000});
+  Of<World, uint8_t> hold(std::vector<uint8_t>{1});
+  const Of<World, step::ResolveTask> task(std::vector<step::ResolveTask>{
       {.at = {slot_of.data(), owner.data(), resident.data(), 8, kMaxN}, .chosen = chosen.data(), .count = count.data(), .room = 9, .n = length.data(),
        .slot_row = 100, .ring_row = 20, .ring_rows = kRing, .refs = refs.data(), .num_refs = num.data(), .misses = misses.data(), .far = far.data(),
        .host = chunks.Table(chunk_row.data()), .hold = hold.data(), .q = q.data(), .anchor = anchor.data(), .age = age.data()}});
@@ -347,18 +351,19 @@ void ResidencyFollowsAModel(World world) {
     SCOPED_TRACE(testing::Message() << "max_n " << max_n);
     const int32_t slots = std::max(4, max_n / 16), ring = max_n < 100 ? 8 : 64;
     const StoryChunks chunks(rng, max_n, 0.1);
-    typename World::template Array<int16_t> slot_of(std::vector<int16_t>(static_cast<size_t>(max_n), -1));
-    typename World::template Array<int32_t> owner(std::vector<int32_t>(static_cast<size_t>(slots), -1));
-    typename World::template Array<uint64_t> resident(std::vector<uint64_t>(static_cast<size_t>((max_n + 63) / 64), 0));
+    Of<World, int16_t> slot_of(std::vector<int16_t>(static_cast<size_t>(max_n), -1));
+    Of<World, int32_t> owner(std::vector<int32_t>(static_cast<size_t>(slots), -1));
+    Of<World, uint64_t> resident(std::vector<uint64_t>(static_cast<size_t>((max_n + 63) / 64), 0));
     const step::ResidencyState at{slot_of.data(), owner.data(), resident.data(), slots, max_n};
-    typename World::template Array<int32_t> wanted(static_cast<size_t>(slots + 1)), position(static_cast<size_t>(slots)), from(static_cast<size_t>(slots)),
+    Of<World, int32_t> wanted(static_cast<size_t>(slots + 1)), position(static_cast<size_t>(slots)), from(static_cast<size_t>(slots)),
         to(static_cast<size_t>(slots)), counts(2), length(1), none(std::vector<int32_t>{0}), refs(1), num(1);
-    typename World::template Array<float> pooled(static_cast<size_t>(max_n));
-    const typename World::template Array<int32_t> chunk_row(chunks.first_row);
-    const typename World::template Array<step::RefreshTask> refresh(std::vector<step::RefreshTask>{
-        {.at = at, .wanted = wanted.data(), .wanted_count = counts.data(), .host = chunks.Table(chunk_row.data()), .n = length.data(), .ring_rows = ring,
-         .position = position.data(), .from_piece = from.data(), .to_piece = to.data(), .count = counts.data() + 1, .pooled = pooled.data()}});
-    const typename World::template Array<step::ResolveTask> resolve(std::vector<step::ResolveTask>{
+    Of<World, float> pooled(static_cast<size_t>(max_n));
+    const Of<World, int32_t> chunk_row(chunks.first_row);
+    const Of<World, step::RefreshTask> refresh(std::vector<step::RefreshTask>{
+        {.at = at, .wanted = wanted.data(), .wanted_count = counts.data(), .host = chunks.Table(chunk_row.data()), .n = length.data(),
+         .ring_rows = ring, .position = position.data(), .from_piece = from.data(), .to_piece = to.data(), .count = counts.data() + 1,
+         .pooled = pooled.data()}});
+    const Of<World, step::ResolveTask> resolve(std::vector<step::ResolveTask>{
         {.at = at, .chosen = none.data(), .count = none.data(), .n = length.data(), .ring_rows = ring, .refs = refs.data(), .num_refs = num.data()}});
     std::map<int32_t, int32_t> held;  // the model: position to slot
     // Bits of what is in a slot, and of the ring as the next position will find it.
@@ -366,7 +371,8 @@ void ResidencyFollowsAModel(World world) {
       const std::vector<uint64_t> bits = resident.Read();
       for (int32_t p = 0; p < max_n; ++p) {
         const bool in_ring = p < n && p > n - ring;
-        ASSERT_EQ(bits[static_cast<size_t>(p / 64)] >> (p % 64) & 1, in_ring || in_slots.count(p) > 0 ? 1 : 0) << when << ", n " << n << ", position " << p;
+        const uint64_t want = in_ring || in_slots.count(p) > 0 ? 1 : 0;
+        ASSERT_EQ(bits[static_cast<size_t>(p / 64)] >> (p % 64) & 1, want) << when << ", n " << n << ", position " << p;
       }
     };
     int32_t n = 1;
@@ -401,7 +407,9 @@ void ResidencyFollowsAModel(World world) {
         EXPECT_EQ(owners[static_cast<size_t>(places[i])], -2) << "on its way";
       }
       size_t evicted = 0;
-      for (size_t i = 0; i < static_cast<size_t>(fetched); ++i) evicted += std::erase_if(held, [&](const auto& entry) { return entry.second == places[i]; });
+      for (size_t i = 0; i < static_cast<size_t>(fetched); ++i) {
+        evicted += std::erase_if(held, [&](const auto& entry) { return entry.second == places[i]; });
+      }
       EXPECT_EQ(evicted, missing.size() - std::min(missing.size(), free)) << "free slots come first";
       for (const int32_t p : want) EXPECT_TRUE(held.count(p) > 0 || missing.count(p) > 0 || !chunks.Has(p)) << "a wanted row was evicted: " << p;
       expect_bits(n, held, "between refresh and land");
@@ -419,14 +427,14 @@ void ResidencyFollowsAModel(World world) {
 
 template <class World>
 void RefreshTakesNoMoreThanThereIs(World world) {
-  typename World::template Array<int16_t> slot_of(std::vector<int16_t>{0, -1, -1, -1, -1, -1, -1, -1});
-  typename World::template Array<int32_t> owner(std::vector<int32_t>{0, -2, -1});  // kept, on its way, free
-  typename World::template Array<uint64_t> resident(std::vector<uint64_t>{1});
-  typename World::template Array<int32_t> position(3), from(3), to(3), count(1), wanted_count(std::vector<int32_t>{3});
-  const typename World::template Array<int32_t> wanted(std::vector<int32_t>{0, 4, 5});
-  const typename World::template Array<step::RefreshTask> task(std::vector<step::RefreshTask>{
-      {.at = {slot_of.data(), owner.data(), resident.data(), 3, 8}, .wanted = wanted.data(), .wanted_count = wanted_count.data(), .position = position.data(),
-       .from_piece = from.data(), .to_piece = to.data(), .count = count.data()}});
+  Of<World, int16_t> slot_of(std::vector<int16_t>{0, -1, -1, -1, -1, -1, -1, -1});
+  Of<World, int32_t> owner(std::vector<int32_t>{0, -2, -1});  // kept, on its way, free
+  Of<World, uint64_t> resident(std::vector<uint64_t>{1});
+  Of<World, int32_t> position(3), from(3), to(3), count(1), wanted_count(std::vector<int32_t>{3});
+  const Of<World, int32_t> wanted(std::vector<int32_t>{0, 4, 5});
+  const Of<World, step::RefreshTask> task(std::vector<step::RefreshTask>{
+      {.at = {slot_of.data(), owner.data(), resident.data(), 3, 8}, .wanted = wanted.data(), .wanted_count = wanted_count.data(),
+       .position = position.data(), .from_piece = from.data(), .to_piece = to.data(), .count = count.data()}});
   const step::RefreshParams params{.tasks = task.data(), .num_tasks = 1, .max_n = 8};
   world.Run(world.kernels().refresh(params, world.stream()));
   ASSERT_EQ(count.Read()[0], 1) << "one slot is free, one wanted, one on its way";
@@ -448,13 +456,13 @@ void AttendSeesRowsOfBothMemories(World world) {
   constexpr int32_t kRows = 100, kHost = 50, kGroup = 3, kN = 37, kSinks = 4, kLocal = 10, kRing = 16, kRingRow = 60, kSinkRow = 2;
   std::vector<Half> rows = MakeRows(rng, kRows + kHost, kStoryDim);
   const size_t device_halves = size_t{kRows} * 2 * kStoryDim;
-  typename World::template Array<Half> device(std::vector<Half>(rows.begin(), rows.begin() + static_cast<std::ptrdiff_t>(device_halves))),
+  Of<World, Half> device(std::vector<Half>(rows.begin(), rows.begin() + static_cast<std::ptrdiff_t>(device_halves))),
       host(std::vector<Half>(rows.begin() + static_cast<std::ptrdiff_t>(device_halves), rows.end()), World::kHostMemory);
   const std::vector<float> query = rng.Normals(kGroup * kStoryDim);
-  const typename World::template Array<float> q(query);
-  typename World::template Array<float> out(query.size()), lse(kGroup);
-  typename World::template Array<int32_t> n(std::vector<int32_t>{kN}), num(1), refs(4);
-  typename World::template Array<step::AttendTask> task(std::vector<step::AttendTask>{
+  const Of<World, float> q(query);
+  Of<World, float> out(query.size()), lse(kGroup);
+  Of<World, int32_t> n(std::vector<int32_t>{kN}), num(1), refs(4);
+  Of<World, step::AttendTask> task(std::vector<step::AttendTask>{
       {.q = q.data(), .out = out.data(), .lse = lse.data(), .rows = device.data(), .row_limit = kRows, .sink_row = kSinkRow, .ring_row = kRingRow,
        .ring_rows = kRing, .sinks = kSinks, .local = kLocal, .n = n.data(), .refs = refs.data(), .num_refs = num.data(), .refs_room = 4,
        .host_rows = host.data(), .host_limit = kHost}});
@@ -477,7 +485,8 @@ void AttendSeesRowsOfBothMemories(World world) {
       }
       EXPECT_NEAR(lse.Read()[static_cast<size_t>(h)], all, 1e-4 * (1 + std::abs(all))) << what << ", head " << h;
       const std::vector<float> got = out.Read();
-      EXPECT_TRUE(AllClose(std::vector<float>(got.begin() + h * kStoryDim, got.begin() + (h + 1) * kStoryDim), want, {1e-3, 1e-3})) << what << ", head " << h;
+      const std::vector<float> of_head(got.begin() + h * kStoryDim, got.begin() + (h + 1) * kStoryDim);
+      EXPECT_TRUE(AllClose(of_head, want, {1e-3, 1e-3})) << what << ", head " << h;
     }
   };
   const auto expect_nan = [&](const char* what) {
@@ -525,13 +534,13 @@ void GatherCopiesAndRefuses(World world) {
   constexpr int32_t kPiece = 48;
   std::vector<std::byte> source(10 * kPiece);
   for (size_t i = 0; i < source.size(); ++i) source[i] = static_cast<std::byte>(i * 7 % 251);
-  const typename World::template Array<std::byte> from(source, World::kHostMemory);
-  typename World::template Array<std::byte> to(size_t{5} * kPiece);
-  const typename World::template Array<int32_t> pieces(std::vector<int32_t>{9, 10, 3, -1, 2}), places(std::vector<int32_t>{0, 1, 4, 2, 5}), count(std::vector<int32_t>{5});
-  typename World::template Array<int32_t> refused(std::vector<int32_t>{100});
-  const typename World::template Array<step::GatherTask> task(std::vector<step::GatherTask>{
-      {.from = from.data(), .to = to.data(), .from_piece = pieces.data(), .to_piece = places.data(), .count = count.data(), .from_limit = 10, .to_limit = 5,
-       .refused = refused.data()}});
+  const Of<World, std::byte> from(source, World::kHostMemory);
+  Of<World, std::byte> to(size_t{5} * kPiece);
+  const Of<World, int32_t> pieces(std::vector<int32_t>{9, 10, 3, -1, 2}), places(std::vector<int32_t>{0, 1, 4, 2, 5}), count(std::vector<int32_t>{5});
+  Of<World, int32_t> refused(std::vector<int32_t>{100});
+  const Of<World, step::GatherTask> task(std::vector<step::GatherTask>{
+      {.from = from.data(), .to = to.data(), .from_piece = pieces.data(), .to_piece = places.data(), .count = count.data(), .from_limit = 10,
+       .to_limit = 5, .refused = refused.data()}});
   std::vector<std::byte> want = to.Read();
   std::copy_n(source.begin() + 9 * kPiece, kPiece, want.begin());
   std::copy_n(source.begin() + 3 * kPiece, kPiece, want.begin() + 4 * kPiece);
@@ -539,6 +548,159 @@ void GatherCopiesAndRefuses(World world) {
   EXPECT_EQ(to.Read(), want);
   EXPECT_EQ(refused.Read()[0], 103);
   EXPECT_TRUE(to.GuardsIntact());
+}
+
+// Gates with append and resolve with select give what their own calls give, over steps in which some heads hold.
+template <class World>
+struct StoryUnits {
+  template <class T>
+  using Array = Of<World, T>;
+  static constexpr int32_t kGroup = 4, kRing = 64, kSlots = 200;
+
+  StoryUnits(const StoryCodes<World>& codes, const StoryChunks& chunks, int32_t the_tasks, int32_t k, const std::vector<int16_t>& where)
+      : tasks(the_tasks), q(Floats()), anchor(std::vector<float>(q.size(), 1.0f)), hold(Tasks()), chunk_row(chunks.first_row),
+        age(std::vector<int32_t>(Tasks(), 100)), num_refs(Tasks()), far(std::vector<int32_t>(Tasks(), 0)), refs(Tasks() * static_cast<size_t>(k)),
+        misses(std::vector<int64_t>(Tasks(), 0)), slot_of(where), owner(std::vector<int32_t>(kSlots, -1)),
+        resident(std::vector<uint64_t>(Tasks() * Words(codes.n), 0)), gates(Tasks()), selects(Tasks()), resolves(Tasks()) {
+    std::vector<uint64_t> bits = resident.Read();
+    for (int32_t t = 0; t < tasks; ++t) {
+      for (int32_t p = 0; p < codes.n; ++p) {
+        const bool in = where[static_cast<size_t>(p)] >= 0 || (p < codes.n - 1 && p >= codes.n - kRing);
+        if (in) bits[static_cast<size_t>(t) * Words(codes.n) + static_cast<size_t>(p / 64)] |= uint64_t{1} << (p % 64);
+      }
+    }
+    resident.Write(bits);
+    std::vector<step::GateTask> gate;
+    std::vector<step::SelectTask> select;
+    std::vector<step::ResolveTask> resolve;
+    for (int32_t t = 0; t < tasks; ++t) {
+      const int64_t floats = int64_t{t} * kGroup * kStoryDim;
+      uint64_t* const own_bits = resident.data() + static_cast<size_t>(t) * Words(codes.n);
+      choices.emplace_back(k, kGroup, codes.n);
+      gate.push_back({.q = q.data() + floats, .anchor = anchor.data() + floats, .hold = hold.data() + t, .age = age.data() + t});
+      step::ScanSource source = codes.Source();
+      source.q = q.data() + floats;
+      step::ChooseRule rule = choices.back().Into({.sinks = 4, .local = 8, .k = k, .resident = own_bits, .log_theta = -12, .hold = hold.data() + t});
+      rule.pool_level = rule.lse_all;
+      if (t == 1) rule.room = k / 2;  // never enough: the choice is none, and so are the rows
+      select.push_back({source, rule});
+      resolve.push_back({.at = {slot_of.data(), owner.data(), own_bits, kSlots, codes.n}, .chosen = rule.chosen, .count = rule.count,
+                         .room = rule.room, .n = codes.length.data(), .slot_row = 100, .ring_row = 20, .ring_rows = kRing, .refs = refs.data() + int64_t{t} * k,
+                         .num_refs = num_refs.data() + t, .misses = misses.data() + t, .far = far.data() + t, .host = chunks.Table(chunk_row.data()),
+                         .hold = hold.data() + t, .q = q.data() + floats, .anchor = anchor.data() + floats, .age = age.data() + t});
+    }
+    gates.Write(gate), selects.Write(select), resolves.Write(resolve);
+  }
+  size_t Tasks() const { return static_cast<size_t>(tasks); }
+  size_t Floats() const { return Tasks() * kGroup * kStoryDim; }
+  static size_t Words(int32_t n) { return static_cast<size_t>((n + 63) / 64); }
+  bool GuardsIntact() const {
+    return anchor.GuardsIntact() && hold.GuardsIntact() && age.GuardsIntact() && num_refs.GuardsIntact() && far.GuardsIntact() &&
+           refs.GuardsIntact() && misses.GuardsIntact() && resident.GuardsIntact() &&
+           std::all_of(choices.begin(), choices.end(), [](const auto& choice) { return choice.GuardsIntact(); });
+  }
+
+  int32_t tasks;
+  Array<float> q, anchor;
+  Array<uint8_t> hold;
+  Array<int32_t> chunk_row, age, num_refs, far, refs;
+  Array<int64_t> misses;
+  Array<int16_t> slot_of;
+  Array<int32_t> owner;
+  Array<uint64_t> resident;
+  Array<step::GateTask> gates;
+  Array<step::SelectTask> selects;
+  Array<step::ResolveTask> resolves;
+  std::vector<StoryChoice<World>> choices;
+};
+
+template <class World>
+void FusedStepsAreThoseOfSeparateCalls(World world) {
+  struct Case {
+    int32_t n, tasks, k;
+    step::SelectBy by;
+    bool gated;
+  };
+  SeededRng rng;
+  for (const Case& c : {Case{300, 5, 30, step::SelectBy::kAny, false}, Case{300, 5, 30, step::SelectBy::kAny, true},
+                        Case{3000, 8, 150, step::SelectBy::kLogits, true}, Case{20'000, 70, 500, step::SelectBy::kBars, true},
+                        Case{20'000, 70, 500, step::SelectBy::kBars, false}, Case{500, 150, 40, step::SelectBy::kLogits, true},
+                        Case{17'000, 8, 300, step::SelectBy::kBars, true}, Case{400, 600, 20, step::SelectBy::kAny, true}}) {
+    const int32_t tasks = std::min(c.tasks, World::kMostTasks);
+    SCOPED_TRACE(testing::Message() << "n " << c.n << ", tasks " << tasks << ", by " << static_cast<int>(c.by) << (c.gated ? ", gated" : ""));
+    const StoryCodes<World> codes(rng, c.n, StoryUnits<World>::kGroup, {4, 64, false});
+    const StoryChunks chunks(rng, c.n, 0.1);
+    std::vector<int16_t> where(static_cast<size_t>(c.n), -1);
+    for (int16_t slot = 0; slot < StoryUnits<World>::kSlots; ++slot) where[static_cast<size_t>(rng.Int(0, c.n - 1))] = slot;
+    StoryUnits<World> apart(codes, chunks, tasks, c.k, where), fused(codes, chunks, tasks, c.k, where);
+    const step::GateParams gate{.num_tasks = tasks, .group = StoryUnits<World>::kGroup, .head_dim = kStoryDim, .tau = 0.8f, .max_age = 3};
+    const step::SelectParams select{.num_tasks = tasks, .max_n = c.n, .format = codes.format, .group = StoryUnits<World>::kGroup,
+                                    .head_dim = kStoryDim, .by = c.by, .gated = c.gated};
+    std::vector<float> q = rng.Normals(apart.q.size());
+    size_t held = 0, asked = 0;
+    for (int step = 0; step < 5; ++step) {
+      const auto moved = rng.Normals(q.size());
+      const size_t width = StoryUnits<World>::kGroup * kStoryDim;
+      for (size_t i = 0; step > 0 && i < q.size(); ++i) q[i] = i / width % 3 == 0 ? moved[i] : q[i] + 0.1f * moved[i];  // a third turns
+      apart.q.Write(q), fused.q.Write(q);
+      step::GateParams gates = gate;
+      step::SelectParams selects = select;
+      gates.tasks = apart.gates.data(), selects.tasks = apart.selects.data();
+      world.Run(world.kernels().gate(gates, world.stream()));
+      RunSelect(world, selects);
+      world.Run(world.kernels().resolve({.tasks = apart.resolves.data(), .num_tasks = tasks, .group = gate.group, .head_dim = kStoryDim},
+                                        world.stream()));
+      gates.tasks = fused.gates.data(), selects.tasks = fused.selects.data(), selects.resolves = fused.resolves.data();
+      world.Run(world.kernels().append({.format = codes.format, .head_dim = kStoryDim, .gate = gates}, world.stream()));
+      RunSelect(world, selects);
+      for (const uint8_t hold : fused.hold.Read()) held += hold, ++asked;
+      ASSERT_EQ(fused.hold.Read(), apart.hold.Read()) << "step " << step;
+      ASSERT_EQ(fused.num_refs.Read(), apart.num_refs.Read()) << "step " << step;
+      ASSERT_EQ(fused.refs.Read(), apart.refs.Read()) << "step " << step;
+      EXPECT_EQ(fused.misses.Read(), apart.misses.Read()) << "step " << step;
+      EXPECT_EQ(fused.far.Read(), apart.far.Read()) << "step " << step;
+      EXPECT_EQ(fused.age.Read(), apart.age.Read()) << "step " << step;
+      EXPECT_EQ(fused.anchor.Read(), apart.anchor.Read()) << "step " << step;
+      EXPECT_EQ(fused.resident.Read(), apart.resident.Read()) << "step " << step;
+      for (size_t t = 0; t < fused.choices.size(); ++t) {
+        const StoryChoice<World>&a = apart.choices[t], &b = fused.choices[t];
+        ASSERT_EQ(b.count.Read(), a.count.Read()) << "step " << step << ", task " << t;
+        ASSERT_EQ(b.chosen.Read(), a.chosen.Read()) << "step " << step << ", task " << t;
+        ASSERT_TRUE(AllClose(b.lse_all.Read(), a.lse_all.Read(), {1e-5, 1e-6}) && AllClose(b.lse_out.Read(), a.lse_out.Read(), {1e-4, 1e-5})) << t;
+        ASSERT_TRUE(AllClose(b.pooled.Read(), a.pooled.Read(), {1e-5, 1e-6})) << "step " << step << ", task " << t;
+      }
+    }
+    EXPECT_TRUE(held > 0 && held < asked) << "all hold or none: " << held << " of " << asked;
+    EXPECT_GT(apart.misses.Read()[0], 0) << "nothing was missed";
+    EXPECT_GT(apart.far.Read()[0], 0) << "nothing was far";
+    EXPECT_EQ(fused.num_refs.Read()[1], -1) << "no room";
+    EXPECT_TRUE(fused.GuardsIntact() && apart.GuardsIntact());
+  }
+}
+
+// Without slots nothing of the state need be there, and lists that are empty are left alone.
+template <class World>
+void AStateWithoutSlotsIsNone(World world) {
+  Of<World, int32_t> n(std::vector<int32_t>{100}), count(std::vector<int32_t>{2}), refs(2), num(1), zero(std::vector<int32_t>{0}), fetched(1);
+  const Of<World, int32_t> chosen(std::vector<int32_t>{10, 90});
+  const Of<World, step::ResolveTask> task(std::vector<step::ResolveTask>{
+      {.at = {.max_n = 100}, .chosen = chosen.data(), .count = count.data(), .room = 2, .n = n.data(), .ring_row = 7, .ring_rows = 16,
+       .refs = refs.data(), .num_refs = num.data()}});
+  world.Run(world.kernels().resolve({.tasks = task.data(), .num_tasks = 1, .group = 1, .head_dim = kStoryDim}, world.stream()));
+  EXPECT_EQ(refs.Read(), (std::vector<int32_t>{~10, 7 + 90 % 16}));
+  const Of<World, step::RefreshTask> none(std::vector<step::RefreshTask>{{.wanted_count = zero.data(), .count = fetched.data()}});
+  world.Run(world.kernels().refresh({.tasks = none.data(), .num_tasks = 1, .max_n = 100}, world.stream()));
+  EXPECT_EQ(fetched.Read()[0], 0);
+  world.Run(world.kernels().land({.tasks = none.data(), .num_tasks = 1, .max_n = 100}, world.stream()));
+  StoryChoice<World> choice(1, 1, 1);
+  const Of<World, step::ChooseTask> nothing(std::vector<step::ChooseTask>{{.n = zero.data(), .rule = choice.Into({.sinks = 2, .k = 1})}});
+  step::ChooseParams params{.num_tasks = 1, .max_n = 100, .group = 1, .rule = GroupRule::kMaxLogit};
+  const auto workspace = StoryWorkspace<World>(world.kernels().choose_workspace(params));  // tasks need not be there yet
+  params.tasks = nothing.data(), params.workspace = workspace.data(), params.workspace_bytes = workspace.size();
+  world.Run(world.kernels().choose(params, world.stream()));
+  EXPECT_EQ(choice.count.Read()[0], 0);
+  EXPECT_OK(world.kernels().select_workspace({.num_tasks = 8, .max_n = 100, .group = 1, .head_dim = kStoryDim}));
+  EXPECT_OK(world.kernels().attend_workspace({.num_tasks = 8, .max_rows = 100, .group = 1, .head_dim = kStoryDim}));
 }
 
 template <class World>
@@ -570,6 +732,8 @@ void StepCallsThatAreRefused(World world) {
   PREHOC_STEP_STORY(SUITE, RefreshTakesNoMoreThanThereIs)       \
   PREHOC_STEP_STORY(SUITE, AttendSeesRowsOfBothMemories)        \
   PREHOC_STEP_STORY(SUITE, GatherCopiesAndRefuses)              \
+  PREHOC_STEP_STORY(SUITE, FusedStepsAreThoseOfSeparateCalls)   \
+  PREHOC_STEP_STORY(SUITE, AStateWithoutSlotsIsNone)            \
   PREHOC_STEP_STORY(SUITE, StepCallsThatAreRefused)
 
 }  // namespace prehoc

@@ -38,6 +38,7 @@ struct ReferenceWorld {
   template <class T>
   using Array = HostArray<T>;
   static constexpr bool kHostMemory = true;
+  static constexpr int32_t kMostTasks = 4;  // in time
   const step::StepKernels& kernels() const { return step::ReferenceStepKernels(); }
   void* stream() const { return nullptr; }
   void Run(const Status& status) const { ASSERT_OK(status); }

@@ -9,6 +9,7 @@ struct CudaWorld {
   template <class T>
   using Array = CudaArray<T>;
   static constexpr CudaPlace kHostMemory = CudaPlace::kPinned;
+  static constexpr int32_t kMostTasks = 1000;
   const step::StepKernels& kernels() const { return cuda::DeviceStepKernels(); }
   void* stream() const { return cuda_stream; }
   void Run(const Status& status) const {
