@@ -142,8 +142,11 @@ class CudaDecoder final : public TokenDecoder {
       PREHOC_RETURN_IF_ERROR(NormRows(x, norm, config_.rms_eps, normed_.data(), count_, static_cast<int32_t>(cols), stream_.get()));
       x = normed_.data();
     }
-    return MultiplyMatrix({.weights = weights, .x = x, .bias = bias, .y = y, .add = add, .tokens = count_, .rows = static_cast<int32_t>(rows),
-                           .cols = static_cast<int32_t>(cols), .type = weights_->type()}, stream_.get());
+    // What no product reads or writes meanwhile: the MLP's inner rows while others are multiplied, and the other way round.
+    const bool down = x == gated_.data();
+    float* const workspace = down ? gate_up_.data() : cols <= config_.intermediate ? gated_.data() : nullptr;
+    return MultiplyMatrix({.weights = weights, .x = x, .bias = bias, .y = y, .add = add, .workspace = workspace, .tokens = count_,
+                           .rows = static_cast<int32_t>(rows), .cols = static_cast<int32_t>(cols), .type = weights_->type()}, stream_.get());
   }
 
   Status RunLayer(AttentionBackend& backend, int32_t index) {

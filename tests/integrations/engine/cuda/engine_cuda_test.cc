@@ -162,16 +162,14 @@ TEST_F(CudaEngineTest, ProductsOfEverySize) {
         EXPECT_TRUE(AllClose(y.Read(), want, {3e-4, 1e-4})) << "rows " << rows << " cols " << cols << " gated " << gated;
         EXPECT_TRUE(y.GuardsIntact());
       }
-      for (const int32_t tokens : {1, 5, 64, 70}) {
+      for (const int32_t tokens : {1, 5, 64, 70, 133}) {
         if (cols > 2100 && tokens > 5) continue;  // the truth takes its time
+        if (tokens > 100 && cols > 300) continue;
         std::vector<Half> weights(static_cast<size_t>(rows) * static_cast<size_t>(cols));
         for (Half& h : weights) h = FloatToHalf(static_cast<float>(rng.Normal() / std::sqrt(cols)));
         const std::vector<float> x = rng.Normals(static_cast<size_t>(tokens) * static_cast<size_t>(cols), 3);
         const CudaArray<Half> w(weights);
         const CudaArray<float> dx(x);
-        CudaArray<float> y(static_cast<size_t>(tokens * rows));
-        ASSERT_OK(MultiplyMatrix({.weights = w.data(), .x = dx.data(), .y = y.data(), .tokens = tokens, .rows = rows, .cols = cols}, nullptr));
-        ASSERT_OK(CudaStatus(cudaDeviceSynchronize(), "wait"));
         std::vector<double> want;
         for (int32_t t = 0; t < tokens; ++t) {
           for (int32_t r = 0; r < rows; ++r) {
@@ -183,8 +181,26 @@ TEST_F(CudaEngineTest, ProductsOfEverySize) {
             want.push_back(sum);
           }
         }
-        EXPECT_TRUE(AllClose(y.Read(), want, {1e-4, 1e-4}, {tokens, rows})) << "rows " << rows << " cols " << cols;
-        EXPECT_TRUE(y.GuardsIntact());
+        // With a workspace another kernel may run.
+        for (const bool wide : {false, true}) {
+          CudaArray<float> y(static_cast<size_t>(tokens * rows)), workspace(x.size());
+          const MatrixProduct product{.weights = w.data(), .x = dx.data(), .y = y.data(), .workspace = wide ? workspace.data() : nullptr,
+                                      .tokens = tokens, .rows = rows, .cols = cols};
+          ASSERT_OK(MultiplyMatrix(product, nullptr));
+          ASSERT_OK(CudaStatus(cudaDeviceSynchronize(), "wait"));
+          EXPECT_TRUE(AllClose(y.Read(), want, {1e-4, 1e-4}, {tokens, rows})) << "rows " << rows << " cols " << cols << " tokens " << tokens << " wide " << wide;
+          EXPECT_TRUE(y.GuardsIntact() && workspace.GuardsIntact());
+          // Once more, on top of it, with a bias.
+          MatrixProduct again = product;
+          const std::vector<float> bias = rng.Normals(static_cast<size_t>(rows));
+          const CudaArray<float> dbias(bias);
+          again.add = true, again.bias = dbias.data();
+          ASSERT_OK(MultiplyMatrix(again, nullptr));
+          ASSERT_OK(CudaStatus(cudaDeviceSynchronize(), "wait"));
+          std::vector<double> twice;
+          for (size_t i = 0; i < want.size(); ++i) twice.push_back(2 * want[i] + bias[i % bias.size()]);
+          EXPECT_TRUE(AllClose(y.Read(), twice, {2e-4, 1e-4}, {tokens, rows})) << "rows " << rows << " cols " << cols << " tokens " << tokens << " wide " << wide;
+        }
       }
     }
   }
