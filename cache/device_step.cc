@@ -498,9 +498,7 @@ Status Sequence::Impl::EnqueueLayer(int32_t layer, void* stream) {
     }
     PREHOC_RETURN_IF_ERROR(kernels.select({.tasks = d.at.select + from, .num_tasks = shape.kv_heads, .max_n = shape.max_tokens, .format = format,
                                            .group = shape.group, .head_dim = shape.head_dim, .gated = d.rule.may_inherit,
-                                           .workspace = d.at.select_space, .workspace_bytes = shape.select_space}, stream));
-    PREHOC_RETURN_IF_ERROR(kernels.resolve({.tasks = d.at.resolve + from, .num_tasks = shape.kv_heads, .group = shape.group,
-                                            .head_dim = shape.head_dim}, stream));
+                                           .resolves = d.at.resolve + from, .workspace = d.at.select_space, .workspace_bytes = shape.select_space}, stream));
   }
   return kernels.attend({.tasks = d.at.attend + from, .num_tasks = shape.kv_heads, .max_rows = d.max_rows, .group = shape.group,
                          .head_dim = shape.head_dim, .workspace = d.at.attend_space, .workspace_bytes = shape.attend_space}, stream);

@@ -172,6 +172,7 @@ int64_t Sequence::restored() const { return impl_->restored_tokens; }
 int64_t Sequence::max_tokens() const { return impl_->max_tokens; }
 int32_t Sequence::chunk_tokens() const { return impl_->geometry().chunk_tokens; }
 int64_t Sequence::prompt_length() const { return impl_->last_prompt; }
+bool Sequence::takes_device_memory() const { return impl_->kernels().settle != nullptr; }
 std::span<const int32_t> Sequence::tokens() const {
   return std::span(impl_->tokens).first(static_cast<size_t>(impl_->length));
 }
@@ -191,6 +192,7 @@ Status Sequence::Prefill(LayerId layer, const LayerInput& input) {
 Status Sequence::Attend(LayerId layer, const LayerInput& input) {
   return WithinMemory([&]() -> Status {
     PREHOC_RETURN_IF_ERROR(impl_->CheckCall(layer, true));
+    if (input.on_device) return {StatusCode::kInvalid, "on_device in decode: only Prefill() takes q, k and v there"};
     return impl_->Attend(layer.value(), input);
   });
 }

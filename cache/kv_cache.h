@@ -121,6 +121,9 @@ struct LayerInput {
   const float* v = nullptr;   // [count, kv_heads, head_dim]
   float* out = nullptr;       // [count - q_skip, heads, head_dim]
   int64_t q_skip = 0;         // leading tokens without a query (frozen by ETF)
+  // All pointers are to memory of the device that host code cannot reach, and what writes q, k and v is finished; only for Prefill(),
+  // and only if Sequence::takes_device_memory(). `out` is complete when Prefill() returns.
+  bool on_device = false;
 };
 
 // One sequence. One thread at a time; different sequences may run at once.
@@ -132,6 +135,7 @@ class Sequence {
   int64_t max_tokens() const;
   int32_t chunk_tokens() const;
   int64_t prompt_length() const; // of the last prompt, whatever was before it included
+  bool takes_device_memory() const;  // see LayerInput::on_device
 
   // Announces tokens [length(), length() + tokens.size()). prompt_tokens: length of the whole prompt, this sequence's
   // earlier tokens included (prefill), or 0 (decode; exactly one token).
@@ -140,7 +144,8 @@ class Sequence {
   PrefillRule FreezeRule(LayerId layer) const;
 
   // Appends K and V of the announced tokens to `layer`, then attends causally and densely (within the PSAW window).
-  // Every layer once, in order. Rows go to the host tier, the index is built as groups fill.
+  // Every layer once, in order. Rows go to the host tier, the index is built as groups fill. From on_device input they go to the host
+  // behind the next layer's work, as long as the whole sequence has room there; errors of that are returned by a later call.
   // kOutOfSpace (every budget full), kCorrupt or kNotFound (an earlier chunk is lost: LostChunks()), kIoError.
   Status Prefill(LayerId layer, const LayerInput& input);
 

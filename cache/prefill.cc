@@ -16,46 +16,122 @@ Status Sequence::Impl::Prefill(int32_t layer_index, const LayerInput& in) {
   ScopedTimer timer(*cache->resources.clock, &step_report.times.prefill);
   TraceScope trace(tracer(), "prefill layer");
   trace.Say("layer", layer_index);
-  LayerState& layer = layers[static_cast<size_t>(layer_index)];
-  const int64_t size = geometry().chunk_tokens;
   if (in.q_skip < 0 || in.q_skip > count) {
     return {StatusCode::kInvalid, "q_skip = " + std::to_string(in.q_skip) + " of " + std::to_string(count) + " tokens"};
   }
+  if (in.on_device && kernels().settle == nullptr) {
+    return {StatusCode::kInvalid, "on_device: the kernels of this cache (" + std::string(kernels().name) + ") read host memory; copy q, k and v there"};
+  }
+  Status status = RunPrefillLayer(layer_index, in);
+  if (status.code() == StatusCode::kOutOfSpace && !behind.empty()) {  // what earlier layers hold may be what this one lacks
+    PREHOC_RETURN_IF_ERROR(FinishLayers(0));
+    status = RunPrefillLayer(layer_index, in);
+  }
+  PREHOC_RETURN_IF_ERROR(status);
+  ++next_layer;
+  if (LayersOverlap(in)) {
+    // While the device attends: the layer before this one goes to its tiers, the next one's blocks are made and its rows read.
+    PREHOC_RETURN_IF_ERROR(FinishLayers(1));
+    if (next_layer < geometry().layers) PrepareNextLayer(next_layer);
+    PREHOC_RETURN_IF_ERROR(Settle({.results = true, .rows_but = 1}));
+  }
+  if (!repairing && visible() == prompt && in.q_skip < count) {
+    PREHOC_RETURN_IF_ERROR(Settle({}));
+    PREHOC_RETURN_IF_ERROR(Summarise(*behind.back()));
+    const int64_t last = count - in.q_skip - 1;
+    const auto row = static_cast<size_t>(geometry().heads) * static_cast<size_t>(geometry().head_dim);
+    const float* query = in.q + last * static_cast<int64_t>(row);
+    const float* before = in.q_pre_rope ? in.q_pre_rope + last * static_cast<int64_t>(row) : nullptr;
+    std::vector<float> copies(in.on_device ? 2 * row : 0);
+    if (in.on_device) {
+      const DeviceMemory& device = *cache->resources.device;
+      PREHOC_RETURN_IF_ERROR(device.Read(query, row * sizeof(float), copies.data()));
+      if (before) PREHOC_RETURN_IF_ERROR(device.Read(before, row * sizeof(float), copies.data() + row));
+      query = copies.data();
+      if (before) before = copies.data() + row;
+    }
+    PREHOC_RETURN_IF_ERROR(FirstSelection(layer_index, query, before));
+  }
+  return LayersOverlap(in) ? Status() : FinishLayers(0);
+}
+
+Status Sequence::Impl::RunPrefillLayer(int32_t layer_index, const LayerInput& in) {
+  LayerState& layer = layers[static_cast<size_t>(layer_index)];
   if (!repairing) PREHOC_RETURN_IF_ERROR(EnsureTails(layer, visible()));
   PREHOC_RETURN_IF_ERROR(AppendRows(layer_index, in, first, count));
-  {
-    std::vector<BlockRef> seen(layer.blocks.begin(), layer.blocks.begin() + static_cast<std::ptrdiff_t>(CeilDiv(visible(), size)));
-    if (repairing) seen.back() = repair_blocks[static_cast<size_t>(layer_index)];
-    LayerBlocks rows(cache->host.get(), geometry(), seen, BlockUse::kStream);
-    if (!repairing) {
-      PREHOC_RETURN_IF_ERROR(IndexRows(layer_index, rows, visible()));
-      PREHOC_RETURN_IF_ERROR(FillRing(layer_index, rows, first, visible()));
-      PREHOC_RETURN_IF_ERROR(AddKeysToSummaries(layer_index, rows, first, visible()));
-    }
-    if (!repairing) KeepQueries(layer, in);
-    if (!repairing && visible() == prompt && selector().NeedsLabels()) {
-      PREHOC_RETURN_IF_ERROR(BuildLabels(layer_index, rows, LastQueries(layer)));
-    }
-    step_report.prefill_frozen_rows += in.q_skip;
-    if (in.q_skip < count) {
-      PREHOC_RETURN_IF_ERROR(AttendPrefill(layer_index, rows, in, first + in.q_skip, count - in.q_skip));
-    }
-    step_report.prefill_bytes_from_disk += rows.loaded() * static_cast<int64_t>(geometry().block_bytes());
+  std::unique_ptr<PrefillLayer> now = std::move(ahead);
+  if (!now || now->layer != layer_index) now = LookInto(layer_index);
+  LayerBlocks& rows = *now->rows;
+  if (!repairing) PREHOC_RETURN_IF_ERROR(IndexRows(layer_index, rows, visible()));
+  if (!repairing) KeepQueries(layer, in);
+  if (!repairing && visible() == prompt && selector().NeedsLabels()) {
+    PREHOC_RETURN_IF_ERROR(BuildLabels(layer_index, rows, LastQueries(layer)));
   }
-  ++next_layer;
-  if (repairing) return {};
-  if (visible() == prompt && in.q_skip < count) {
-    const int64_t last = count - in.q_skip - 1;
-    const int64_t stride = static_cast<int64_t>(geometry().heads) * geometry().head_dim;
-    PREHOC_RETURN_IF_ERROR(FirstSelection(layer_index, in.q + last * stride,
-                                          in.q_pre_rope ? in.q_pre_rope + last * stride : nullptr));
+  if (in.q_skip < count) {
+    PREHOC_RETURN_IF_ERROR(AttendPrefill(layer_index, rows, in, first + in.q_skip, count - in.q_skip));
   }
-  // Chunks that began in this call are whole for good: from here on they may leave the host tier.
-  if (first % size == 0) {
-    const auto first_tail = static_cast<int64_t>(layer.blocks.size() - layer.tail_pins.size());
-    SealChunks(layer_index, first_tail, visible() / size);
+  step_report.prefill_frozen_rows += in.q_skip;
+  behind.push_back(std::move(now));
+  return {};
+}
+
+std::unique_ptr<PrefillLayer> Sequence::Impl::LookInto(int32_t layer_index) {
+  const std::vector<BlockRef>& blocks = layers[static_cast<size_t>(layer_index)].blocks;
+  auto look = std::make_unique<PrefillLayer>();
+  look->layer = layer_index;
+  look->blocks.assign(blocks.begin(), blocks.begin() + static_cast<std::ptrdiff_t>(CeilDiv(visible(), geometry().chunk_tokens)));
+  if (repairing) look->blocks.back() = repair_blocks[static_cast<size_t>(layer_index)];
+  look->rows.emplace(cache->host.get(), geometry(), look->blocks, BlockUse::kStream);
+  return look;
+}
+
+// Two layers hold blocks then: only where nothing has to leave host memory for that.
+bool Sequence::Impl::LayersOverlap(const LayerInput& in) const {
+  const int64_t blocks = CeilDiv(visible(), geometry().chunk_tokens) * geometry().layers;
+  return in.on_device && !repairing && cache->host->capacity_blocks() >= blocks;
+}
+
+// What fails here is tried again, and told, when the layer comes.
+void Sequence::Impl::PrepareNextLayer(int32_t layer_index) {
+  if (!EnsureTails(layers[static_cast<size_t>(layer_index)], visible()).ok() || complete() || first == 0) return;
+  ahead = LookInto(layer_index);
+  const auto runs = RunsUpTo(layer_index, *ahead->rows, first);
+  bool begun = runs.ok();
+  if (begun) {
+    const std::vector<std::span<const RowRun>> tasks(runs->begin(), runs->end());
+    begun = kernels().read_ahead({.tasks = tasks, .rows = static_cast<int32_t>(first), .total = static_cast<int32_t>(visible()),
+                                  .head_dim = geometry().head_dim}, cache->launch()).ok();
+  }
+  if (!begun) ahead.reset();
+}
+
+Status Sequence::Impl::Summarise(PrefillLayer& done) {
+  if (std::exchange(done.summarised, true) || repairing) return {};
+  return AddKeysToSummaries(done.layer, *done.rows, first, visible());
+}
+
+Status Sequence::Impl::FinishLayers(size_t but) {
+  if (behind.size() <= but) return {};
+  PREHOC_RETURN_IF_ERROR(Settle({.results = but == 0, .rows_but = static_cast<int32_t>(but)}));
+  const int64_t size = geometry().chunk_tokens;
+  while (behind.size() > but) {
+    PrefillLayer& done = *behind.front();
+    PREHOC_RETURN_IF_ERROR(Summarise(done));
+    step_report.prefill_bytes_from_disk += done.rows->loaded() * static_cast<int64_t>(geometry().block_bytes());
+    const int32_t layer_index = done.layer;
+    behind.pop_front();
+    // Chunks that began in this call are whole for good: from here on they may leave the host tier.
+    if (repairing || first % size != 0) continue;
+    const LayerState& layer = layers[static_cast<size_t>(layer_index)];
+    SealChunks(layer_index, static_cast<int64_t>(layer.blocks.size() - layer.tail_pins.size()), visible() / size);
   }
   return {};
+}
+
+void Sequence::Impl::DropLayers() {
+  if (open && !decoding()) Settle({}).IgnoreError();  // the call has its error, or none wants one
+  behind.clear();
+  ahead.reset();
 }
 
 Status Sequence::Impl::IndexRows(int32_t layer_index, LayerBlocks& rows, int64_t end) {
@@ -186,14 +262,31 @@ Status Sequence::Impl::AddKeysToBalls(int32_t layer_index, LayerBlocks& rows, in
   return {};
 }
 
+Result<std::vector<std::vector<RowRun>>> Sequence::Impl::RunsUpTo(int32_t layer_index, LayerBlocks& rows, int64_t end) {
+  const int64_t size = geometry().chunk_tokens;
+  std::vector<std::vector<RowRun>> runs;
+  for (int32_t h = 0; h < geometry().kv_heads; ++h) {
+    std::vector<RowRun>& of_head = runs.emplace_back();
+    if (complete() && !repairing) {  // the ring has them all
+      of_head.push_back({layers[static_cast<size_t>(layer_index)].heads[static_cast<size_t>(h)].ring, static_cast<int32_t>(end)});
+      continue;
+    }
+    for (int64_t at = 0; at < end; at += size) {
+      PREHOC_ASSIGN_OR_RETURN(const Half* source, rows.Rows(static_cast<size_t>(at / size), h));
+      of_head.push_back({source, static_cast<int32_t>(std::min(size, end - at))});
+    }
+  }
+  return runs;
+}
+
 Status Sequence::Impl::AttendPrefill(int32_t layer_index, LayerBlocks& rows, const LayerInput& in, int64_t begin,
                                      int64_t queries) {
   TraceScope trace(tracer(), "attend");
   trace.Say("layer", layer_index).Say("queries", queries);
   const PrefillRule rule = RuleOfPrefill(layer_index);
-  const int64_t size = geometry().chunk_tokens;
   const int32_t dim = geometry().head_dim, group = geometry().group();
   const int64_t stride = static_cast<int64_t>(geometry().heads) * dim;
+  PREHOC_ASSIGN_OR_RETURN(const auto runs, RunsUpTo(layer_index, rows, visible()));
 
   std::vector<int32_t> starts;
   if (rule.windowed) {
@@ -204,20 +297,14 @@ Status Sequence::Impl::AttendPrefill(int32_t layer_index, LayerBlocks& rows, con
       step_report.prefill_cut_keys += std::max<int64_t>(0, start - (rule.keep_sink ? sinks : 0)) * geometry().kv_heads;
     }
   }
-  std::vector<std::vector<RowRun>> runs(static_cast<size_t>(geometry().kv_heads));
   std::vector<PrefillTask> tasks;
   for (int32_t h = 0; h < geometry().kv_heads; ++h) {
-    std::vector<RowRun>& of_head = runs[static_cast<size_t>(h)];
-    for (int64_t at = 0; at < visible(); at += size) {
-      PREHOC_ASSIGN_OR_RETURN(const Half* source, rows.Rows(static_cast<size_t>(at / size), h));
-      of_head.push_back({source, static_cast<int32_t>(std::min(size, visible() - at))});
-    }
     PrefillTask task;
     task.q = in.q + static_cast<int64_t>(h) * group * dim;
     task.q_stride = stride;
     task.out = in.out + static_cast<int64_t>(h) * group * dim;
     task.out_stride = stride;
-    task.runs = of_head;
+    task.runs = runs[static_cast<size_t>(h)];
     task.start = starts.empty() ? nullptr : starts.data();
     tasks.push_back(task);
   }
@@ -228,6 +315,7 @@ Status Sequence::Impl::AttendPrefill(int32_t layer_index, LayerBlocks& rows, con
   params.sinks = rule.windowed && rule.keep_sink ? sinks : 0;
   params.group = group;
   params.head_dim = dim;
+  params.on_device = in.on_device;
   return kernels().prefill(params, cache->launch());
 }
 

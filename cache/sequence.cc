@@ -142,7 +142,10 @@ Sequence::Impl::Impl(CacheShared* shared, const DeviceLayout& device_layout, Dev
       dither_seed(sequence_options.dither_seed), branch(NewBranch()), chain(root),
       next_chain(std::move(root)), scratch(std::make_unique<FastStep>()) {}
 
-Sequence::Impl::~Impl() { DropStepPins(); }
+Sequence::Impl::~Impl() {
+  DropLayers();
+  DropStepPins();
+}
 
 void Sequence::Impl::Carve(const DeviceRequest& request) {
   const auto num_layers = static_cast<size_t>(geometry().layers);
@@ -312,7 +315,7 @@ void Sequence::Impl::SealChunks(int32_t layer_index, int64_t first_chunk, int64_
   }
 }
 
-// Rows go to their host block; in decode also to the ring, where the step reads them.
+// Rows go to their host block and, unless it is made anew, to the ring and the sinks, which are read without it.
 Status Sequence::Impl::AppendRows(int32_t layer_index, const LayerInput& in, int64_t begin, int64_t added) {
   LayerState& layer = layers[static_cast<size_t>(layer_index)];
   const int64_t size = geometry().chunk_tokens;
@@ -333,17 +336,26 @@ Status Sequence::Impl::AppendRows(int32_t layer_index, const LayerInput& in, int
                   at % size * 2 * dim;
       task.count = static_cast<int32_t>(run);
       tasks.push_back(task);
-      if (!decoding()) continue;
-      task.rows = layer.heads[static_cast<size_t>(h)].ring + at % layout.ring * 2 * dim;
-      tasks.push_back(task);
-      if (at < sinks) {
-        task.rows = layer.heads[static_cast<size_t>(h)].sinks + at * 2 * dim;
-        tasks.push_back(task);
-      }
     }
     at += run;
   }
-  return kernels().append({.tasks = tasks, .head_dim = geometry().head_dim}, cache->launch());
+  const auto copy = [&](int64_t from, int64_t to, auto&& target) {
+    if (from >= to) return;
+    for (int32_t h = 0; h < geometry().kv_heads; ++h) {
+      const int64_t offset = (from - begin) * stride + h * dim;
+      tasks.push_back({.k = in.k + offset, .v = in.v + offset, .stride = stride, .rows = target(layer.heads[static_cast<size_t>(h)]),
+                       .count = static_cast<int32_t>(to - from)});
+    }
+  };
+  if (!repairing) {
+    for (int64_t at = std::max(begin, ring_begin); at < begin + added;) {
+      const int64_t end = std::min(at + layout.ring - at % layout.ring, begin + added);  // as far as the ring runs on
+      copy(at, end, [&](const HeadState& head) { return head.ring + at % layout.ring * 2 * dim; });
+      at = end;
+    }
+    copy(begin, std::min<int64_t>(begin + added, sinks), [&](const HeadState& head) { return head.sinks + begin * 2 * dim; });
+  }
+  return kernels().append({.tasks = tasks, .head_dim = geometry().head_dim, .on_device = in.on_device}, cache->launch());
 }
 
 std::byte* Sequence::Impl::TailBytes(LayerState& layer, int64_t chunk) {
@@ -362,6 +374,7 @@ Status Sequence::Impl::End() {
     return {StatusCode::kInvalid, "End() after " + std::to_string(next_layer) + " of " + std::to_string(geometry().layers) +
                                       " layers"};
   }
+  PREHOC_RETURN_IF_ERROR(FinishLayers(0));
   const bool prompt_done = !decoding() && visible() == prompt;
   if ((decoding() && !on_device) || prompt_done) PREHOC_RETURN_IF_ERROR(SlowClock());
 
@@ -394,6 +407,7 @@ void Sequence::Impl::Rollback() {
   if (!open) return;
   if (call_trace) call_trace->Say("rolled_back", 1);
   call_trace.reset();
+  DropLayers();
   if (device_step != nullptr && device_step->planned) {
     // It broke off somewhere; what heads chose in it may be of any queries.
     LeaveSteps().IgnoreError();  // what cannot be read is forgotten, too

@@ -54,6 +54,10 @@ struct AppendTask {
 struct AppendParams {
   std::span<const AppendTask> tasks;
   int32_t head_dim = 0;
+  // Only for tables with `settle`: k and v lie in the device's memory, and whatever writes them is finished. Rows in host memory then
+  // arrive behind the call: until settle() says that they are there, encode and prefill see them all the same (by the device's copy), and
+  // nobody else reads them.
+  bool on_device = false;
 };
 
 // --- encode: one group of rows becomes a code block ---------------------------------------------------------------
@@ -256,6 +260,21 @@ struct PrefillParams {
   int32_t first = 0;   // position of query 0
   int32_t sinks = 0;
   int32_t group = 0, head_dim = 0;
+  bool on_device = false;  // only for tables with `settle`: q and out lie in the device's memory; out is there after settle(results)
+};
+
+// --- what runs behind the calls (both null in tables that finish all they begin) ----------------------------------------
+// Waits, and returns what went wrong behind the calls. An error leaves nothing under way.
+struct SettleParams {
+  bool results = true;   // until what was enqueued is done: outputs are there
+  int32_t rows_but = 0;  // until the rows of all append calls but the last so many are in host memory; 0 = copies to the device are done, too
+};
+// The next prefill call will ask for `total` rows of each task, [0, rows) of them in these runs, which stay as and where they are until then.
+// They begin to come to the device behind the other work. A hint: another prefill call may come instead.
+struct ReadAheadParams {
+  std::span<const std::span<const RowRun>> tasks;
+  int32_t rows = 0, total = 0;
+  int32_t head_dim = 0;
 };
 
 // Every entry returns kInvalid or kUnsupported (with nothing written) for shapes it does not take, naming them.
@@ -273,6 +292,8 @@ struct KernelTable {
   Status (*gather)(const GatherParams&, const Launch&);
   Status (*attend)(const AttendParams&, const Launch&);
   Status (*prefill)(const PrefillParams&, const Launch&);
+  Status (*settle)(const SettleParams&, const Launch&) = nullptr;
+  Status (*read_ahead)(const ReadAheadParams&, const Launch&) = nullptr;
 };
 
 const KernelTable& ReferenceKernels();

@@ -3,7 +3,7 @@
 # scripts/gpu_suite.sh --pack DIR.
 #   DIR/gpu_bench.sh OUT_DIR                       all of them, about 8 minutes; 72 GiB of host memory, 60 GiB on the device
 #   DIR/gpu_bench.sh OUT_DIR --only=decode-128k,operator
-#   names: kernels torch-sdpa operator decode-128k decode-batch decode-long transfer prefill
+#   names: kernels torch-sdpa operator decode-128k decode-batch decode-long transfer prefill prompt
 # Each has a time limit of its own and does not stop the others. Exit code 0 only if all did what they were asked to: an answer that is
 # wrong or a case over its memory budget is a failure. torch-sdpa is left out, and says so, where PyTorch is not installed.
 set -euo pipefail
@@ -52,6 +52,7 @@ ours decode-long 120 decode_bench --steps=64 --host-pool-gib=32 \
   --cases="$(cases weights {scan4,gate4@0.8}/n524288/m12 {scan2,gate2@0.8}/n1048576/f3/m12)"
 ours transfer 150 transfer_bench --pool-gib=64
 ours prefill 120 prefill_bench
+ours prompt 240 prompt_bench --prefill=131072 --runs=off,tc
 if python3 -c 'import torch' 2>/dev/null; then
   bench torch-sdpa 120 python3 "$here/torch_baseline.py" "$out/torch-sdpa.json" --commit "$commit"
 elif [ -z "$only" ] || [[ $only = *,torch-sdpa,* ]]; then

@@ -18,7 +18,7 @@ pack() {
   cmake --preset gpu --log-level=WARNING >/dev/null
   cmake --build --preset gpu
   mkdir -p "$to/lib"
-  for binary in "${tests[@]}" gpu_bench decode_bench operator_bench transfer_bench prefill_bench prehoc; do
+  for binary in "${tests[@]}" gpu_bench decode_bench operator_bench transfer_bench prefill_bench prompt_bench prehoc; do
     strip -o "$to/$binary" "build/gpu/bin/$binary"
     ldd "build/gpu/bin/$binary" | awk '$3 ~ /^\// { print $3 }' |
       { grep -v -E '/(libc|libm|libdl|librt|libpthread|libstdc\+\+|libgcc_s|ld-linux-x86-64|libcuda)\.so' || true; } | xargs -r -I{} cp -uL {} "$to/lib/"

@@ -43,7 +43,7 @@ class PrefillBench {
   PrefillBench(int tokens, int chunk, int layers, int longest, int repeats)
       : tokens_(tokens), chunk_(chunk), repeats_(repeats), room_(std::max(tokens, longest + chunk)), stream_(OrExit(CudaStream::Create())),
         engine_(OrExit(CudaTransferEngine::Create())), norm_(size_t{kHidden}), input_(Of(kHidden)), x_(Of(kHidden)), normed_(Of(kHidden)), qkv_(Of(kQkv)), q_(Of(kHidden)),
-        k_(Of(kKvHeads * kD)), v_(Of(kKvHeads * kD)), attended_(Of(kHidden)), gate_up_(Of(2 * kIntermediate)), gated_(Of(kIntermediate)), angles_(Of(kD)) {
+        k_(Of(kKvHeads * kD)), v_(Of(kKvHeads * kD)), attended_(Of(kHidden)), gate_up_(Of(2 * kIntermediate)), gated_(Of(kIntermediate)), angles_(Of(kD)), workspace_(Of(kIntermediate)) {
     layers_.resize(size_t(layers));
     uint64_t seed = 1;
     const auto fill = [&](const Array<uint16_t>& w, int cols) { OrExit(FillNormal(w.data(), int64_t(w.size()), 1 / std::sqrt(float(cols)), seed++, Stream())); };
@@ -120,7 +120,7 @@ class PrefillBench {
     std::fflush(stdout);
   }
   void Product(const char* name, const Array<uint16_t>& w, const Array<float>& x, const Array<float>& y, int rows, int cols) {
-    const Spread us = Time([&] { OrExit(reference::MultiplyMatrix({.weights = w.data(), .x = x.data(), .y = y.data(), .tokens = chunk_, .rows = rows, .cols = cols}, Stream())); },
+    const Spread us = Time([&] { OrExit(reference::MultiplyMatrix({.weights = w.data(), .x = x.data(), .y = y.data(), .workspace = workspace_.data(), .tokens = chunk_, .rows = rows, .cols = cols}, Stream())); },
                            repeats_);
     Report(name, {{"tokens", chunk_}, {"rows", rows}, {"cols", cols}}, us, 2.0 * chunk_ * rows * cols);
     double error = 0, all = 0;
@@ -217,7 +217,7 @@ class PrefillBench {
   }
   void OneLayer(const Layer& l, const Array<cuda::RunAppendTask>& append, const Array<cuda::RunPrefillTask>& attend, int32_t first, const CudaEvent& written) {
     const auto multiply = [&](const Array<uint16_t>& w, const Array<float>& x, const Array<float>& y, int rows, int cols, bool add) {
-      OrExit(reference::MultiplyMatrix({.weights = w.data(), .x = x.data(), .y = y.data(), .add = add, .tokens = chunk_, .rows = rows, .cols = cols}, Stream()));
+      OrExit(reference::MultiplyMatrix({.weights = w.data(), .x = x.data(), .y = y.data(), .add = add, .workspace = workspace_.data(), .tokens = chunk_, .rows = rows, .cols = cols}, Stream()));
     };
     OrExit(reference::NormRows(x_.data(), norm_.data(), 1e-5f, normed_.data(), chunk_, kHidden, Stream()));
     multiply(l.qkv, normed_, qkv_, kQkv, kHidden, false);
@@ -237,7 +237,7 @@ class PrefillBench {
   const CudaStream stream_;
   const std::unique_ptr<CudaTransferEngine> engine_;
   std::vector<Layer> layers_;
-  Array<float> norm_, input_, x_, normed_, qkv_, q_, k_, v_, attended_, gate_up_, gated_, angles_;
+  Array<float> norm_, input_, x_, normed_, qkv_, q_, k_, v_, attended_, gate_up_, gated_, angles_, workspace_;
   Json rows_ = Json::array();
 };
 

@@ -7,7 +7,9 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <deque>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -92,6 +94,15 @@ struct LayerState {
   BorrowMap head_source;            // by unit
 };
 
+// A layer of prefill whose host blocks are in use, or will be: its rows may be on their way there, and those before them on their way from
+// there.
+struct PrefillLayer {
+  int32_t layer = -1;
+  bool summarised = false;
+  std::vector<BlockRef> blocks;
+  std::optional<LayerBlocks> rows;  // of `blocks`
+};
+
 struct FastStep;
 class ScopedTimer;
 
@@ -119,6 +130,15 @@ struct Sequence::Impl {
 
   // prefill.cc
   Status Prefill(int32_t layer, const LayerInput& in);
+  Status RunPrefillLayer(int32_t layer, const LayerInput& in);
+  std::unique_ptr<PrefillLayer> LookInto(int32_t layer);
+  bool LayersOverlap(const LayerInput& in) const;
+  void PrepareNextLayer(int32_t layer);
+  // What host code does with the rows of layers that are attended to, once they are there; all but the last `but` of them.
+  Status FinishLayers(size_t but);
+  Status Summarise(PrefillLayer& done);
+  Status Settle(const SettleParams& params) { return kernels().settle ? kernels().settle(params, cache->launch()) : Status(); }
+  void DropLayers();  // after an error: nothing is under way, nothing is held
   Status IndexRows(int32_t layer, LayerBlocks& rows, int64_t end);  // codes and bounds of whole groups up to `end`
   struct IndexedGroup {
     int32_t kv_head = 0;
@@ -133,6 +153,8 @@ struct Sequence::Impl {
   }
   Status FillRing(int32_t layer, LayerBlocks& rows, int64_t first, int64_t end);
   Status AttendPrefill(int32_t layer, LayerBlocks& rows, const LayerInput& in, int64_t first, int64_t count);
+  // Runs of [0, end) in every KV head.
+  Result<std::vector<std::vector<RowRun>>> RunsUpTo(int32_t layer, LayerBlocks& rows, int64_t end);
   // What a gate must know of all keys: their variances, or a ball around them; nothing where no gate asks.
   Status AddKeysToSummaries(int32_t layer, LayerBlocks& rows, int64_t first, int64_t end);
   Status AddKeysToVariances(int32_t layer, LayerBlocks& rows, int64_t first, int64_t end);
@@ -292,6 +314,8 @@ struct Sequence::Impl {
   std::optional<ChunkIndex> repairing;
   std::vector<BlockRef> repair_blocks;  // [layers]
   std::vector<BlockPin> repair_pins;
+  std::deque<std::unique_ptr<PrefillLayer>> behind;  // layers of the open call that are not finished, oldest first
+  std::unique_ptr<PrefillLayer> ahead;               // the layer after them, or null
   int64_t last_prompt = 0;   // length of the last prompt, for what repairs its chunks
   const std::string variant;
   const uint64_t dither_seed;

@@ -49,7 +49,10 @@ class AnswerJob {
     PREHOC_RETURN_IF_ERROR(CheckAnswerOptions(options_, environment_.memory_bytes));
     PREHOC_RETURN_IF_ERROR(SetKernels());
     PREHOC_RETURN_IF_ERROR(ReadPromise());
-    PREHOC_ASSIGN_OR_RETURN(const ModelPaths paths, ResolveModel(options_.model, options_.lora, environment_));
+    ModelPaths paths{options_.model, ""};
+    if (options_.random_weights.empty()) {
+      PREHOC_ASSIGN_OR_RETURN(paths, ResolveModel(options_.model, options_.lora, environment_));
+    }
     PREHOC_ASSIGN_OR_RETURN(const Document document, ReadDocument(options_.document, environment_));
     if (!options_.json.empty()) {
       PREHOC_ASSIGN_OR_RETURN(json_, OpenFile("--json", options_.json));
@@ -108,7 +111,9 @@ class AnswerJob {
   }
 
   Status LoadModel(const ModelPaths& paths) {
-    PREHOC_ASSIGN_OR_RETURN(loaded_, Load(options_.model, paths, environment_, err_, clock_));
+    const bool random = !options_.random_weights.empty();
+    PREHOC_ASSIGN_OR_RETURN(loaded_, random ? MakeRandom(options_.model, options_.random_weights, environment_, err_, clock_)
+                                            : Load(options_.model, paths, environment_, err_, clock_));
     figures_.model_name = options_.model;
     figures_.model_path = paths.path;
     figures_.lora = paths.lora;

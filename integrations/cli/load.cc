@@ -8,6 +8,7 @@
 
 #include "integrations/cli/exit_code.h"
 #include "integrations/cli/progress.h"
+#include "integrations/reference/loader/random_model.h"
 
 namespace prehoc::cli {
 
@@ -16,17 +17,34 @@ int64_t LoadedModel::positions() const {
   return config.sliding_window > 0 ? std::min(config.sliding_window, config.max_positions) : config.max_positions;
 }
 
+namespace {
+Result<LoadedModel> WithTokenizer(const std::string& flag, LoadedModel loaded) {
+  auto tokenizer = reference::Tokenizer::Create(loaded.model->tokenizer);
+  if (!tokenizer.ok()) return RuntimeError(tokenizer.status(), flag + ": tokenizer");
+  loaded.tokenizer = std::move(tokenizer).value();
+  loaded.fingerprint = Hex(loaded.model->fingerprint);
+  return loaded;
+}
+}  // namespace
+
+Result<LoadedModel> MakeRandom(const std::string& name, const std::string& shape, const Environment& environment, std::ostream& err, const Clock& clock) {
+  const int64_t start = clock.NowNanos();
+  ProgressBar bar(err, environment.stderr_terminal, "making weights", clock);
+  const std::string flag = "--random-weights " + shape;
+  auto model = reference::MakeRandomModel({.shape = shape, .progress = [&](double share) { bar.Update(static_cast<int64_t>(share * 100), 100, "percent"); }});
+  if (!model.ok()) return RuntimeError(model.status(), flag);
+  PREHOC_ASSIGN_OR_RETURN(LoadedModel loaded, WithTokenizer(flag, {name, {name, ""}, std::move(model).value(), nullptr, "", 0}));
+  loaded.seconds = clock.SecondsSince(start);
+  return loaded;
+}
+
 Result<LoadedModel> Load(const std::string& name, const ModelPaths& paths, const Environment& environment, std::ostream& err, const Clock& clock) {
   const int64_t start = clock.NowNanos();
   ProgressBar bar(err, environment.stderr_terminal, "loading the model", clock);
   reference::LoadOptions load{paths.path, paths.lora, [&](double share) { bar.Update(static_cast<int64_t>(share * 100), 100, "percent"); }};
   auto model = reference::LoadModel(load);
   if (!model.ok()) return RuntimeError(model.status(), "--model " + name);
-  LoadedModel loaded{name, paths, std::move(model).value(), nullptr, "", 0};
-  auto tokenizer = reference::Tokenizer::Create(loaded.model->tokenizer);
-  if (!tokenizer.ok()) return RuntimeError(tokenizer.status(), "--model " + name + ": tokenizer");
-  loaded.tokenizer = std::move(tokenizer).value();
-  loaded.fingerprint = Hex(loaded.model->fingerprint);
+  PREHOC_ASSIGN_OR_RETURN(LoadedModel loaded, WithTokenizer("--model " + name, {name, paths, std::move(model).value(), nullptr, "", 0}));
   loaded.seconds = clock.SecondsSince(start);
   return loaded;
 }

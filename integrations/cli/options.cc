@@ -13,13 +13,14 @@
 #include "integrations/cli/nearest.h"
 #include "integrations/cli/store_flags.h"
 #include "integrations/cli/version.h"
+#include "integrations/reference/loader/random_model.h"
 
 namespace prehoc::cli {
 namespace {
 
 // Values as typed.
 struct RawAnswer {
-  std::string model, lora, document, context, question, max_new_tokens;
+  std::string model, lora, random_weights, document, context, question, max_new_tokens;
   std::string selector, budget, max_dropped_mass, codes, audit_every, calibration;
   std::vector<std::string> set;
   std::string device_budget, host_budget, store, store_budget, store_deadline, tenant;
@@ -35,6 +36,8 @@ void AddAnswerFlags(CLI::App& app, RawAnswer& raw) {
   AddText(app, "--model", raw.model, "NAME|FILE|DIR",
           "smollm2-135m (default), smollm2-128k, a .gguf file or a Hugging Face directory", what);
   AddText(app, "--lora", raw.lora, "DIR", "PEFT adapter, merged when the model is loaded", what);
+  AddText(app, "--random-weights", raw.random_weights, "SHAPE",
+          "random weights instead of a model, for measurements: llama-3.1-8b, llama-2-7b, mistral-7b, qwen3-8b or tiny", what);
   AddText(app, "--document", raw.document, "FILE", "UTF-8 text; default: the King James text", what);
   AddText(app, "--context", raw.context, "N", "tokens of the document, from its start; default 6000 or all of it", what);
   AddText(app, "--question", raw.question, "TEXT", "default: \"Who killed Abel?\"", what);
@@ -135,10 +138,27 @@ Status ReadPinned(const Flags& flags, const RawAnswer& raw, AnswerOptions* optio
   return {};
 }
 
+Status ReadRandomWeights(const Flags& flags, const RawAnswer& raw, AnswerOptions* options) {
+  PREHOC_RETURN_IF_ERROR(ReadText(flags, "--random-weights", raw.random_weights, &options->random_weights));
+  if (options->random_weights.empty()) return {};
+  const std::span<const std::string_view> shapes = reference::RandomModelShapes();
+  if (std::find(shapes.begin(), shapes.end(), options->random_weights) == shapes.end()) {
+    std::string known;
+    for (const std::string_view shape : shapes) known += (known.empty() ? "" : shape == shapes.back() ? " or " : ", ") + std::string(shape);
+    return Bad("--random-weights", options->random_weights, known);
+  }
+  for (const char* flag : {"--model", "--lora", "--calibration"}) {
+    if (flags.Given(flag)) return UsageError("--random-weights: no model is loaded then; leave out " + std::string(flag));
+  }
+  options->model = "random:" + options->random_weights;
+  return {};
+}
+
 Result<AnswerOptions> ReadAnswer(const Flags& flags, const RawAnswer& raw) {
   AnswerOptions options;
   PREHOC_RETURN_IF_ERROR(ReadText(flags, "--model", raw.model, &options.model));
   PREHOC_RETURN_IF_ERROR(ReadText(flags, "--lora", raw.lora, &options.lora));
+  PREHOC_RETURN_IF_ERROR(ReadRandomWeights(flags, raw, &options));
   PREHOC_RETURN_IF_ERROR(ReadText(flags, "--document", raw.document, &options.document));
   PREHOC_RETURN_IF_ERROR(ReadText(flags, "--question", raw.question, &options.question));
   PREHOC_RETURN_IF_ERROR(ReadText(flags, "--store", raw.store, &options.store));

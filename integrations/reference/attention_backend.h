@@ -21,6 +21,7 @@ struct AttendCall {
   const float* k = nullptr;  // [count, kv_heads, head_dim], after RoPE
   const float* v = nullptr;  // [count, kv_heads, head_dim]
   float* out = nullptr;      // [count - q_skip, heads, head_dim]
+  bool on_device = false;    // all pointers are to memory of a device, see takes_device_memory()
 };
 
 // What a method leaves out of prefill in one layer (docs/selectors/etf.md).
@@ -47,6 +48,9 @@ class AttentionBackend {
   // Announces tokens [length(), length() + tokens.size()), before the first Attend() of them. `prompt_tokens` is
   // the whole prompt's length during prefill, 0 in decode.
   virtual Status Begin(std::span<const int32_t> tokens, int64_t prompt_tokens) = 0;
+  // Whether prompts may have q, k, v and out in the memory of the device that this keeps K and V on. What writes q, k and v is finished when
+  // Attend() is called, and out is complete when it returns.
+  virtual bool takes_device_memory() const { return false; }
   virtual FreezeRule Freeze(int32_t layer) const = 0;  // for the tokens announced
   virtual Status Attend(const AttendCall& call) = 0;   // appends K and V, then attends causally
   // In the place of Attend(), for a decode step on a device: `io` names buffers there that all layers use. Streams are the device's.

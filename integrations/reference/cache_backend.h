@@ -15,6 +15,7 @@ class CacheBackend final : public AttentionBackend {
   explicit CacheBackend(Sequence* sequence) : sequence_(sequence) {}
   int64_t length() const override { return sequence_->length(); }
   Status Begin(std::span<const int32_t> tokens, int64_t prompt_tokens) override;
+  bool takes_device_memory() const override { return sequence_->takes_device_memory(); }
   FreezeRule Freeze(int32_t layer) const override;
   Status Attend(const AttendCall& call) override;
   Result<StepPlan> Plan(const AttendCall& io) override;
@@ -38,6 +39,7 @@ class RepairBackend final : public AttentionBackend {
   int64_t length() const override { return int64_t{chunk_.value()} * chunk_tokens_; }
   // kInvalid unless all tokens of the chunk come at once.
   Status Begin(std::span<const int32_t> tokens, int64_t prompt_tokens) override;
+  bool takes_device_memory() const override { return sequence_->takes_device_memory(); }
   FreezeRule Freeze(int32_t layer) const override;
   Status Attend(const AttendCall& call) override;
   Status End() override { return sequence_->EndRepair(); }

@@ -6,6 +6,7 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/check.h"
@@ -17,6 +18,7 @@
 #include "base/units.h"
 #include "kernels/code_block.h"
 #include "kernels/cuda/device_kernels.h"
+#include "kernels/cuda/prefill_rows.h"
 #include "kernels/cuda/run_kernels.h"
 #include "kernels/validate.h"
 
@@ -44,16 +46,18 @@ struct Workspace {
 }  // namespace
 
 struct DeviceKernels::Impl {
-  explicit Impl(const CudaDeviceMemory* device_memory, CudaStream own_stream) : memory(device_memory), stream(std::move(own_stream)) {}
+  Impl(const CudaDeviceMemory* device_memory, CudaStream own_stream, PrefillRows prefill_rows)
+      : memory(device_memory), stream(std::move(own_stream)), behind(std::move(prefill_rows)) {}
 
   const CudaDeviceMemory* const memory;
   const CudaStream stream;
   Mutex mutex;
+  PrefillRows behind PREHOC_GUARDED_BY(mutex);
   // Inputs are written to `in_host`, copied to the same place of `in_device`; results are written by kernels to `out` in pinned memory.
   // What a call has staged stays until the stream was waited for.
   std::optional<CudaBytes> in_host PREHOC_GUARDED_BY(mutex), in_device PREHOC_GUARDED_BY(mutex), out PREHOC_GUARDED_BY(mutex);
   size_t in_used PREHOC_GUARDED_BY(mutex) = 0, in_sent PREHOC_GUARDED_BY(mutex) = 0, out_used PREHOC_GUARDED_BY(mutex) = 0;
-  Workspace choosing PREHOC_GUARDED_BY(mutex), attending PREHOC_GUARDED_BY(mutex), scratch PREHOC_GUARDED_BY(mutex);
+  Workspace choosing PREHOC_GUARDED_BY(mutex), attending PREHOC_GUARDED_BY(mutex);
   int64_t launches PREHOC_GUARDED_BY(mutex) = 0, waits PREHOC_GUARDED_BY(mutex) = 0, staged PREHOC_GUARDED_BY(mutex) = 0;
 
   Status Wait() PREHOC_REQUIRES(mutex) {
@@ -144,7 +148,9 @@ struct DeviceKernels::Impl {
   }
 
   Status Append(const prehoc::AppendParams& params, const Launch& launch) PREHOC_REQUIRES(mutex);
+  Status AppendHere(const prehoc::AppendParams& params) PREHOC_REQUIRES(mutex);
   Status Encode(const prehoc::EncodeParams& params) PREHOC_REQUIRES(mutex);
+  Result<const Half*> RowsOnTheirWay(const Half* at, size_t bytes) PREHOC_REQUIRES(mutex);
   Status Scan(const prehoc::ScanParams& params) PREHOC_REQUIRES(mutex);
   Status Score(const prehoc::ScoreParams& params) PREHOC_REQUIRES(mutex);
   Status Choose(const prehoc::ChooseParams& params) PREHOC_REQUIRES(mutex);
@@ -152,12 +158,15 @@ struct DeviceKernels::Impl {
   Status Gather(const prehoc::GatherParams& params) PREHOC_REQUIRES(mutex);
   Status Attend(const prehoc::AttendParams& params) PREHOC_REQUIRES(mutex);
   Status Prefill(const prehoc::PrefillParams& params) PREHOC_REQUIRES(mutex);
+  Status Settle(const SettleParams& params) PREHOC_REQUIRES(mutex);
+  Status ReadAhead(const ReadAheadParams& params) PREHOC_REQUIRES(mutex);
   // The rows of `task` as row numbers from the lowest one of each kind of memory.
   Status NameRows(const prehoc::AttendTask& task, int64_t row, int32_t* refs, cuda::AttendTask* to) const;
 };
 
 Status DeviceKernels::Impl::Append(const prehoc::AppendParams& params, const Launch& launch) {
   PREHOC_RETURN_IF_ERROR(Validate(params));
+  if (params.on_device) return AppendHere(params);
   std::vector<prehoc::AppendTask> of_host;
   std::vector<const prehoc::AppendTask*> of_device;
   size_t in = 0;
@@ -193,25 +202,76 @@ Status DeviceKernels::Impl::Append(const prehoc::AppendParams& params, const Lau
   return Sent(AppendRuns(tasks.device, static_cast<int32_t>(of_device.size()), most, params.head_dim, stream.get()));
 }
 
+// K and V are on the device, and so are all rows at first: those of host memory follow from there.
+Status DeviceKernels::Impl::AppendHere(const prehoc::AppendParams& params) {
+  const size_t row = static_cast<size_t>(params.head_dim) * 2 * sizeof(Half), num = params.tasks.size();
+  size_t to_host = 0;
+  for (const prehoc::AppendTask& task : params.tasks) {
+    if (task.count > 0 && !OnDevice(task.rows)) to_host += static_cast<size_t>(task.count) * row;
+  }
+  PREHOC_RETURN_IF_ERROR(Begin(Room<RunAppendTask>(num), 0));
+  PREHOC_RETURN_IF_ERROR(behind.BeginSet(to_host));
+  const Staged<RunAppendTask> tasks = In<RunAppendTask>(num);
+  int32_t used = 0, most = 0;
+  const prehoc::AppendTask* last = nullptr;  // of those to host memory
+  for (const prehoc::AppendTask& task : params.tasks) {
+    if (task.count == 0) continue;
+    Half* to = task.rows;
+    if (!OnDevice(to)) {
+      // Another head of the same tokens: the heads of a host block lie together.
+      const bool joins = last != nullptr && task.k > last->k && task.k < last->k + task.stride && task.count == last->count;
+      to = reinterpret_cast<Half*>(behind.Add(reinterpret_cast<std::byte*>(to), static_cast<size_t>(task.count) * row, joins));
+      last = &task;
+    }
+    tasks.host[used++] = {task.k, task.v, task.stride, to, task.count};
+    most = std::max(most, task.count);
+  }
+  PREHOC_RETURN_IF_ERROR(Send());
+  PREHOC_RETURN_IF_ERROR(Sent(AppendRuns(tasks.device, used, most, params.head_dim, stream.get())));
+  return behind.Send();
+}
+
 Status DeviceKernels::Impl::Encode(const prehoc::EncodeParams& params) {
   PREHOC_RETURN_IF_ERROR(Validate(params));
   if (params.format.dither) return Unsupported("encode", "dither", "use codes without it");
   if (params.tasks.empty()) return {};
   constexpr size_t kAtOnce = 32768;
+  const size_t group = static_cast<size_t>(params.format.group_tokens) * static_cast<size_t>(params.head_dim) * 2 * sizeof(Half);
+  bool must_wait = false;
   for (size_t first = 0; first < params.tasks.size(); first += kAtOnce) {
     const auto part = params.tasks.subspan(first, std::min(kAtOnce, params.tasks.size() - first));
     PREHOC_RETURN_IF_ERROR(Begin(Room<RunEncodeTask>(part.size()), 0));
     const Staged<RunEncodeTask> tasks = In<RunEncodeTask>(part.size());
+    bool checked = false;
     for (size_t i = 0; i < part.size(); ++i) {
-      if (i == 0 && !OnDevice(part[i].rows)) PREHOC_RETURN_IF_ERROR(CheckPinned("encode", part[i].rows));
+      const Half* source = part[i].rows;
+      if (!OnDevice(source)) {
+        PREHOC_ASSIGN_OR_RETURN(source, RowsOnTheirWay(part[i].rows, group));
+        if (source == part[i].rows) {
+          must_wait = true;
+          if (!std::exchange(checked, true)) PREHOC_RETURN_IF_ERROR(CheckPinned("encode", source));
+        }
+      } else {
+        must_wait = true;
+      }
       PREHOC_RETURN_IF_ERROR(CheckOnDevice("encode", "block", part[i].block));
-      tasks.host[i] = {part[i].rows, part[i].block, part[i].page_lo, part[i].page_hi};
+      tasks.host[i] = {source, part[i].block, part[i].page_lo, part[i].page_hi};
     }
     PREHOC_RETURN_IF_ERROR(Send());
     PREHOC_RETURN_IF_ERROR(Sent(EncodeRuns(tasks.device, static_cast<int32_t>(part.size()), params.format, params.head_dim, stream.get())));
-    PREHOC_RETURN_IF_ERROR(Wait());
+    if (must_wait) PREHOC_RETURN_IF_ERROR(Wait());
   }
   return {};
+}
+
+// The device's copy of rows that an append sends to host memory; `rows` themselves where they have arrived.
+Result<const Half*> DeviceKernels::Impl::RowsOnTheirWay(const Half* at, size_t bytes) {
+  const auto* const host = reinterpret_cast<const std::byte*>(at);
+  size_t size = bytes;
+  const std::byte* const copy = behind.Find(host, &size);
+  if (size == bytes) return copy != nullptr ? reinterpret_cast<const Half*>(copy) : at;
+  PREHOC_RETURN_IF_ERROR(behind.Arrive(0));  // partly here, partly there: rare, a piece of a prompt ends within
+  return at;
 }
 
 Status DeviceKernels::Impl::Scan(const prehoc::ScanParams& params) {
@@ -481,31 +541,42 @@ Status DeviceKernels::Impl::Prefill(const prehoc::PrefillParams& params) {
   const size_t num = params.tasks.size();
   if (num == 0 || params.queries == 0) return {};
   const auto width = static_cast<size_t>(params.group) * static_cast<size_t>(params.head_dim);
-  const auto queries = static_cast<size_t>(params.queries), keys = static_cast<size_t>(params.first) + queries;
-  const size_t row = static_cast<size_t>(params.head_dim) * 2, task_rows = RoundUp(keys * row * sizeof(Half), kAlign);
-  PREHOC_RETURN_IF_ERROR(Begin(Room<RunPrefillTask>(num) + num * (Room<float>(queries * width) + Room<int32_t>(queries)),
-                               num * Room<float>(queries * width)));
-  PREHOC_RETURN_IF_ERROR(Reserve(num * task_rows, &scratch));
+  const auto queries = static_cast<size_t>(params.queries);
+  const int64_t keys = int64_t{params.first} + params.queries;
+  const size_t row = static_cast<size_t>(params.head_dim) * 2 * sizeof(Half);
+  const size_t vectors = params.on_device ? 0 : num * Room<float>(queries * width);
+  PREHOC_RETURN_IF_ERROR(Begin(Room<RunPrefillTask>(num) + vectors + num * Room<int32_t>(queries), vectors));
+  // Rows of a task that lie together on the device are read there.
+  const bool together = std::all_of(params.tasks.begin(), params.tasks.end(), [&](const prehoc::PrefillTask& task) {
+    return task.runs.front().count >= keys && OnDevice(task.runs.front().rows);
+  });
+  PrefillRows::Rows gathered;
+  if (!together) {
+    std::vector<std::span<const RowRun>> runs;
+    for (const prehoc::PrefillTask& task : params.tasks) runs.push_back(task.runs);
+    PREHOC_ASSIGN_OR_RETURN(gathered, behind.Gather(runs, keys, row));
+  }
   const Staged<RunPrefillTask> tasks = In<RunPrefillTask>(num);
   for (size_t i = 0; i < num; ++i) {
     const prehoc::PrefillTask& task = params.tasks[i];
+    RunPrefillTask& to = tasks.host[i];
+    to.rows = together ? task.runs.front().rows : reinterpret_cast<const Half*>(gathered.data + i * gathered.pitch);
+    to.start = task.start != nullptr ? In(task.start, queries) : nullptr;
+    if (params.on_device) {
+      to.q = task.q, to.q_stride = task.q_stride, to.out = task.out, to.out_stride = task.out_stride;
+      continue;
+    }
     const Staged<float> q = In<float>(queries * width);
     for (size_t t = 0; t < queries; ++t) std::memcpy(q.host + t * width, task.q + static_cast<int64_t>(t) * task.q_stride, width * sizeof(float));
-    Half* const rows = reinterpret_cast<Half*>(scratch.bytes->data() + i * task_rows);
-    size_t at = 0;
-    for (const RowRun& run : task.runs) {
-      const size_t count = std::min(static_cast<size_t>(run.count), keys - at);
-      if (count == 0) continue;
-      PREHOC_CUDA_TRY(cudaMemcpyAsync(rows + at * row, run.rows, count * row * sizeof(Half), cudaMemcpyDefault, stream.get()));
-      at += count;
-    }
-    tasks.host[i] = {q.device, static_cast<int64_t>(width), Out<float>(queries * width), static_cast<int64_t>(width), rows,
-                     task.start != nullptr ? In(task.start, queries) : nullptr};
+    to.q = q.device, to.q_stride = static_cast<int64_t>(width);
+    to.out = Out<float>(queries * width), to.out_stride = static_cast<int64_t>(width);
   }
   PREHOC_RETURN_IF_ERROR(Send());
   PREHOC_RETURN_IF_ERROR(Sent(PrefillRuns({.tasks = tasks.device, .num_tasks = static_cast<int32_t>(num), .queries = params.queries,
                                            .first = params.first, .sinks = params.sinks, .group = params.group,
                                            .head_dim = params.head_dim}, stream.get())));
+  if (!together) PREHOC_RETURN_IF_ERROR(behind.Used());
+  if (params.on_device) return {};
   PREHOC_RETURN_IF_ERROR(Wait());
   for (size_t i = 0; i < num; ++i) {
     const prehoc::PrefillTask& task = params.tasks[i];
@@ -514,6 +585,29 @@ Status DeviceKernels::Impl::Prefill(const prehoc::PrefillParams& params) {
     }
   }
   return {};
+}
+
+Status DeviceKernels::Impl::Settle(const SettleParams& params) {
+  const Status results = params.results ? Wait() : Status();
+  const Status arrived = params.rows_but > 0 ? behind.Arrive(params.rows_but) : behind.Stop();
+  const Status& first = results.ok() ? arrived : results;
+  if (!first.ok()) behind.Stop().IgnoreError();  // the first error is told
+  return first;
+}
+
+Status DeviceKernels::Impl::ReadAhead(const ReadAheadParams& params) {
+  const size_t row = static_cast<size_t>(params.head_dim) * 2 * sizeof(Half);
+  if (params.head_dim <= 0 || params.rows < 0 || params.total < params.rows) {
+    return {StatusCode::kInvalid, "read_ahead: " + std::to_string(params.rows) + " rows of " + std::to_string(params.total) + ", head_dim " +
+                                      std::to_string(params.head_dim)};
+  }
+  for (const auto& runs : params.tasks) {
+    if (RowCount(runs) < params.rows) {
+      return {StatusCode::kInvalid, "read_ahead: " + std::to_string(RowCount(runs)) + " rows of all runs, " + std::to_string(params.rows) + " are wanted"};
+    }
+  }
+  if (params.tasks.empty() || params.rows == 0) return {};
+  return behind.ReadAhead(params.tasks, params.rows, params.total, row);
 }
 
 namespace {
@@ -546,13 +640,17 @@ Status ScorePages(const prehoc::ScorePagesParams&, const Launch&) {
 
 DeviceKernels::DeviceKernels(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 DeviceKernels::~DeviceKernels() {
-  if (impl_) impl_->stream.Synchronize().IgnoreError();  // nothing runs into memory that goes away
+  if (!impl_) return;
+  MutexLock lock(impl_->mutex);
+  impl_->stream.Synchronize().IgnoreError();  // nothing runs into memory that goes away
+  impl_->behind.Stop().IgnoreError();
 }
 
 Result<std::unique_ptr<DeviceKernels>> DeviceKernels::Create(const CudaDeviceMemory* memory) {
   PREHOC_RETURN_IF_ERROR(CurrentCudaDevice().status());
   PREHOC_ASSIGN_OR_RETURN(CudaStream stream, CudaStream::Create());
-  return std::unique_ptr<DeviceKernels>(new DeviceKernels(std::make_unique<Impl>(memory, std::move(stream))));
+  PREHOC_ASSIGN_OR_RETURN(PrefillRows rows, PrefillRows::Create(memory, stream.get()));
+  return std::unique_ptr<DeviceKernels>(new DeviceKernels(std::make_unique<Impl>(memory, std::move(stream), std::move(rows))));
 }
 
 const KernelTable& DeviceKernels::Table() {
@@ -570,6 +668,8 @@ const KernelTable& DeviceKernels::Table() {
       .gather = Entry<&Impl::Gather, prehoc::GatherParams>,
       .attend = Entry<&Impl::Attend, prehoc::AttendParams>,
       .prefill = Entry<&Impl::Prefill, prehoc::PrefillParams>,
+      .settle = Entry<&Impl::Settle, SettleParams>,
+      .read_ahead = Entry<&Impl::ReadAhead, ReadAheadParams>,
   };
   return kTable;
 }
@@ -580,11 +680,13 @@ void DeviceKernels::VisitCounters(const CounterVisitor& visit) const {
   Impl& impl = *impl_;
   MutexLock lock(impl.mutex);
   size_t held = 0;
-  for (const auto* bytes : {&impl.in_device, &impl.choosing.bytes, &impl.attending.bytes, &impl.scratch.bytes}) {
+  held += impl.behind.held_bytes();
+  for (const auto* bytes : {&impl.in_device, &impl.choosing.bytes, &impl.attending.bytes}) {
     if (bytes->has_value()) held += (*bytes)->size();
   }
   visit("kernels.launches", static_cast<double>(impl.launches));
   visit("kernels.waits", static_cast<double>(impl.waits));
+  visit("kernels.copied_bytes", static_cast<double>(impl.behind.copied_bytes()));
   visit("kernels.staged_bytes", static_cast<double>(impl.staged));
   visit("kernels.scratch_bytes", static_cast<double>(held));
 }

@@ -4,8 +4,9 @@
 //   tasks (host) --one copy--> device --> kernels on one stream --> results in pinned memory --wait--> where the tasks want them
 //
 // Device pointers are those that the given memory owns. Rows may also lie in pinned host memory: kernels read them where they are.
-//   append        rows on the device by a kernel, rows in host memory by the CPU's table; K and V in host memory
-//   encode        rows anywhere, blocks on the device. Waits
+//   append        rows on the device by a kernel, rows in host memory by the CPU's table; K and V in host memory. With on_device all rows by
+//                 a kernel, those of host memory then by the copy engine, behind the call (enqueues only; prefill_rows.h)
+//   encode        rows anywhere, blocks on the device. Waits, unless all rows are those of an append that are on their way
 //   gate          the CPU's table: its operands are in host memory, and few
 //   scan          blocks and z on the device; err too, if given. Enqueues only
 //   score         rows anywhere, z on the device (enqueues only) or in host memory (waits)
@@ -13,7 +14,8 @@
 //   top_k         scores anywhere; the CPU's table over a copy. Waits
 //   gather        from anywhere to the device. Waits, so that the sources may go
 //   attend        rows anywhere; the rows of one task that are in one kind of memory lie whole rows apart. Waits
-//   prefill       rows anywhere, copied to scratch on the device first. Waits
+//   prefill       rows anywhere; unless those of a task lie together on the device, copied to scratch there first, or ahead (read_ahead) by
+//                 the copy engine while another prefill runs. Waits; with on_device enqueues only
 // Refused with kUnsupported, naming task and field: score_pages; dithered codes and codes of 3 bits (scan), variance (scan), spread is
 // the CPU's; target_drop, exact_budget, lse_out_bound and err (choose); a head_dim other than 64, 96, 128, 256.
 #pragma once
@@ -37,7 +39,8 @@ class DeviceKernels {
   static const KernelTable& Table();
   void* launch_stream() const;
 
-  // kernels.{launches, waits, staged_bytes, scratch_bytes}: what the budget of the device memory does not hold is scratch_bytes.
+  // kernels.{launches, waits, staged_bytes, copied_bytes, scratch_bytes}: copied = rows of prefill, by the copy engine.
+  // What the budget of the device memory does not hold is scratch_bytes.
   void VisitCounters(const CounterVisitor& visit) const;
 
   struct Impl;

@@ -162,6 +162,10 @@ TEST_F(SequenceCallsTest, CallsOutOfOrderAreRefusedAndChangeNothing) {
   LayerInput skips = Input(0);
   skips.q_skip = 65;
   ExpectInvalid(s.Prefill(LayerId(0), skips), "q_skip = 65 of 64");
+  EXPECT_FALSE(s.takes_device_memory());
+  LayerInput elsewhere = Input(0);
+  elsewhere.on_device = true;
+  ExpectInvalid(s.Prefill(LayerId(0), elsewhere), "on_device");
   ASSERT_OK(s.Prefill(LayerId(0), Input(0)));
   ExpectInvalid(s.End(), "End() after 1 of 3 layers");
   for (int32_t l = 1; l < 3; ++l) ASSERT_OK(s.Prefill(LayerId(l), Input(l)));

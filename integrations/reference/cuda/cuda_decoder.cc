@@ -60,11 +60,8 @@ class CudaDecoder final : public TokenDecoder {
                                         std::pair{&cos_, half}, std::pair{&sin_, half}}) {
       PREHOC_RETURN_IF_ERROR(make(*buffer, CudaPlace::kDevice, width));
     }
-    for (const auto& [buffer, width] : {std::pair{&q_, q_width_}, std::pair{&k_, kv_width_}, std::pair{&v_, kv_width_}, std::pair{&out_, q_width_},
-                                        std::pair{&angles_, 2 * half}}) {
-      PREHOC_RETURN_IF_ERROR(make(*buffer, CudaPlace::kPinned, width));
-    }
-    if (options_.keep_q_pre_rope) PREHOC_RETURN_IF_ERROR(make(q_before_, CudaPlace::kPinned, q_width_));
+    PREHOC_RETURN_IF_ERROR(make(angles_, CudaPlace::kPinned, 2 * half));
+    PREHOC_RETURN_IF_ERROR(MakeRoom(CudaPlace::kPinned, 1));
     for (const auto& [buffer, width] : {std::pair{&step_q_, q_width_}, std::pair{&step_k_, kv_width_}, std::pair{&step_v_, kv_width_}}) {
       PREHOC_RETURN_IF_ERROR(buffer->Create(CudaPlace::kDevice, width, &bytes_));
     }
@@ -75,6 +72,8 @@ class CudaDecoder final : public TokenDecoder {
   Status Run(AttentionBackend& backend, std::span<const int32_t> tokens, int64_t prompt_tokens) override {
     first_ = backend.length();
     count_ = static_cast<int32_t>(tokens.size());
+    on_device_ = prompt_tokens > 0 && backend.takes_device_memory();
+    PREHOC_RETURN_IF_ERROR(MakeRoom(on_device_ ? CudaPlace::kDevice : CudaPlace::kPinned, count_));
     // A prompt's last token may be alone in its piece; it takes the same way as its neighbours, to the same bits.
     vector_ = count_ == 1 && prompt_tokens == 0;
     const Clock& clock = *options_.clock;
@@ -126,9 +125,31 @@ class CudaDecoder final : public TokenDecoder {
   }
 
   const EngineSeconds& seconds() const override { return seconds_; }
-  size_t bytes() const override { return bytes_ + rope_.bytes(); }
+  size_t bytes() const override { return bytes_ + here_bytes_ + pinned_bytes_ + rope_.bytes(); }
 
  private:
+  // What a layer gives to the backend and gets from it, for `tokens`: few in decode, a piece where a prompt goes this way.
+  struct Handed {
+    Buffer<float> q, q_before, k, v, out;
+    int64_t tokens = 0;
+  };
+  Status MakeRoom(CudaPlace place, int64_t tokens) {
+    Handed& handed = place == CudaPlace::kDevice ? here_ : pinned_;
+    if (handed.tokens >= tokens) return {};
+    const int64_t n = tokens == 1 ? 1 : options_.max_batch_tokens;
+    handed = {};
+    size_t bytes = 0;
+    const auto make = [&](Buffer<float>& buffer, int64_t width) { return buffer.Create(place, n * width, &bytes); };
+    PREHOC_RETURN_IF_ERROR(make(handed.q, q_width_));
+    PREHOC_RETURN_IF_ERROR(make(handed.k, kv_width_));
+    PREHOC_RETURN_IF_ERROR(make(handed.v, kv_width_));
+    if (place == CudaPlace::kPinned) PREHOC_RETURN_IF_ERROR(make(handed.out, q_width_));
+    if (options_.keep_q_pre_rope) PREHOC_RETURN_IF_ERROR(make(handed.q_before, q_width_));
+    handed.tokens = n;
+    (place == CudaPlace::kDevice ? here_bytes_ : pinned_bytes_) = bytes;
+    return {};
+  }
+
   Status Embed(std::span<const int32_t> tokens, int64_t prompt_tokens) {
     PrepareTokens(tokens, prompt_tokens);
     return EnqueueEmbedding();
@@ -158,8 +179,11 @@ class CudaDecoder final : public TokenDecoder {
       PREHOC_RETURN_IF_ERROR(NormRows(x, norm, config_.rms_eps, normed_.data(), count_, static_cast<int32_t>(cols), stream_.get()));
       x = normed_.data();
     }
-    return MultiplyMatrix({.weights = weights, .x = x, .bias = bias, .y = y, .add = add, .tokens = count_, .rows = static_cast<int32_t>(rows),
-                           .cols = static_cast<int32_t>(cols), .type = weights_->type()}, stream_.get());
+    // What no product reads or writes meanwhile: the MLP's inner rows while others are multiplied, and the other way round.
+    const bool down = x == gated_.data();
+    float* const workspace = down ? gate_up_.data() : cols <= config_.intermediate ? gated_.data() : nullptr;
+    return MultiplyMatrix({.weights = weights, .x = x, .bias = bias, .y = y, .add = add, .workspace = workspace, .tokens = count_,
+                           .rows = static_cast<int32_t>(rows), .cols = static_cast<int32_t>(cols), .type = weights_->type()}, stream_.get());
   }
 
   Status EnqueueLogits(int64_t index) {
@@ -237,19 +261,23 @@ class CudaDecoder final : public TokenDecoder {
       return {StatusCode::kUnsupported, "a prompt with frozen tokens (etf, cpe) is not offered by the CUDA engine; use another selector"};
     }
     const DeviceLayer& w = weights_->layer(index);
+    const Handed& to = on_device_ ? here_ : pinned_;
+    float* const out = on_device_ ? attended_.data() : to.out.data();
     const Clock& clock = *options_.clock;
     int64_t start = clock.NowNanos();
     PREHOC_RETURN_IF_ERROR(Multiply(w.qkv, q_width_ + 2 * kv_width_, config_.hidden, hidden_.data(), w.attention_norm, w.qkv_bias, qkv_.data(), false));
-    PREHOC_RETURN_IF_ERROR(Rotate(w, q_.data(), q_before_.data(), k_.data(), v_.data()));
+    PREHOC_RETURN_IF_ERROR(Rotate(w, to.q.data(), to.q_before.data(), to.k.data(), to.v.data()));
     PREHOC_RETURN_IF_ERROR(stream_.Synchronize());
     seconds_.projections += clock.SecondsSince(start);
     start = clock.NowNanos();
-    PREHOC_RETURN_IF_ERROR(backend.Attend({.layer = index, .first = first_, .count = count_, .q = q_.data(), .q_pre_rope = q_before_.data(),
-                                           .k = k_.data(), .v = v_.data(), .out = out_.data()}));
+    PREHOC_RETURN_IF_ERROR(backend.Attend({.layer = index, .first = first_, .count = count_, .q = to.q.data(), .q_pre_rope = to.q_before.data(),
+                                           .k = to.k.data(), .v = to.v.data(), .out = out, .on_device = on_device_}));
     seconds_.attention += clock.SecondsSince(start);
     start = clock.NowNanos();
-    PREHOC_CUDA_TRY(cudaMemcpyAsync(attended_.data(), out_.data(), static_cast<size_t>(count_ * q_width_) * sizeof(float), cudaMemcpyHostToDevice,
-                                    stream_.get()));
+    if (!on_device_) {
+      PREHOC_CUDA_TRY(cudaMemcpyAsync(attended_.data(), out, static_cast<size_t>(count_ * q_width_) * sizeof(float), cudaMemcpyHostToDevice,
+                                      stream_.get()));
+    }
     PREHOC_RETURN_IF_ERROR(FinishLayer(w));
     seconds_.projections += clock.SecondsSince(start);
     return {};
@@ -263,9 +291,12 @@ class CudaDecoder final : public TokenDecoder {
   RopeTables rope_;
   const int64_t q_width_, kv_width_;  // [floats] of a token's q, and of its k or v
   size_t bytes_ = 0;
-  // Of the piece, [max_batch_tokens, width]; the second line is pinned, for the backend.
+  // Of the piece, [max_batch_tokens, width]; the second line is pinned.
   Buffer<float> hidden_, normed_, qkv_, attended_, gate_up_, gated_, cos_, sin_;
-  Buffer<float> q_, q_before_, k_, v_, out_, angles_, logits_;
+  Buffer<float> angles_, logits_;
+  Handed here_, pinned_;
+  size_t here_bytes_ = 0, pinned_bytes_ = 0;
+  bool on_device_ = false;  // of the open piece
   Buffer<int32_t> tokens_;
   int64_t first_ = 0;
   int32_t count_ = 0;

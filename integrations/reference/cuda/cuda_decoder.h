@@ -1,5 +1,5 @@
-// The engine's layers on the current CUDA device, attention with the backend: q, k and v of a layer come to pinned memory, the backend
-// attends, its output goes back. One wait of the CPU a layer beside the backend's own.
+// The engine's layers on the current CUDA device, attention with the backend. In a prompt q, k, v and the output stay on the device if the
+// backend takes them there; else they go through pinned memory. One wait of the CPU a layer beside the backend's own.
 #pragma once
 #include "integrations/reference/engine/engine.h"
 #include "integrations/reference/engine/token_decoder.h"

@@ -5,6 +5,9 @@
 #include "base/units.h"
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/launch.h"
+#ifdef PREHOC_SM90
+#include "integrations/reference/cuda/matrix_sm90.h"
+#endif
 
 namespace prehoc::reference {
 namespace {
@@ -348,6 +351,10 @@ Status MultiplyMatrix(const MatrixProduct& p, cudaStream_t stream) {
   PREHOC_RETURN_IF_ERROR(Check("matrix product").That(p.tokens >= 0 && p.rows >= 0, "tokens", p.tokens, "use 0 or more")
                              .That(p.cols >= 8 && p.cols % 8 == 0, "cols", p.cols, "use a multiple of 8").Take());
   if (p.tokens == 0 || p.rows == 0) return {};
+#ifdef PREHOC_SM90
+  PREHOC_ASSIGN_OR_RETURN(const cuda::DeviceLimits limits, cuda::CurrentLimits());
+  if (p.workspace != nullptr && limits.major == 9) return sm90::MultiplyMatrix(p, stream);
+#endif
   const MatrixArgs args{static_cast<const uint16_t*>(p.weights), p.x, p.bias, p.y, p.tokens, p.rows, p.cols, p.add};
   // Neighbouring blocks share weights, which are more than activations.
   const cuda::Shape shape{.grid = Grid(CeilDiv(p.tokens, kTile), CeilDiv(p.rows, kTile)), .threads = kMatrixThreads, .shared_bytes = sizeof(MatrixTiles)};

@@ -33,13 +33,15 @@ struct VectorProduct {
 Status MultiplyVector(const VectorProduct& params, cudaStream_t stream);
 
 // --- many tokens ---------------------------------------------------------------------------------------------------------------------
-// y[t] (+)= W x[t] + bias.
+// y[t] (+)= W x[t] + bias. With a workspace faster where compute capability 9.0 has a kernel of its own; a given set of weights is always
+// multiplied with one or always without: the two sum in another order.
 struct MatrixProduct {
   const void* weights = nullptr;  // [rows, cols]
   const float* x = nullptr;       // [tokens, cols]
   const float* bias = nullptr;    // [rows] or null
   float* y = nullptr;             // [tokens, rows]
   bool add = false;
+  void* workspace = nullptr;      // [tokens, cols] floats, aligned to 128 bytes, apart from x and y; or null
   int32_t tokens = 0, rows = 0, cols = 0;
   DeviceNumber type = DeviceNumber::kF16;
 };

@@ -403,6 +403,126 @@ TEST_F(CudaPipelineTest, AnyCallMayFail) {
   EXPECT_OK(flushed);
 }
 
+// One piece with q, k, v and out on the device. Its `fail`-th call into CUDA fails, if it makes so many: then *failed.
+Status PieceOnDevice(Sequence& sequence, const Stream& stream, int64_t count, int64_t prompt, Outputs* out, int64_t fail = 0, bool* failed = nullptr) {
+  const KvGeometry& geometry = stream.geometry();
+  const int64_t first = sequence.length(), q_width = int64_t{geometry.heads} * geometry.head_dim, kv_width = int64_t{geometry.kv_heads} * geometry.head_dim;
+  out->assign(static_cast<size_t>(geometry.layers), {});
+  const auto copy = [&](const float* from, int64_t width) { return CudaArray<float>(std::vector<float>(from, from + count * width)); };
+  std::vector<CudaArray<float>> q, k, v, to;
+  for (int32_t l = 0; l < geometry.layers; ++l) {
+    q.push_back(copy(stream.q(l, first), q_width));
+    k.push_back(copy(stream.k(l, first), kv_width));
+    v.push_back(copy(stream.v(l, first), kv_width));
+    to.emplace_back(static_cast<size_t>(count * q_width));
+  }
+  FailNthCudaCall(fail);
+  Status status = sequence.Begin(stream.ids(first, count), prompt);
+  for (int32_t l = 0; l < geometry.layers && status.ok(); ++l) {
+    const auto at = static_cast<size_t>(l);
+    status = sequence.Prefill(LayerId(l), {.q = q[at].data(), .q_pre_rope = q[at].data(), .k = k[at].data(), .v = v[at].data(), .out = to[at].data(),
+                                           .on_device = true});
+  }
+  if (status.ok()) status = sequence.End();
+  if (!status.ok()) sequence.Rollback();
+  const bool reported = FailNthCudaCall(0) > 0;
+  if (failed != nullptr) *failed = reported;
+  for (size_t l = 0; l < to.size(); ++l) {
+    (*out)[l] = to[l].Read();
+    EXPECT_TRUE(q[l].GuardsIntact() && to[l].GuardsIntact());
+  }
+  return status;
+}
+
+// A prompt that stays on the device leaves what one through host memory leaves, to the last bit: outputs, rows in all tiers, codes.
+TEST_F(CudaPipelineTest, APromptMayStayOnTheDevice) {
+  enum Tiers { kComplete, kSmallDevice, kSmallHost };
+  for (const Tiers tiers : {kComplete, kSmallDevice, kSmallHost}) {
+    for (const bool by_mass : {false, true}) {
+      SCOPED_TRACE(std::to_string(tiers) + (by_mass ? " by mass" : ""));
+      WorldOptions options = OptionsFor(SelectorKind::kTwoClock);
+      options.cache.selector.tc.theta = 0;
+      options.cache.selector.tc.factor = 1;
+      if (by_mass) options.cache.selector.tc.gate = TwoClockOptions::Gate::kMass;
+      const KvGeometry& geometry = options.cache.geometry;
+      if (tiers != kComplete) options.device_budget = SmallestDevice(options, kPrompt + kSteps) + 64 * 1024;
+      if (tiers == kSmallHost) {
+        options.cache.host_budget = static_cast<uint64_t>(geometry.layers + CeilDiv(kPrompt + kSteps, geometry.chunk_tokens) + 2) * geometry.block_bytes();
+      }
+      const Stream stream(geometry, kPrompt + kSteps, 15);
+      CudaWorld here(options), there(options);
+      ASSERT_OK(here.status());
+      ASSERT_OK(there.status());
+      auto a = here.cache().Open({.max_tokens = kPrompt + kSteps}), b = there.cache().Open({.max_tokens = kPrompt + kSteps});
+      ASSERT_OK(a);
+      ASSERT_OK(b);
+      ASSERT_TRUE((*a)->takes_device_memory());
+      // Pieces that end within chunks and groups of codes, and one token alone.
+      for (const int64_t count : {128, 64, 100, 1, 171, 200, 36}) {
+        Outputs got, want;
+        ASSERT_OK(PieceOnDevice(**a, stream, count, kPrompt, &got));
+        ASSERT_OK(PrefillPiece(**b, stream, count, kPrompt, &want));
+        ASSERT_EQ(got, want) << "piece of " << count;
+        ASSERT_OK((*a)->CheckInvariants());
+      }
+      ASSERT_EQ((*a)->length(), kPrompt);
+      for (int64_t step = 0; step < kSteps; ++step) {
+        Outputs got, want;
+        ASSERT_OK(DecodeOne(**a, stream, &got));
+        ASSERT_OK(DecodeOne(**b, stream, &want));
+        ASSERT_EQ(got, want) << "step " << step;
+        ASSERT_EQ((*a)->LastStep(LayerId(1), KvHeadId(1))->attended, (*b)->LastStep(LayerId(1), KvHeadId(1))->attended);
+      }
+      EXPECT_EQ((*a)->Report().retrievals, (*b)->Report().retrievals);
+      ASSERT_OK(here.cache().Flush());
+    }
+  }
+}
+
+// Each failure leaves the sequence as it was before the piece, with nothing on its way into memory that others may get.
+TEST_F(CudaPipelineTest, AnyCallOfAPromptOnTheDeviceMayFail) {
+  WorldOptions options = OptionsFor(SelectorKind::kTwoClock);
+  const KvGeometry& geometry = options.cache.geometry;
+  const int64_t prompt = 400;
+  options.device_budget = SmallestDevice(options, prompt + 8) + 64 * 1024;
+  const Stream stream(geometry, prompt + 8, 16);
+  CudaWorld faulty(options), twin(options);
+  ASSERT_OK(faulty.status());
+  ASSERT_OK(twin.status());
+  auto b = twin.cache().Open({.max_tokens = prompt + 8});
+  ASSERT_OK(b);
+  Outputs want[3], step;
+  const int64_t counts[3] = {128, 150, 122};
+  for (int i = 0; i < 3; ++i) ASSERT_OK(PrefillPiece(**b, stream, counts[i], prompt, &want[i]));
+  ASSERT_OK(DecodeOne(**b, stream, &step));
+  int64_t failures = 0;
+  bool more = true;
+  for (int64_t nth = 1; more; nth += 3) {  // one call of each run fails
+    more = false;
+    auto a = faulty.cache().Open({.max_tokens = prompt + 8});
+    ASSERT_OK(a);
+    for (int i = 0; i < 3; ++i) {
+      Outputs got;
+      bool reported = false;
+      const Status failed = PieceOnDevice(**a, stream, counts[i], prompt, &got, nth, &reported);
+      more = more || reported;
+      if (!failed.ok()) {
+        ++failures;
+        EXPECT_NE(failed.message().find("cudaErrorLaunchFailure"), std::string::npos) << failed;
+        ASSERT_OK((*a)->CheckInvariants()) << "call " << nth << ": " << failed;
+        ASSERT_OK(PieceOnDevice(**a, stream, counts[i], prompt, &got));
+      }
+      ASSERT_EQ(got, want[i]) << "call " << nth << " of piece " << i;
+    }
+    Outputs got;
+    ASSERT_OK(DecodeOne(**a, stream, &got));
+    ASSERT_EQ(got, step) << "call " << nth;
+  }
+#ifdef PREHOC_TEST_POINTS
+  EXPECT_GT(failures, 40) << "a piece makes more calls than that";
+#endif
+}
+
 TEST_F(CudaPipelineTest, RefusesByName) {
   const auto refusal = [](const auto& change) {
     WorldOptions options = OptionsFor(SelectorKind::kTwoClock);

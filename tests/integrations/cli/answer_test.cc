@@ -90,6 +90,17 @@ class AnswerTest : public testing::Test {
 };
 TempDir* AnswerTest::models_ = nullptr;
 
+TEST_F(AnswerTest, RandomWeightsAnswerWithoutAModel) {
+  options_.model = "random:tiny";
+  options_.random_weights = "tiny";
+  options_.cuda = false;
+  options_.store.clear();
+  const Outcome first = Run(), second = Run();
+  ASSERT_EQ(first.exit_code, kExitOk) << first.err;
+  EXPECT_EQ(first.figures["model"]["name"], "random:tiny");
+  EXPECT_EQ(first.figures["answer"], second.figures["answer"]) << "the same weights in every run";
+}
+
 TEST_F(AnswerTest, AnswersAndShowsTheTable) {
   const Outcome first = Run();
   ASSERT_EQ(first.exit_code, kExitOk) << first.err;

@@ -82,6 +82,16 @@ TEST(OptionsTest, EveryFlagArrivesWhereItBelongs) {
   EXPECT_EQ(o.json, "out.json");
 }
 
+TEST(OptionsTest, RandomWeightsStandForAModel) {
+  EXPECT_EQ(Answer({"--random-weights", "tiny"}).random_weights, "tiny");
+  EXPECT_EQ(Answer({"--random-weights=qwen3-8b"}).model, "random:qwen3-8b");
+  EXPECT_STATUS(StatusCode::kInvalid, "--random-weights", Parse({"answer", "--random-weights", "huge"}).status());
+  EXPECT_STATUS(StatusCode::kInvalid, "llama-3.1-8b, llama-2-7b, mistral-7b, qwen3-8b or tiny", Parse({"answer", "--random-weights", "huge"}).status());
+  for (const char* flag : {"--model", "--lora", "--calibration"}) {
+    EXPECT_STATUS(StatusCode::kInvalid, flag, Parse({"answer", "--random-weights", "tiny", flag, "x"}).status());
+  }
+}
+
 TEST(OptionsTest, ValuesMayLookLikeFlagsAfterAnEqualsSign) {
   EXPECT_EQ(Answer({"--question=--what is this?"}).question, "--what is this?");
   EXPECT_EQ(Answer({"--set", "tc.tau=-1"}).selector.tc.tau, -1);
@@ -103,7 +113,7 @@ TEST(OptionsTest, HelpTeachesByExampleAndNamesEveryFlag) {
     EXPECT_NE(command->text.find("Examples\n  prehoc "), std::string::npos) << command->text;
   }
   const std::string help = Parse({"answer", "--help"})->text;
-  for (const char* flag : {"--model", "--lora", "--document", "--context", "--question", "--max-new-tokens", "--selector",
+  for (const char* flag : {"--model", "--lora", "--random-weights", "--document", "--context", "--question", "--max-new-tokens", "--selector",
                            "--budget", "--max-dropped-mass", "--set", "--show-knobs", "--codes", "--audit-every",
                            "--device-budget", "--host-budget", "--store", "--store-budget", "--tenant", "--threads",
                            "--kernels", "--compare", "--json"}) {

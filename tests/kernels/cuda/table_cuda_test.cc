@@ -259,6 +259,99 @@ TEST_F(CudaTableTest, PrefillAgreesWithWindowsAndSinks) {
   }
 }
 
+// K, V, queries and outputs on the device; rows arrive in pinned memory behind the calls, and are read meanwhile.
+TEST_F(CudaTableTest, PrefillOnTheDeviceIsThatOfTheHost) {
+  Rng rng = SeededRng();
+  const int32_t heads = 4, kv_heads = 2, group = heads / kv_heads, block = 64;
+  for (const int32_t d : CudaHeadDims()) {
+    const CodeFormat format{.bits = 4, .group_tokens = 16};
+    const size_t row = static_cast<size_t>(2 * d), code_bytes = table().code_block_bytes(format, d);
+    for (const auto& [first, count] : {std::pair{0, 200}, {64, 150}, {130, 70}, {100, 1}}) {
+      const int32_t total = first + count, blocks = (total + block - 1) / block, codes = total / 16;
+      const int64_t kv = int64_t{kv_heads} * d, all = int64_t{heads} * d;
+      const std::vector<float> k = rng.Normals(static_cast<size_t>(total * kv)), v = rng.Normals(k.size()), q = rng.Normals(static_cast<size_t>(count * all));
+      const float *device_k = OnDevice(k), *device_v = OnDevice(v), *device_q = OnDevice(q);
+      // Blocks of all heads, as the host tier has them.
+      std::vector<Half> want(static_cast<size_t>(blocks * kv_heads * block) * row, Half{0x5a5a});
+      Half* const host = Pinned(want);
+      Half* const ring = OnDevice(std::vector<Half>(static_cast<size_t>(kv_heads * total) * row, Half{0x5a5a}));
+      std::byte* const code = OnDevice(std::vector<std::byte>(static_cast<size_t>(kv_heads * codes) * code_bytes));
+      const auto row_at = [&](Half* base, int32_t h, int32_t p) { return base + (static_cast<size_t>((p / block * kv_heads + h) * block + p % block)) * row; };
+      const auto append = [&](Half* base, const float* from_k, const float* from_v, int32_t begin, int32_t end, bool ring_too) {
+        std::vector<AppendTask> tasks;
+        for (int32_t at = begin; at < end;) {
+          const int32_t run = std::min((at / block + 1) * block, end) - at;
+          for (int32_t h = 0; h < kv_heads; ++h) {
+            tasks.push_back({.k = from_k + at * kv + h * d, .v = from_v + at * kv + h * d, .stride = kv, .rows = row_at(base, h, at), .count = run});
+            if (ring_too) tasks.push_back(tasks.back()), tasks.back().rows = ring + static_cast<size_t>(h * total + at) * row;
+          }
+          at += run;
+        }
+        return tasks;
+      };
+      const auto runs = [&](Half* base, int32_t end) {
+        std::vector<std::vector<RowRun>> of_heads(kv_heads);
+        for (int32_t h = 0; h < kv_heads; ++h) {
+          for (int32_t at = 0; at < end; at += block) of_heads[static_cast<size_t>(h)].push_back({row_at(base, h, at), std::min(block, end - at)});
+        }
+        return of_heads;
+      };
+      const auto prefill = [&](const std::vector<std::vector<RowRun>>& of_heads, const float* from, float* to, std::vector<PrefillTask>* tasks) {
+        for (int32_t h = 0; h < kv_heads; ++h) {
+          tasks->push_back({.q = from + h * group * d, .q_stride = all, .out = to + h * group * d, .out_stride = all, .runs = of_heads[static_cast<size_t>(h)]});
+        }
+        return PrefillParams{.tasks = *tasks, .queries = count, .first = first, .group = group, .head_dim = d};
+      };
+      ASSERT_OK(ReferenceKernels().append({.tasks = append(want.data(), k.data(), v.data(), 0, total, false), .head_dim = d}, {}));
+      std::vector<float> attended(q.size(), kPoison);
+      std::vector<PrefillTask> reference;
+      const auto of_want = runs(want.data(), total);
+      ASSERT_OK(ReferenceKernels().prefill(prefill(of_want, q.data(), attended.data(), &reference), {}));
+
+      for (const bool ahead : {false, true}) {
+        // The earlier rows have arrived, those of this piece are under way.
+        std::vector<AppendTask> earlier = append(host, device_k, device_v, 0, first, true);
+        if (first > 0) ASSERT_OK(table().append({.tasks = earlier, .head_dim = d, .on_device = true}, launch()));
+        ASSERT_OK(table().settle({}, launch()));
+        float* const out = OnDevice(std::vector<float>(q.size(), kPoison));
+        if (ahead && first > 0) {
+          const auto of_heads = runs(host, first);
+          const std::vector<std::span<const RowRun>> tasks(of_heads.begin(), of_heads.end());
+          ASSERT_OK(table().read_ahead({.tasks = tasks, .rows = first, .total = total, .head_dim = d}, launch()));
+        }
+        ASSERT_OK(table().append({.tasks = append(host, device_k, device_v, first, total, true), .head_dim = d, .on_device = true}, launch()));
+        std::vector<EncodeTask> encode;
+        for (int32_t h = 0; h < kv_heads; ++h) {
+          for (int32_t g = first / 16; g < codes; ++g) encode.push_back({.rows = row_at(host, h, g * 16), .block = code + static_cast<size_t>(h * codes + g) * code_bytes});
+        }
+        ASSERT_OK(table().encode({.tasks = encode, .format = format, .head_dim = d}, launch()));
+        std::vector<PrefillTask> tasks;
+        const auto of_host = runs(host, total);
+        PrefillParams params = prefill(of_host, device_q, out, &tasks);
+        params.on_device = true;
+        ASSERT_OK(table().prefill(params, launch()));
+        ASSERT_OK(table().settle({.results = true, .rows_but = 1}, launch()));
+        EXPECT_TRUE(AllClose(Read(out, q.size()), attended, {1e-4, 1e-4}, {count, heads, d})) << "d " << d << " first " << first << " ahead " << ahead;
+        ASSERT_OK(table().settle({}, launch()));
+        EXPECT_EQ(std::vector<Half>(host, host + want.size()), want) << "d " << d << " first " << first;
+        for (int32_t h = 0; h < kv_heads; ++h) {
+          const std::vector<Half> here = Read(ring + static_cast<size_t>(h * total) * row, static_cast<size_t>(total) * row);
+          for (int32_t p = 0; p < total; ++p) {
+            ASSERT_TRUE(std::equal(row_at(want.data(), h, p), row_at(want.data(), h, p) + row, here.data() + static_cast<size_t>(p) * row)) << "position " << p;
+          }
+          for (int32_t g = first / 16; g < codes; ++g) {
+            std::vector<std::byte> wanted(code_bytes);
+            const std::vector<EncodeTask> one{{.rows = row_at(want.data(), h, g * 16), .block = wanted.data()}};
+            ASSERT_OK(ReferenceKernels().encode({.tasks = one, .format = format, .head_dim = d}, {}));
+            ASSERT_EQ(Read(code + static_cast<size_t>(h * codes + g) * code_bytes, code_bytes), wanted) << "group " << g;
+          }
+        }
+        std::fill_n(host, want.size(), Half{0x5a5a});
+      }
+    }
+  }
+}
+
 // What a query does not see, or gives no weight, cannot spoil its output; what it sees can.
 TEST_F(CudaTableTest, PrefillTakesInfiniteRowsAsTheReference) {
   Rng rng = SeededRng();

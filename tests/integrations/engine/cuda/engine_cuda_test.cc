@@ -1,8 +1,14 @@
 // The engine's layers on the device beside those of the CPU, over the same attention.
 #include <cmath>
 
+#include "base/cuda/device_memory.h"
+#include "base/cuda/host_registrar.h"
+#include "base/device_memory.h"
+#include "cache/kv_cache.h"
+#include "integrations/reference/cache_backend.h"
 #include "integrations/reference/cuda/cuda_decoder.h"
 #include "integrations/reference/cuda/device_ops.h"
+#include "kernels/cuda/kernel_table.h"
 #include "tests/integrations/engine/engine_fixture.h"
 #include "tests/integrations/engine/random_model.h"
 #include "tests/support/compare.h"
@@ -79,6 +85,45 @@ TEST_F(CudaEngineTest, APromptLeavesTheSameBitsHoweverItIsCut) {
   EXPECT_EQ(logits[2], logits[0]);
 }
 
+// Over a cache on the device a prompt's q, k, v and outputs stay there; over one in host memory they do not. Both agree.
+TEST_F(CudaEngineTest, APromptOverACacheOnTheDevice) {
+  Rng rng = SeededRng();
+  ModelShape shape{};
+  shape.head_dim = 64;
+  const auto model = RandomModel(rng, shape);
+  const std::vector<int32_t> tokens = RandomTokens(rng, model->config, 230);
+  CacheOptions options;
+  options.geometry = {.layers = model->config.layers, .heads = model->config.heads, .kv_heads = model->config.kv_heads, .head_dim = model->config.head_dim,
+                      .chunk_tokens = 64};
+  options.host_budget = 64 << 20;
+  options.huge_pages = false;
+  options.selector.kind = SelectorKind::kDense;
+  HostDeviceMemory host_memory(64 << 20);
+  CudaDeviceMemory device_memory(64 << 20);
+  CudaHostRegistrar registrar;
+  const auto kernels = cuda::DeviceKernels::Create(&device_memory).value();
+  const auto host = KvCache::Create(options, {.executor = executor_.get(), .device = &host_memory}).value();
+  const auto device = KvCache::Create(options, {.executor = executor_.get(), .device = &device_memory, .kernels = &cuda::DeviceKernels::Table(),
+                                                .stream = kernels->launch_stream(), .registrar = &registrar}).value();
+  std::vector<std::vector<float>> logits;
+  for (KvCache* cache : {host.get(), device.get()}) {
+    const auto engine = Make(model, true);
+    const auto sequence = cache->Open({.max_tokens = 256}).value();
+    CacheBackend backend(sequence.get());
+    EXPECT_EQ(backend.takes_device_memory(), cache == device.get());
+    std::vector<float>& all = logits.emplace_back(static_cast<size_t>(model->config.vocab));
+    ASSERT_OK(engine->Forward(backend, std::span(tokens).first(220), 220, all));  // three pieces
+    for (size_t t = 220; t < 230; ++t) {
+      std::vector<float> last(static_cast<size_t>(model->config.vocab));
+      ASSERT_OK(engine->Forward(backend, std::span(tokens).subspan(t, 1), 0, last));
+      all.insert(all.end(), last.begin(), last.end());
+    }
+  }
+  double largest = 0;
+  for (const float x : logits[0]) largest = std::max(largest, static_cast<double>(std::abs(x)));
+  EXPECT_TRUE(AllClose(logits[1], logits[0], {1e-3 * largest, 0}));
+}
+
 // Sizes around the tiles and the loads of a lane; outputs poisoned, the truth in fp64.
 TEST_F(CudaEngineTest, ProductsOfEverySize) {
   Rng rng = SeededRng();
@@ -117,16 +162,14 @@ TEST_F(CudaEngineTest, ProductsOfEverySize) {
         EXPECT_TRUE(AllClose(y.Read(), want, {3e-4, 1e-4})) << "rows " << rows << " cols " << cols << " gated " << gated;
         EXPECT_TRUE(y.GuardsIntact());
       }
-      for (const int32_t tokens : {1, 5, 64, 70}) {
+      for (const int32_t tokens : {1, 5, 64, 70, 133}) {
         if (cols > 2100 && tokens > 5) continue;  // the truth takes its time
+        if (tokens > 100 && cols > 300) continue;
         std::vector<Half> weights(static_cast<size_t>(rows) * static_cast<size_t>(cols));
         for (Half& h : weights) h = FloatToHalf(static_cast<float>(rng.Normal() / std::sqrt(cols)));
         const std::vector<float> x = rng.Normals(static_cast<size_t>(tokens) * static_cast<size_t>(cols), 3);
         const CudaArray<Half> w(weights);
         const CudaArray<float> dx(x);
-        CudaArray<float> y(static_cast<size_t>(tokens * rows));
-        ASSERT_OK(MultiplyMatrix({.weights = w.data(), .x = dx.data(), .y = y.data(), .tokens = tokens, .rows = rows, .cols = cols}, nullptr));
-        ASSERT_OK(CudaStatus(cudaDeviceSynchronize(), "wait"));
         std::vector<double> want;
         for (int32_t t = 0; t < tokens; ++t) {
           for (int32_t r = 0; r < rows; ++r) {
@@ -138,8 +181,26 @@ TEST_F(CudaEngineTest, ProductsOfEverySize) {
             want.push_back(sum);
           }
         }
-        EXPECT_TRUE(AllClose(y.Read(), want, {1e-4, 1e-4}, {tokens, rows})) << "rows " << rows << " cols " << cols;
-        EXPECT_TRUE(y.GuardsIntact());
+        // With a workspace another kernel may run.
+        for (const bool wide : {false, true}) {
+          CudaArray<float> y(static_cast<size_t>(tokens * rows)), workspace(x.size());
+          const MatrixProduct product{.weights = w.data(), .x = dx.data(), .y = y.data(), .workspace = wide ? workspace.data() : nullptr,
+                                      .tokens = tokens, .rows = rows, .cols = cols};
+          ASSERT_OK(MultiplyMatrix(product, nullptr));
+          ASSERT_OK(CudaStatus(cudaDeviceSynchronize(), "wait"));
+          EXPECT_TRUE(AllClose(y.Read(), want, {1e-4, 1e-4}, {tokens, rows})) << "rows " << rows << " cols " << cols << " tokens " << tokens << " wide " << wide;
+          EXPECT_TRUE(y.GuardsIntact() && workspace.GuardsIntact());
+          // Once more, on top of it, with a bias.
+          MatrixProduct again = product;
+          const std::vector<float> bias = rng.Normals(static_cast<size_t>(rows));
+          const CudaArray<float> dbias(bias);
+          again.add = true, again.bias = dbias.data();
+          ASSERT_OK(MultiplyMatrix(again, nullptr));
+          ASSERT_OK(CudaStatus(cudaDeviceSynchronize(), "wait"));
+          std::vector<double> twice;
+          for (size_t i = 0; i < want.size(); ++i) twice.push_back(2 * want[i] + bias[i % bias.size()]);
+          EXPECT_TRUE(AllClose(y.Read(), twice, {2e-4, 1e-4}, {tokens, rows})) << "rows " << rows << " cols " << cols << " tokens " << tokens << " wide " << wide;
+        }
       }
     }
   }
