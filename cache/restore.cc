@@ -116,7 +116,7 @@ Status Sequence::Impl::RestorePrefix(std::span<const int32_t> wanted) {
     PREHOC_RETURN_IF_ERROR(AddKeysToSummaries(l, rows, 0, end));
     layer.coded = end;
     for (HeadState& head : layer.heads) {
-      for (int64_t i = ring_begin; i < end; ++i) head.residency.EnterRing(static_cast<int32_t>(i));
+      head.residency.EnterRing(ring_begin, end);
     }
   }
   tokens.assign(wanted.begin(), wanted.begin() + end);

@@ -235,8 +235,8 @@ Status Sequence::Impl::Begin(std::span<const int32_t> new_tokens, int64_t prompt
   const int64_t ring_end = std::max<int64_t>(ring_begin, visible() - layout.ring);
   for (LayerState& layer : layers) {
     for (HeadState& head : layer.heads) {
-      for (int64_t i = ring_begin; i < std::min(ring_end, length); ++i) head.residency.LeaveRing(static_cast<int32_t>(i));
-      for (int64_t i = std::max(ring_end, length); i < visible(); ++i) head.residency.EnterRing(static_cast<int32_t>(i));
+      head.residency.LeaveRing(ring_begin, std::min(ring_end, length));
+      head.residency.EnterRing(std::max(ring_end, length), visible());
     }
   }
   ring_begin = ring_end;
@@ -429,7 +429,7 @@ void Sequence::Impl::Rollback() {
   }
   for (LayerState& layer : layers) {
     for (HeadState& head : layer.heads) {
-      for (int64_t i = length; i < visible(); ++i) head.residency.LeaveRing(static_cast<int32_t>(i));
+      head.residency.LeaveRing(length, visible());
     }
   }
   tokens.resize(static_cast<size_t>(length));

@@ -73,7 +73,8 @@ class PrefillBench {
     const auto tasks = Tasks(rows);
     for (const int first : lengths) {
       const auto run = [&] {
-        OrExit(cuda::PrefillRuns({.tasks = tasks.data(), .num_tasks = kKvHeads, .queries = chunk_, .first = first, .group = kGroup, .head_dim = kD}, Stream()));
+        OrExit(cuda::PrefillRuns({.tasks = tasks.data(), .num_tasks = kKvHeads, .queries = chunk_, .first = first, .group = kGroup, .head_dim = kD, .rows = rows.data(),
+                                .pitch = int64_t(room_) * int64_t(kRow)}, Stream()));
       };
       const Spread us = Time(run, first >= 32768 ? 1 : repeats_);
       const double keys = double(chunk_) * first + double(chunk_) * (chunk_ + 1) / 2;
@@ -208,14 +209,16 @@ class PrefillBench {
     }
     for (size_t i = 0; i < chunks * layers; ++i) {
       if (i % layers == 0) Cuda(cudaMemcpyAsync(x_.data(), input_.data(), input_.bytes(), cudaMemcpyDeviceToDevice, Stream()), "input");
-      OneLayer(layers_[i % layers], append[i], attend[i % layers], int32_t(i / layers) * chunk_, written[i]);
+      OneLayer(layers_[i % layers], append[i], attend[i % layers], rows.data() + i % layers * size_t(kKvHeads) * size_t(tokens_) * kRow,
+               int32_t(i / layers) * chunk_, written[i]);
       recorded.store(i + 1, std::memory_order_release);
     }
     OrExit(stream_.Synchronize());
     if (offload.joinable()) offload.join();
     return Seconds() - start;
   }
-  void OneLayer(const Layer& l, const Array<cuda::RunAppendTask>& append, const Array<cuda::RunPrefillTask>& attend, int32_t first, const CudaEvent& written) {
+  void OneLayer(const Layer& l, const Array<cuda::RunAppendTask>& append, const Array<cuda::RunPrefillTask>& attend, const Half* kv, int32_t first,
+                const CudaEvent& written) {
     const auto multiply = [&](const Array<uint16_t>& w, const Array<float>& x, const Array<float>& y, int rows, int cols, bool add) {
       OrExit(reference::MultiplyMatrix({.weights = w.data(), .x = x.data(), .y = y.data(), .add = add, .workspace = workspace_.data(), .tokens = chunk_, .rows = rows, .cols = cols}, Stream()));
     };
@@ -225,7 +228,8 @@ class PrefillBench {
                                .tokens = chunk_, .heads = kHeads, .kv_heads = kKvHeads, .head_dim = kD}, Stream()));
     OrExit(cuda::AppendRuns(append.data(), kKvHeads, chunk_, kD, Stream()));
     OrExit(written.Record(Stream()));
-    OrExit(cuda::PrefillRuns({.tasks = attend.data(), .num_tasks = kKvHeads, .queries = chunk_, .first = first, .group = kGroup, .head_dim = kD}, Stream()));
+    OrExit(cuda::PrefillRuns({.tasks = attend.data(), .num_tasks = kKvHeads, .queries = chunk_, .first = first, .group = kGroup, .head_dim = kD,
+                              .rows = kv, .pitch = int64_t(tokens_) * int64_t(kRow)}, Stream()));
     multiply(l.o, attended_, x_, kHidden, kHidden, true);
     OrExit(reference::NormRows(x_.data(), norm_.data(), 1e-5f, normed_.data(), chunk_, kHidden, Stream()));
     multiply(l.gate_up, normed_, gate_up_, 2 * kIntermediate, kHidden, false);

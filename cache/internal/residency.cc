@@ -81,7 +81,7 @@ void HeadResidency::Restore(std::span<const int32_t> positions, std::span<const 
   }
   CountRanks();
   Publish(positions, slots);
-  for (int64_t i = ring_begin; i < n; ++i) EnterRing(static_cast<int32_t>(i));
+  EnterRing(ring_begin, n);
 }
 
 void HeadResidency::CountRanks() {

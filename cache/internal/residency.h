@@ -1,5 +1,6 @@
 // Which positions of one (layer, KV head) are on the device, and where.
 #pragma once
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <span>
@@ -42,9 +43,12 @@ class HeadResidency {
   // Starts anew: just `positions` (sorted) are in `slots` (different), and the ring holds [ring_begin, n).
   void Restore(std::span<const int32_t> positions, std::span<const int32_t> slots, int64_t ring_begin, int64_t n);
 
-  void EnterRing(int32_t position) { resident_[static_cast<size_t>(position) / 64] |= uint64_t{1} << (position % 64); }
-  void LeaveRing(int32_t position) {
-    if (!Bit(slotted_, position)) resident_[static_cast<size_t>(position) / 64] &= ~(uint64_t{1} << (position % 64));
+  // Positions [begin, end); nothing where begin >= end.
+  void EnterRing(int64_t begin, int64_t end) {
+    ForWords(begin, end, [&](size_t word, uint64_t mask) { resident_[word] |= mask; });
+  }
+  void LeaveRing(int64_t begin, int64_t end) {
+    ForWords(begin, end, [&](size_t word, uint64_t mask) { resident_[word] &= ~mask | slotted_[word]; });
   }
 
   // kCorrupt with the first rule that does not hold; `ring_begin`, `n`: what the ring holds.
@@ -53,6 +57,16 @@ class HeadResidency {
  private:
   static bool Bit(const uint64_t* bits, int32_t position) {
     return (bits[static_cast<size_t>(position) / 64] >> (position % 64)) & 1;
+  }
+  // fn(word, bits of [begin, end) in it).
+  template <class Fn>
+  static void ForWords(int64_t begin, int64_t end, const Fn& fn) {
+    for (int64_t at = begin; at < end;) {
+      const int64_t to = std::min((at / 64 + 1) * 64, end);
+      const uint64_t ones = to - at == 64 ? ~uint64_t{0} : (uint64_t{1} << (to - at)) - 1;
+      fn(static_cast<size_t>(at / 64), ones << (at % 64));
+      at = to;
+    }
   }
   void CountRanks();
 

@@ -209,6 +209,7 @@ Status DeviceKernels::Impl::AppendHere(const prehoc::AppendParams& params) {
   for (const prehoc::AppendTask& task : params.tasks) {
     if (task.count > 0 && !OnDevice(task.rows)) to_host += static_cast<size_t>(task.count) * row;
   }
+  if (num == 0) return {};
   PREHOC_RETURN_IF_ERROR(Begin(Room<RunAppendTask>(num), 0));
   PREHOC_RETURN_IF_ERROR(behind.BeginSet(to_host));
   const Staged<RunAppendTask> tasks = In<RunAppendTask>(num);
@@ -546,10 +547,13 @@ Status DeviceKernels::Impl::Prefill(const prehoc::PrefillParams& params) {
   const size_t row = static_cast<size_t>(params.head_dim) * 2 * sizeof(Half);
   const size_t vectors = params.on_device ? 0 : num * Room<float>(queries * width);
   PREHOC_RETURN_IF_ERROR(Begin(Room<RunPrefillTask>(num) + vectors + num * Room<int32_t>(queries), vectors));
-  // Rows of a task that lie together on the device are read there.
-  const bool together = std::all_of(params.tasks.begin(), params.tasks.end(), [&](const prehoc::PrefillTask& task) {
-    return task.runs.front().count >= keys && OnDevice(task.runs.front().rows);
-  });
+  // Rows of a task that lie together on the device, each task's as far from the last one's, are read there.
+  const auto rows_of = [&](size_t i) { return params.tasks[i].runs.front().rows; };
+  const std::ptrdiff_t gap = num > 1 ? rows_of(1) - rows_of(0) : 0;
+  bool together = true;
+  for (size_t i = 0; i < num; ++i) {
+    together = together && params.tasks[i].runs.front().count >= keys && OnDevice(rows_of(i)) && rows_of(i) - rows_of(0) == static_cast<std::ptrdiff_t>(i) * gap;
+  }
   PrefillRows::Rows gathered;
   if (!together) {
     std::vector<std::span<const RowRun>> runs;
@@ -574,7 +578,8 @@ Status DeviceKernels::Impl::Prefill(const prehoc::PrefillParams& params) {
   PREHOC_RETURN_IF_ERROR(Send());
   PREHOC_RETURN_IF_ERROR(Sent(PrefillRuns({.tasks = tasks.device, .num_tasks = static_cast<int32_t>(num), .queries = params.queries,
                                            .first = params.first, .sinks = params.sinks, .group = params.group,
-                                           .head_dim = params.head_dim}, stream.get())));
+                                           .head_dim = params.head_dim, .rows = together ? rows_of(0) : reinterpret_cast<const Half*>(gathered.data),
+                                           .pitch = together ? gap : static_cast<int64_t>(gathered.pitch / sizeof(Half))}, stream.get())));
   if (!together) PREHOC_RETURN_IF_ERROR(behind.Used());
   if (params.on_device) return {};
   PREHOC_RETURN_IF_ERROR(Wait());

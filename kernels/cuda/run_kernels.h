@@ -64,6 +64,10 @@ struct RunPrefillTask {
 struct RunPrefillParams {
   const RunPrefillTask* tasks = nullptr;
   int32_t num_tasks = 0, queries = 0, first = 0, sinks = 0, group = 0, head_dim = 0;
+  // Where the tasks' rows lie, for host code: those of task i at rows + i * pitch (halves, a multiple of 8). Or null; then no kernel that must
+  // know it runs.
+  const Half* rows = nullptr;
+  int64_t pitch = 0;
 };
 Status PrefillRuns(const RunPrefillParams& params, cudaStream_t stream);
 

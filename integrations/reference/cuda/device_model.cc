@@ -2,7 +2,6 @@
 
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <string>
 
 #include "base/cuda/error.h"
@@ -13,31 +12,29 @@ namespace prehoc::reference {
 Result<const void*> DeviceModel::Add(std::initializer_list<const WeightMatrix*> matrices, Executor& executor) {
   size_t elements = 0;
   for (const WeightMatrix* m : matrices) elements += static_cast<size_t>(m->rows) * static_cast<size_t>(m->cols);
-  std::vector<uint16_t> numbers(elements);
-  std::atomic<bool> beyond{false};
-  size_t at = 0;
-  for (const WeightMatrix* m : matrices) {
-    uint16_t* const to = numbers.data() + at;
-    executor.ParallelFor(m->rows, [&](int64_t r) {
-      const auto cols = static_cast<size_t>(m->cols);
-      uint16_t* const row = to + static_cast<size_t>(r) * cols;
-      const bool stored = m->type == (type_ == DeviceNumber::kF16 ? WeightType::kF16 : WeightType::kBF16);
-      if (stored) {
-        std::memcpy(row, m->row(r), cols * sizeof(uint16_t));
-        return;
-      }
-      std::vector<float> values(cols);
-      DequantizeRow(m->type, m->row(r), m->cols, values.data());
-      for (size_t c = 0; c < cols; ++c) {
-        row[c] = type_ == DeviceNumber::kF16 ? FloatToHalf(values[c]) : FloatToBFloat16(values[c]);
-        if (std::isfinite(values[c]) && type_ == DeviceNumber::kF16 && (row[c] & 0x7fff) == 0x7c00) beyond = true;
-      }
-    });
-    at += static_cast<size_t>(m->rows) * static_cast<size_t>(m->cols);
-  }
-  if (beyond) return {StatusCode::kUnsupported, "a weight is beyond the range of fp16, in which the device keeps this model"};
   PREHOC_ASSIGN_OR_RETURN(CudaBytes bytes, CudaBytes::Create(CudaPlace::kDevice, elements * sizeof(uint16_t)));
-  PREHOC_CUDA_TRY(cudaMemcpy(bytes.data(), numbers.data(), elements * sizeof(uint16_t), cudaMemcpyHostToDevice));
+  std::atomic<bool> beyond{false};
+  std::byte* to = bytes.data();
+  for (const WeightMatrix* m : matrices) {
+    const auto cols = static_cast<size_t>(m->cols), size = static_cast<size_t>(m->rows) * cols * sizeof(uint16_t);
+    std::vector<uint16_t> numbers;
+    if (m->type != (type_ == DeviceNumber::kF16 ? WeightType::kF16 : WeightType::kBF16)) {
+      numbers.resize(size / sizeof(uint16_t));
+      executor.ParallelFor(m->rows, [&](int64_t r) {
+        uint16_t* const row = numbers.data() + static_cast<size_t>(r) * cols;
+        std::vector<float> values(cols);
+        DequantizeRow(m->type, m->row(r), m->cols, values.data());
+        for (size_t c = 0; c < cols; ++c) {
+          row[c] = type_ == DeviceNumber::kF16 ? FloatToHalf(values[c]) : FloatToBFloat16(values[c]);
+          if (std::isfinite(values[c]) && type_ == DeviceNumber::kF16 && (row[c] & 0x7fff) == 0x7c00) beyond = true;
+        }
+      });
+    }
+    if (beyond) return {StatusCode::kUnsupported, "a weight is beyond the range of fp16, in which the device keeps this model"};
+    // What is stored as the device wants it goes there as it is.
+    PREHOC_CUDA_TRY(cudaMemcpy(to, numbers.empty() ? static_cast<const void*>(m->data) : numbers.data(), size, cudaMemcpyHostToDevice));
+    to += size;
+  }
   bytes_ += bytes.size();
   parts_.push_back(std::move(bytes));
   return static_cast<const void*>(parts_.back().data());

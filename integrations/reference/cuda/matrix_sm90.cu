@@ -3,17 +3,17 @@
 //
 //   a block: 128 tokens x 256 rows; one warp asks for slices of 64 columns, two warp groups multiply 64 x 256 each; three slices are on
 //   their way or in use. Each slice of weights meets both halves of the activations.
-#include <cuda.h>
-
 #include <algorithm>
 
 #include "base/units.h"
 #include "integrations/reference/cuda/matrix_sm90.h"
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/sm90.cuh"
 
 namespace prehoc::reference::sm90 {
 namespace {
+using namespace cuda::sm90;  // NOLINT(google-build-using-namespace): one file's helpers
 using cuda::LaunchKernel;
 using cuda::LetLaterWorkLaunch;
 using cuda::RowType;
@@ -36,24 +36,6 @@ struct Args {
   bool add;
 };
 
-__device__ inline void Init(uint32_t barrier, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count)); }
-__device__ inline void Arrive(uint32_t barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
-__device__ inline void Expect(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ inline void Await(uint32_t barrier, int parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra READY;\nbra AGAIN;\nREADY:\n}" ::"r"(barrier),
-      "r"(parity) : "memory");
-}
-__device__ inline void Bring(uint32_t to, const CUtensorMap* map, int col, int row, uint32_t barrier) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
-               "l"(map), "r"(col), "r"(row), "r"(barrier) : "memory");
-}
-// Lines of 128 bytes, swizzled; eight of them are 1,024 bytes.
-__device__ inline uint64_t Matrix(uint32_t address) {
-  return uint64_t{(address & 0x3ffff) >> 4} | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
-}
 // d [64, 256] += a [64, 16] b [256, 16]^T, behind the threads of the warp group.
 template <RowType R>
 __device__ inline void Multiply(float (&d)[128], uint64_t a, uint64_t b) {
@@ -110,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, 1) WideKernel(const __grid_constant_
   const int slices = (args.cols + kDeep - 1) / kDeep;
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) Init(full + s * 8, 1), Init(empty + s * 8, kGroups * kGroupThreads / 32);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    InitDone();
   }
   WaitForEarlierWork();
   LetLaterWorkLaunch();
@@ -135,17 +117,17 @@ __global__ void __launch_bounds__(kThreads, 1) WideKernel(const __grid_constant_
     const int s = k % kStages;
     Await(full + s * 8, k / kStages % 2);
     const uint32_t most = base + s * kStageBytes + group * 64 * kLineBytes, rest = most + kXBytes, weights = base + s * kStageBytes + 2 * kXBytes;
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    BeginProducts();
 #pragma unroll
     for (int c = 0; c < kDeep; c += 16) {
       Multiply<R>(d, Matrix(rest + c * 2), Matrix(weights + c * 2));
       Multiply<R>(d, Matrix(most + c * 2), Matrix(weights + c * 2));
     }
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+    CommitProducts();
+    WaitForProducts<1>();
     if (k > 0 && lane == 0) Arrive(empty + (k - 1) % kStages * 8);  // all but this slice are used up
   }
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  WaitForProducts<0>();
   const int token = token0 + group * 64 + static_cast<int>(threadIdx.x) % kGroupThreads / 32 * 16 + lane / 4, col = row0 + lane % 4 * 2;
   const bool pairs = args.rows % 2 == 0;
 #pragma unroll
@@ -193,23 +175,12 @@ __global__ void __launch_bounds__(kSplitThreads) SplitKernel(const __grid_consta
   }
 }
 
-// Of [rows, cols] numbers, in boxes of `box` rows.
-Status MakeMap(const void* data, DeviceNumber type, int64_t rows, int64_t cols, int box, CUtensorMap* map) {
-  static const auto encode = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result{};
-    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-    return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found) : nullptr;
-  }();
-  if (encode == nullptr) return {StatusCode::kUnsupported, "matrix product: the driver has no cuTensorMapEncodeTiled; use one for CUDA 12 or newer"};
+Status MakeMatrixMap(const void* data, DeviceNumber type, int64_t rows, int64_t cols, int box, CUtensorMap* map) {
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)}, strides[] = {static_cast<cuuint64_t>(cols) * 2};
-  const cuuint32_t boxes[] = {kDeep, static_cast<cuuint32_t>(box)}, steps[] = {1, 1};
-  const CUresult made = encode(map, type == DeviceNumber::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
-                               const_cast<void*>(data), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (made == CUDA_SUCCESS) return {};
-  return {StatusCode::kCuda, "matrix product: cuTensorMapEncodeTiled gave " + std::to_string(static_cast<int>(made)) + " for [" + std::to_string(rows) + ", " +
-                                 std::to_string(cols) + "]"};
+  const cuuint32_t boxes[] = {kDeep, static_cast<cuuint32_t>(box)};
+  const auto numbers = type == DeviceNumber::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const Status status = MakeMap(numbers, 2, data, sizes, strides, boxes, map);
+  return status.ok() ? status : status.WithContext("matrix product");
 }
 }  // namespace
 
@@ -222,8 +193,8 @@ Status MultiplyMatrix(const MatrixProduct& p, cudaStream_t stream) {
   PREHOC_RETURN_IF_ERROR(LaunchKernel(f16 ? SplitKernel<RowType::kF16> : SplitKernel<RowType::kBF16>, "split", split,
                                       {.grid = dim3(blocks), .threads = kSplitThreads}, stream));
   Args args{.bias = p.bias, .y = p.y, .tokens = p.tokens, .rows = p.rows, .cols = p.cols, .add = p.add};
-  PREHOC_RETURN_IF_ERROR(MakeMap(p.workspace, p.type, int64_t{2} * p.tokens, p.cols, kTokens, &args.x));
-  PREHOC_RETURN_IF_ERROR(MakeMap(p.weights, p.type, p.rows, p.cols, kRows, &args.weights));
+  PREHOC_RETURN_IF_ERROR(MakeMatrixMap(p.workspace, p.type, int64_t{2} * p.tokens, p.cols, kTokens, &args.x));
+  PREHOC_RETURN_IF_ERROR(MakeMatrixMap(p.weights, p.type, p.rows, p.cols, kRows, &args.weights));
   const auto tiles = static_cast<unsigned>(CeilDiv(p.tokens, kTokens) * CeilDiv(p.rows, kRows));
   return LaunchKernel(f16 ? WideKernel<RowType::kF16> : WideKernel<RowType::kBF16>, "matrix product", args,
                       {.grid = dim3(tiles), .threads = kThreads, .shared_bytes = kShared}, stream);

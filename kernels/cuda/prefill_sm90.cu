@@ -1,0 +1,305 @@
+// Causal attention of many queries on the tensor cores of compute capability 9.0: products of a whole warp group, keys and values brought by the
+// copy engine of the multiprocessor (TMA). Queries and weights are sums of two halves of fp16, as in prefill.cu. Compiled for sm_90a alone.
+//
+//   a block: 128 queries of a head; two warp groups take 64 each, over tiles of 128 keys, of which two are on their way or in use. One group
+//   multiplies while the other weighs: nothing but the tiles that both read holds them together.
+#include <algorithm>
+
+#include "base/units.h"
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/prefill.cuh"
+#include "kernels/cuda/prefill_sm90.h"
+#include "kernels/cuda/sm90.cuh"
+
+namespace prehoc::cuda::sm90 {
+namespace {
+
+constexpr int kD = kPrefillHeadDim, kQueries = 128, kKeys = 128, kThreads = 256;
+constexpr int kLine = 64;                          // halves of a line in shared memory
+constexpr int kSlab = 128 * kLine * 2;             // [bytes] 128 lines
+constexpr int kPart = kD / kLine * kSlab;          // queries (one half of the sum), keys, or values of a tile
+constexpr int kBarriers = 6 * kPart;               // after q most, q rest, two tiles of keys, two of values
+constexpr size_t kShared = std::max(size_t{kBarriers} + 64, sizeof(PlainTiles<kD>)) + 1024;
+static_assert(PrefillShape<kD>::kThreads == kThreads && PrefillShape<kD>::kQueries == kQueries, "the plain way takes the same block");
+
+struct Args {
+  CUtensorMap rows;  // [tasks, keys, 2 kD]
+  PrefillArgs prefill;
+};
+
+// d [64, 128] = a [64, 16] b [128, 16]^T.
+__device__ inline void BeginKeys(float (&d)[64], uint64_t a, uint64_t b) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+      "}, %64, %65, 0, 1, 1, 0, 0;"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]), "=f"(d[4]), "=f"(d[5]), "=f"(d[6]), "=f"(d[7]),
+        "=f"(d[8]), "=f"(d[9]), "=f"(d[10]), "=f"(d[11]), "=f"(d[12]), "=f"(d[13]), "=f"(d[14]), "=f"(d[15]),
+        "=f"(d[16]), "=f"(d[17]), "=f"(d[18]), "=f"(d[19]), "=f"(d[20]), "=f"(d[21]), "=f"(d[22]), "=f"(d[23]),
+        "=f"(d[24]), "=f"(d[25]), "=f"(d[26]), "=f"(d[27]), "=f"(d[28]), "=f"(d[29]), "=f"(d[30]), "=f"(d[31]),
+        "=f"(d[32]), "=f"(d[33]), "=f"(d[34]), "=f"(d[35]), "=f"(d[36]), "=f"(d[37]), "=f"(d[38]), "=f"(d[39]),
+        "=f"(d[40]), "=f"(d[41]), "=f"(d[42]), "=f"(d[43]), "=f"(d[44]), "=f"(d[45]), "=f"(d[46]), "=f"(d[47]),
+        "=f"(d[48]), "=f"(d[49]), "=f"(d[50]), "=f"(d[51]), "=f"(d[52]), "=f"(d[53]), "=f"(d[54]), "=f"(d[55]),
+        "=f"(d[56]), "=f"(d[57]), "=f"(d[58]), "=f"(d[59]), "=f"(d[60]), "=f"(d[61]), "=f"(d[62]), "=f"(d[63])
+      : "l"(a), "l"(b));
+#endif
+}
+// d += likewise.
+__device__ inline void AddKeys(float (&d)[64], uint64_t a, uint64_t b) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+      "}, %64, %65, 1, 1, 1, 0, 0;"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+        "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
+        "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+        "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+        "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+      : "l"(a), "l"(b));
+#endif
+}
+// d [64, 128] += a [64, 16] b [16, 128].
+__device__ inline void MultiplyValues(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+      "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+        "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
+        "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+        "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+        "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+#endif
+}
+
+__global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_constant__ Args all) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  const PrefillArgs& args = all.prefill;
+  extern __shared__ __align__(1024) char shared[];
+  __shared__ int32_t starts[kQueries];
+  __shared__ int32_t least_start, any_odd;
+  const uint32_t address = SharedAddress(shared), base = (address + 1023) / 1024 * 1024;
+  char* const aligned = shared + (base - address);
+  const uint32_t k_tiles = base + 2 * kPart, v_tiles = base + 4 * kPart, barriers = base + kBarriers;
+  // Of tile `stage`: whether keys, values are there; whether they are used up.
+  const auto full = [&](int stage, int values) { return barriers + static_cast<uint32_t>(stage * 2 + values) * 8; };
+  const auto empty = [&](int stage, int values) { return barriers + 32 + static_cast<uint32_t>(stage * 2 + values) * 8; };
+  const int head = blockIdx.z, lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp, g = lane / 4, j = lane % 4;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 4; ++i) Init(barriers + static_cast<uint32_t>(i) * 8, 1), Init(barriers + 32 + static_cast<uint32_t>(i) * 8, kThreads / kWarp);
+    InitDone();
+    least_start = 0x7fffffff, any_odd = 0;
+  }
+  WaitForEarlierWork();
+  LetLaterWorkLaunch();
+  __syncthreads();
+  const RunPrefillTask task = args.tasks[blockIdx.y];
+  // The last queries see most: they begin first.
+  const int begin = (static_cast<int>(gridDim.x) - 1 - static_cast<int>(blockIdx.x)) * kQueries;
+  const int keys = args.first + min(begin + kQueries, args.queries);
+  for (int t = static_cast<int>(threadIdx.x); t < kQueries; t += kThreads) {
+    starts[t] = task.start != nullptr && begin + t < args.queries ? task.start[begin + t] : 0;
+    if (begin + t < args.queries) atomicMin(&least_start, starts[t]);
+  }
+  // exp(x) as 2^(x log2 e): the factor goes into the queries. 16-byte words of a line lie as TMA would have put them.
+  for (int i = static_cast<int>(threadIdx.x); i < kQueries * kD / 8; i += kThreads) {
+    const int t = i / (kD / 8), c = i % (kD / 8) * 8, word = c % kLine / 8;
+    const float by = args.scale * kLog2E;
+    uint4 most{}, rest{};
+    if (begin + t < args.queries) {
+      const float4* const q = reinterpret_cast<const float4*>(task.q + (begin + t) * task.q_stride + int64_t{head} * kD + c);
+      const float4 a = q[0], b = q[1];
+      SplitPair<RowType::kF16>(a.x * by, a.y * by, &most.x, &rest.x);
+      SplitPair<RowType::kF16>(a.z * by, a.w * by, &most.y, &rest.y);
+      SplitPair<RowType::kF16>(b.x * by, b.y * by, &most.z, &rest.z);
+      SplitPair<RowType::kF16>(b.z * by, b.w * by, &most.w, &rest.w);
+    }
+    char* const to = aligned + c / kLine * kSlab + t * kLine * 2 + (word ^ (t % 8)) * 16;
+    *reinterpret_cast<uint4*>(to) = most;
+    *reinterpret_cast<uint4*>(to + kPart) = rest;
+  }
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  __syncthreads();
+  const int32_t least = least_start;
+  const auto after = [&](int key) {  // the next tile that somebody sees
+    do key += kKeys;
+    while (key < keys && key >= args.sinks && key + kKeys <= least);
+    return key;
+  };
+  const auto ask = [&](int key, int stage, int values) {
+    const uint32_t to = (values ? v_tiles : k_tiles) + static_cast<uint32_t>(stage * kPart);
+    Expect(full(stage, values), kPart);
+    for (int slab = 0; slab < kD / kLine; ++slab) {
+      Bring(to + static_cast<uint32_t>(slab * kSlab), &all.rows, values * kD + slab * kLine, key, static_cast<int>(blockIdx.y), full(stage, values));
+    }
+  };
+  const bool asks = threadIdx.x == 0;
+  float out[64] = {}, most[2] = {-Infinity(), -Infinity()}, sum[2] = {};
+  const int query = warp * 16 + g;  // and query + 8
+  const int32_t last[2] = {args.first + begin + query, args.first + begin + query + 8}, start[2] = {starts[query], starts[query + 8]};
+  const uint32_t q_most = base + static_cast<uint32_t>(warp / 4 * 64 * kLine * 2), q_rest = q_most + kPart;
+  uint32_t p_most[kKeys / 16][4], p_rest[kKeys / 16][4];
+  // z = queries times the keys of a tile, and out += weights times the values of one: behind the threads.
+  const auto multiply_keys = [&](float(&z)[64], int stage) {
+    const uint32_t tile = k_tiles + static_cast<uint32_t>(stage * kPart);
+#pragma unroll
+    for (int c = 0; c < kD; c += 16) {
+      const uint32_t at = static_cast<uint32_t>(c / kLine * kSlab + c % kLine * 2);
+      if (c == 0) BeginKeys(z, Matrix(q_rest + at), Matrix(tile + at));
+      if (c > 0) AddKeys(z, Matrix(q_rest + at), Matrix(tile + at));
+      AddKeys(z, Matrix(q_most + at), Matrix(tile + at));
+    }
+  };
+  const auto multiply_values = [&](int stage) {
+    const uint32_t tile = v_tiles + static_cast<uint32_t>(stage * kPart);
+#pragma unroll
+    for (int n = 0; n < kKeys / 16; ++n) {
+      const uint64_t values = Matrix(tile + static_cast<uint32_t>(n * 16 * kLine * 2), kSlab);
+      MultiplyValues(out, p_rest[n], values);
+      MultiplyValues(out, p_most[n], values);
+    }
+  };
+  // Weights of the tile at `key` from its logits; what was summed before is scaled to the new maximum.
+  const auto weigh = [&](float(&z)[64], int key) {
+    // Of a tile that everybody sees nothing is hidden.
+    const bool whole = key + kKeys <= args.first + begin + 1 && (key + kKeys <= args.sinks || task.start == nullptr);
+    if (!whole) {
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if (!Seen(args, key + n * 8 + 2 * j + e % 2, last[e / 2], start[e / 2])) z[n * 4 + e] = -Infinity();
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float now = most[r];
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) now = fmaxf(now, fmaxf(z[n * 4 + 2 * r], z[n * 4 + 2 * r + 1]));
+      now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 1));
+      now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 2));
+      const float from = now == -Infinity() ? 0.0f : now, keep = Exp2(most[r] - from);
+      most[r] = now;
+      float part = 0;
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) {
+        z[n * 4 + 2 * r] = Exp2(z[n * 4 + 2 * r] - from), z[n * 4 + 2 * r + 1] = Exp2(z[n * 4 + 2 * r + 1] - from);
+        part += z[n * 4 + 2 * r] + z[n * 4 + 2 * r + 1];
+      }
+      sum[r] = sum[r] * keep + part;  // of this lane's keys
+#pragma unroll
+      for (int n = 0; n < kD / 8; ++n) out[n * 4 + 2 * r] *= keep, out[n * 4 + 2 * r + 1] *= keep;
+    }
+#pragma unroll
+    for (int n = 0; n < kKeys / 16; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int from = (2 * n + i / 2) * 4 + 2 * (i % 2);
+        SplitPair<RowType::kF16>(z[from], z[from + 1], &p_most[n][i], &p_rest[n][i]);
+      }
+    }
+  };
+  // The last query sees its own key: there is a tile. Products with the values of a tile go with those with the keys of the next.
+  int key = after(-kKeys), next = after(key), tile = 0;
+  if (asks) ask(key, 0, 0), ask(key, 0, 1);
+  if (asks && next < keys) ask(next, 1, 0), ask(next, 1, 1);
+  {
+    float z[64];
+    Await(full(0, 0), 0);
+    BeginProducts();
+    multiply_keys(z, 0);
+    CommitProducts();
+    WaitForProducts<0>();
+    if (lane == 0) Arrive(empty(0, 0));
+    weigh(z, key);
+  }
+  while (next < keys) {
+    key = next, next = after(key), ++tile;
+    const int stage = tile % 2, before = stage ^ 1;
+    const bool asks_next = asks && next < keys;
+    Await(full(before, 1), (tile - 1) / 2 % 2);
+    Await(full(stage, 0), tile / 2 % 2);
+    float z[64];
+    BeginProducts();
+    multiply_values(before);
+    multiply_keys(z, stage);
+    CommitProducts();
+    WaitForProducts<0>();
+    if (lane == 0) Arrive(empty(before, 1)), Arrive(empty(stage, 0));
+    // The other group is less than a tile behind: it has multiplied the keys before these, and soon the values.
+    if (asks_next) {
+      Await(empty(before, 0), (tile - 1) / 2 % 2);
+      ask(next, before, 0);
+    }
+    weigh(z, key);
+    if (asks_next) {
+      Await(empty(before, 1), (tile - 1) / 2 % 2);
+      ask(next, before, 1);
+    }
+  }
+  Await(full(tile % 2, 1), tile / 2 % 2);
+  BeginProducts();
+  multiply_values(tile % 2);
+  CommitProducts();
+  WaitForProducts<0>();
+  bool odd = false;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    sum[r] += __shfl_xor_sync(kAllLanes, sum[r], 1);
+    sum[r] += __shfl_xor_sync(kAllLanes, sum[r], 2);
+    const float by = sum[r] == 0.0f ? 0.0f : 1 / sum[r];
+    const int t = begin + query + 8 * r;
+    if (t >= args.queries) continue;
+    float* const to = task.out + t * task.out_stride + int64_t{head} * kD + 2 * j;
+#pragma unroll
+    for (int n = 0; n < kD / 8; ++n) {
+      const float2 y = {out[n * 4 + 2 * r] * by, out[n * 4 + 2 * r + 1] * by};
+      odd = odd || !isfinite(y.x) || !isfinite(y.y);
+      *reinterpret_cast<float2*>(to + 8 * n) = y;
+    }
+  }
+  if (odd) any_odd = 1;
+  __syncthreads();
+  if (any_odd == 0) return;
+  using S = PrefillShape<kD>;
+  for (int from = 0; from < kQueries; from += S::kPlainQueries) {
+    PlainTile<kD>(args, task, head, begin + from, starts + from, least, *reinterpret_cast<PlainTiles<kD>*>(aligned));
+  }
+#endif
+}
+}  // namespace
+
+Status PrefillRuns(const RunPrefillParams& params, const PrefillArgs& prefill, cudaStream_t stream) {
+  Args args{.prefill = prefill};
+  const auto keys = static_cast<cuuint64_t>(params.first) + static_cast<cuuint64_t>(params.queries);
+  const cuuint64_t sizes[] = {2 * kD, keys, static_cast<cuuint64_t>(params.num_tasks)};
+  const cuuint64_t row = 2 * kD * sizeof(Half);
+  const cuuint64_t strides[] = {row, params.num_tasks > 1 ? static_cast<cuuint64_t>(params.pitch) * sizeof(Half) : row * keys};
+  const cuuint32_t box[] = {kLine, kKeys, 1};
+  const Status made = MakeMap(CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3, params.rows, sizes, strides, box, &args.rows);
+  if (!made.ok()) return made.WithContext("prefill");
+  const dim3 grid(static_cast<unsigned>(CeilDiv(params.queries, kQueries)), static_cast<unsigned>(params.num_tasks), static_cast<unsigned>(params.group));
+  return LaunchKernel(PrefillKernel, "prefill", args, {.grid = grid, .threads = kThreads, .shared_bytes = kShared}, stream);
+}
+
+}  // namespace prehoc::cuda::sm90

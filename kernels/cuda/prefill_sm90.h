@@ -1,0 +1,14 @@
+// PrefillRuns() on compute capability 9.0. Internal to kernels/cuda.
+#pragma once
+#include "kernels/cuda/run_kernels.h"
+
+namespace prehoc::cuda {
+struct PrefillArgs;
+namespace sm90 {
+
+constexpr int kPrefillHeadDim = 128;
+// As there, for kPrefillHeadDim, with `rows`, and not nothing. Shapes were checked.
+Status PrefillRuns(const RunPrefillParams& params, const PrefillArgs& args, cudaStream_t stream);
+
+}  // namespace sm90
+}  // namespace prehoc::cuda
