@@ -488,17 +488,20 @@ Status Sequence::Impl::EnqueueLayer(int32_t layer, void* stream) {
   const StepShape& shape = d.shape;
   const size_t from = static_cast<size_t>(layer) * static_cast<size_t>(shape.kv_heads);
   const CodeFormat format = selector().NeedsCodes() ? cache->options.codes : CodeFormat{};
+  // Gates go with append, look-ups with the choice: a launch costs more than they do.
+  step::GateParams gates;
+  if (d.way == DeviceStep::Way::kChoose && d.rule.may_inherit) {
+    const float tau = d.rule.tau <= -1 ? -3.0f : static_cast<float>(d.rule.tau);  // -2 is a cosine of no use
+    gates = {.tasks = d.at.gate + from, .num_tasks = shape.kv_heads, .group = shape.group, .head_dim = shape.head_dim, .tau = tau,
+             .max_age = d.rule.max_age > 0 ? d.rule.max_age : kOldChoice};
+  }
   PREHOC_RETURN_IF_ERROR(kernels.append({.tasks = d.at.append + from, .num_tasks = shape.kv_heads, .max_count = 1, .format = format,
-                                         .head_dim = shape.head_dim}, stream));
+                                         .head_dim = shape.head_dim, .gate = gates}, stream));
   if (d.way == DeviceStep::Way::kChoose) {
-    if (d.rule.may_inherit) {
-      const float tau = d.rule.tau <= -1 ? -3.0f : static_cast<float>(d.rule.tau);  // -2 is a cosine of no use
-      PREHOC_RETURN_IF_ERROR(kernels.gate({.tasks = d.at.gate + from, .num_tasks = shape.kv_heads, .group = shape.group, .head_dim = shape.head_dim,
-                                           .tau = tau, .max_age = d.rule.max_age > 0 ? d.rule.max_age : kOldChoice}, stream));
-    }
     PREHOC_RETURN_IF_ERROR(kernels.select({.tasks = d.at.select + from, .num_tasks = shape.kv_heads, .max_n = shape.max_tokens, .format = format,
                                            .group = shape.group, .head_dim = shape.head_dim, .gated = d.rule.may_inherit,
-                                           .resolves = d.at.resolve + from, .workspace = d.at.select_space, .workspace_bytes = shape.select_space}, stream));
+                                           .resolves = d.at.resolve + from, .workspace = d.at.select_space,
+                                           .workspace_bytes = shape.select_space}, stream));
   }
   return kernels.attend({.tasks = d.at.attend + from, .num_tasks = shape.kv_heads, .max_rows = d.max_rows, .group = shape.group,
                          .head_dim = shape.head_dim, .workspace = d.at.attend_space, .workspace_bytes = shape.attend_space}, stream);
