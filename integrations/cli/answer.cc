@@ -113,7 +113,7 @@ class AnswerJob {
   Status LoadModel(const ModelPaths& paths) {
     const bool random = !options_.random_weights.empty();
     PREHOC_ASSIGN_OR_RETURN(loaded_, random ? MakeRandom(options_.model, options_.random_weights, environment_, err_, clock_)
-                                            : Load(options_.model, paths, environment_, err_, clock_));
+                                            : Load(options_.model, paths, environment_, err_, clock_, options_.positions));
     figures_.model_name = options_.model;
     figures_.model_path = paths.path;
     figures_.lora = paths.lora;

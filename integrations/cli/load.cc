@@ -38,10 +38,12 @@ Result<LoadedModel> MakeRandom(const std::string& name, const std::string& shape
   return loaded;
 }
 
-Result<LoadedModel> Load(const std::string& name, const ModelPaths& paths, const Environment& environment, std::ostream& err, const Clock& clock) {
+Result<LoadedModel> Load(const std::string& name, const ModelPaths& paths, const Environment& environment, std::ostream& err, const Clock& clock,
+                         int64_t positions) {
   const int64_t start = clock.NowNanos();
   ProgressBar bar(err, environment.stderr_terminal, "loading the model", clock);
   reference::LoadOptions load{paths.path, paths.lora, [&](double share) { bar.Update(static_cast<int64_t>(share * 100), 100, "percent"); }};
+  load.positions = positions;
   auto model = reference::LoadModel(load);
   if (!model.ok()) return RuntimeError(model.status(), "--model " + name);
   PREHOC_ASSIGN_OR_RETURN(LoadedModel loaded, WithTokenizer("--model " + name, {name, paths, std::move(model).value(), nullptr, "", 0}));

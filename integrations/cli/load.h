@@ -29,7 +29,9 @@ struct LoadedModel {
 };
 
 // Shows progress on `err`. Errors name --model.
-Result<LoadedModel> Load(const std::string& name, const ModelPaths& paths, const Environment& environment, std::ostream& err, const Clock& clock);
+// `positions`: that the model takes, whatever it was made for; 0 = its own.
+Result<LoadedModel> Load(const std::string& name, const ModelPaths& paths, const Environment& environment, std::ostream& err, const Clock& clock,
+                         int64_t positions = 0);
 
 // Likewise, for --random-weights SHAPE; `name` stands for the model.
 Result<LoadedModel> MakeRandom(const std::string& name, const std::string& shape, const Environment& environment, std::ostream& err, const Clock& clock);

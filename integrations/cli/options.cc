@@ -20,7 +20,7 @@ namespace {
 
 // Values as typed.
 struct RawAnswer {
-  std::string model, lora, random_weights, document, context, question, max_new_tokens;
+  std::string model, lora, random_weights, positions, document, context, question, max_new_tokens;
   std::string selector, budget, max_dropped_mass, codes, audit_every, calibration;
   std::vector<std::string> set;
   std::string device_budget, host_budget, store, store_budget, store_deadline, tenant;
@@ -38,6 +38,8 @@ void AddAnswerFlags(CLI::App& app, RawAnswer& raw) {
   AddText(app, "--lora", raw.lora, "DIR", "PEFT adapter, merged when the model is loaded", what);
   AddText(app, "--random-weights", raw.random_weights, "SHAPE",
           "random weights instead of a model, for measurements: llama-3.1-8b, llama-2-7b, mistral-7b, qwen3-8b or tiny", what);
+  AddText(app, "--positions", raw.positions, "N",
+          "positions that the model takes, for measurements: beyond those that it was made for its text is of no worth", what);
   AddText(app, "--document", raw.document, "FILE", "UTF-8 text; default: the King James text", what);
   AddText(app, "--context", raw.context, "N", "tokens of the document, from its start; default 6000 or all of it", what);
   AddText(app, "--question", raw.question, "TEXT", "default: \"Who killed Abel?\"", what);
@@ -147,7 +149,7 @@ Status ReadRandomWeights(const Flags& flags, const RawAnswer& raw, AnswerOptions
     for (const std::string_view shape : shapes) known += (known.empty() ? "" : shape == shapes.back() ? " or " : ", ") + std::string(shape);
     return Bad("--random-weights", options->random_weights, known);
   }
-  for (const char* flag : {"--model", "--lora", "--calibration"}) {
+  for (const char* flag : {"--model", "--lora", "--positions", "--calibration"}) {
     if (flags.Given(flag)) return UsageError("--random-weights: no model is loaded then; leave out " + std::string(flag));
   }
   options->model = "random:" + options->random_weights;
@@ -171,6 +173,7 @@ Result<AnswerOptions> ReadAnswer(const Flags& flags, const RawAnswer& raw) {
   }
   constexpr int64_t kMostTokens = int64_t{1} << 30;
   PREHOC_RETURN_IF_ERROR(ReadWhole<int64_t>(flags, "--context", raw.context, 1, kMostTokens, &options.context));
+  PREHOC_RETURN_IF_ERROR(ReadWhole<int64_t>(flags, "--positions", raw.positions, 1, kMostTokens, &options.positions));
   PREHOC_RETURN_IF_ERROR(
       ReadWhole<int64_t>(flags, "--max-new-tokens", raw.max_new_tokens, 1, kMostTokens, &options.max_new_tokens));
   PREHOC_RETURN_IF_ERROR(ReadWhole<int64_t>(flags, "--audit-every", raw.audit_every, 0, kMostTokens, &options.audit_every));

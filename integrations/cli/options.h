@@ -28,6 +28,7 @@ struct AnswerOptions {
   std::string model = std::string(kDefaultModel);  // a name, a .gguf file or a directory
   std::string lora;
   std::string random_weights;  // a shape of random_model.h in the place of `model`; or empty
+  int64_t positions = 0;       // that the model takes, whatever it was made for; 0 = its own
   std::string document;        // empty = the King James text that scripts/fetch_document.sh writes
   int64_t context = 0;         // tokens of the document, from its start; 0 = kDefaultContext or what there is
   std::string question = std::string(kDefaultQuestion);

@@ -93,6 +93,7 @@ struct LoadOptions {
   std::string lora;  // a PEFT adapter directory (adapter_config.json, adapter_model.safetensors), merged at load; or empty.
                      // Its config_overrides.json, where present, is applied to the configuration.
   std::function<void(double fraction)> progress;  // may be empty
+  int64_t positions = 0;  // that it takes, whatever it was made for (another fingerprint then); 0 = the model's. Fewer than 1 are kInvalid
 };
 
 // Returns kNotFound (no such file), kInvalid or kCorrupt (what is wrong, where, what to do), kUnsupported

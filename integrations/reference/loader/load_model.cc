@@ -1,4 +1,5 @@
 #include <filesystem>
+#include <string>
 
 #include "base/executor.h"
 #include "integrations/reference/loader/fingerprint.h"
@@ -25,6 +26,7 @@ Result<std::shared_ptr<const Model>> LoadModel(const LoadOptions& options) {
     if (options.progress) options.progress(fraction);
   };
   if (options.path.empty()) return {StatusCode::kInvalid, "no model path given"};
+  if (options.positions < 0) return {StatusCode::kInvalid, "positions=" + std::to_string(options.positions) + "; use 0 (the model's) or more"};
   report(0);
   PREHOC_ASSIGN_OR_RETURN(auto executor, ThreadPool::Create({.spin_iterations = 0}));
   PREHOC_ASSIGN_OR_RETURN(auto model, LoadBase(options.path));
@@ -33,6 +35,7 @@ Result<std::shared_ptr<const Model>> LoadModel(const LoadOptions& options) {
     const auto merged = [&](double fraction) { report(0.1 + 0.6 * fraction); };
     PREHOC_RETURN_IF_ERROR(loader::MergeLora(options.lora, *executor, merged, model.get()));
   }
+  if (options.positions > 0) model->config.max_positions = options.positions;
   PREHOC_ASSIGN_OR_RETURN(model->fingerprint, loader::FingerprintOf(*model, *executor));
   report(1);
   return std::shared_ptr<const Model>(std::move(model));

@@ -57,8 +57,9 @@ TEST(OptionsTest, EveryFlagArrivesWhereItBelongs) {
        "--max-new-tokens", "7", "--selector", "cis", "--budget", "1/32", "--max-dropped-mass", "0.05", "--set", "cis.tau=0.5",
        "--set", "budget.local=64", "--codes", "8/16+norms", "--audit-every", "0", "--device-budget", "64MiB", "--host-budget=2GB",
        "--store", "kv", "--store-budget", "1GiB", "--tenant", "t", "--threads", "3", "--kernels", "reference", "--compare", "dense",
-       "--json", "out.json"});
+       "--json", "out.json", "--positions", "9000"});
   EXPECT_EQ(o.model, "m.gguf");
+  EXPECT_EQ(o.positions, 9000);
   EXPECT_EQ(o.lora, "ad");
   EXPECT_EQ(o.document, "d.txt");
   EXPECT_EQ(o.context, 100);
@@ -113,7 +114,7 @@ TEST(OptionsTest, HelpTeachesByExampleAndNamesEveryFlag) {
     EXPECT_NE(command->text.find("Examples\n  prehoc "), std::string::npos) << command->text;
   }
   const std::string help = Parse({"answer", "--help"})->text;
-  for (const char* flag : {"--model", "--lora", "--random-weights", "--document", "--context", "--question", "--max-new-tokens", "--selector",
+  for (const char* flag : {"--model", "--lora", "--random-weights", "--positions", "--document", "--context", "--question", "--max-new-tokens", "--selector",
                            "--budget", "--max-dropped-mass", "--set", "--show-knobs", "--codes", "--audit-every",
                            "--device-budget", "--host-budget", "--store", "--store-budget", "--tenant", "--threads",
                            "--kernels", "--compare", "--json"}) {
@@ -184,6 +185,8 @@ INSTANTIATE_TEST_SUITE_P(
         BadLine{{"answer", "--context", "99999999999999999999"}, {"--context"}},
         BadLine{{"answer", "--context", ""}, {"--context"}},
         BadLine{{"answer", "--max-new-tokens", "0"}, {"--max-new-tokens"}},
+        BadLine{{"answer", "--positions", "0"}, {"--positions \"0\"", "from 1 to"}},
+        BadLine{{"answer", "--random-weights", "tiny", "--positions", "100"}, {"--random-weights", "--positions"}},
         BadLine{{"answer", "--question", ""}, {"--question is empty"}},
         BadLine{{"answer", "--store", ""}, {"--store is empty"}},
         BadLine{{"answer", "--device-budget", "0"}, {"--device-budget \"0\"", "at least 1"}},

@@ -143,6 +143,7 @@ TEST_F(DirectoryTest, TruncatedWeights) {
 
 TEST(LoadModelTest, PathsThatNameNoModel) {
   TempDir dir;
+  EXPECT_STATUS(StatusCode::kInvalid, "positions=-1", LoadModel({.path = dir.path(), .positions = -1}));
   EXPECT_STATUS(StatusCode::kInvalid, "no model path", LoadModel({}));
   EXPECT_STATUS(StatusCode::kNotFound, "/none.gguf: cannot open: No such file", LoadModel({.path = dir.path() + "/none.gguf"}));
   EXPECT_STATUS(StatusCode::kNotFound, "config.json", LoadModel({.path = dir.path()}));
