@@ -32,7 +32,8 @@ struct LoadedModel {
 Result<LoadedModel> Load(const std::string& name, const ModelPaths& paths, const Environment& environment, std::ostream& err, const Clock& clock);
 
 // Likewise, for --random-weights SHAPE; `name` stands for the model.
-Result<LoadedModel> MakeRandom(const std::string& name, const std::string& shape, const Environment& environment, std::ostream& err, const Clock& clock);
+Result<LoadedModel> MakeRandom(const std::string& name, const std::string& shape, const Environment& environment, std::ostream& err,
+                               const Clock& clock);
 
 // The kernels of --kernels NAME; null = the fastest (an empty name). kInvalid: this CPU cannot run them.
 Result<const KernelTable*> ChooseKernels(const std::string& name);

@@ -185,6 +185,7 @@ class CudaDecoder final : public TokenDecoder {
       PREHOC_RETURN_IF_ERROR(GateRows(gate_up_.data(), gated_.data(), count_, config_.intermediate, stream_.get()));
     }
     PREHOC_RETURN_IF_ERROR(Multiply(w.down, config_.hidden, config_.intermediate, gated_.data(), nullptr, nullptr, hidden_.data(), true));
+    if (on_device_) PREHOC_RETURN_IF_ERROR(backend.WhileOthersWork());
     seconds_.projections += clock.SecondsSince(start);
     return {};
   }
