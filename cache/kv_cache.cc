@@ -189,6 +189,9 @@ Status Sequence::Prefill(LayerId layer, const LayerInput& input) {
     return impl_->Prefill(layer.value(), input);
   });
 }
+Status Sequence::WhileOthersWork() {
+  return WithinMemory([&] { return impl_->FinishLayers(1); });
+}
 Status Sequence::Attend(LayerId layer, const LayerInput& input) {
   return WithinMemory([&]() -> Status {
     PREHOC_RETURN_IF_ERROR(impl_->CheckCall(layer, true));

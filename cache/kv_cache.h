@@ -149,6 +149,10 @@ class Sequence {
   // kOutOfSpace (every budget full), kCorrupt or kNotFound (an earlier chunk is lost: LostChunks()), kIoError.
   Status Prefill(LayerId layer, const LayerInput& input);
 
+  // Optional, between two layers of prefill from on_device input, while the device works on what is not the cache's: what Prefill() has left
+  // to be done with earlier layers' rows. Errors are those of Prefill(), which does it otherwise.
+  Status WhileOthersWork();
+
   // The same for one decode token: append, then the fast clock: gate, scan, choose, fetch what matters, attend.
   Status Attend(LayerId layer, const LayerInput& input);
 

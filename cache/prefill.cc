@@ -20,7 +20,8 @@ Status Sequence::Impl::Prefill(int32_t layer_index, const LayerInput& in) {
     return {StatusCode::kInvalid, "q_skip = " + std::to_string(in.q_skip) + " of " + std::to_string(count) + " tokens"};
   }
   if (in.on_device && kernels().settle == nullptr) {
-    return {StatusCode::kInvalid, "on_device: the kernels of this cache (" + std::string(kernels().name) + ") read host memory; copy q, k and v there"};
+    return {StatusCode::kInvalid, "on_device: the kernels of this cache (" + std::string(kernels().name) +
+                                      ") read host memory; copy q, k and v there"};
   }
   Status status = RunPrefillLayer(layer_index, in);
   if (status.code() == StatusCode::kOutOfSpace && !behind.empty()) {  // what earlier layers hold may be what this one lacks
@@ -30,8 +31,9 @@ Status Sequence::Impl::Prefill(int32_t layer_index, const LayerInput& in) {
   PREHOC_RETURN_IF_ERROR(status);
   ++next_layer;
   if (LayersOverlap(in)) {
-    // While the device attends: the layer before this one goes to its tiers, the next one's blocks are made and its rows read.
-    PREHOC_RETURN_IF_ERROR(FinishLayers(1));
+    // While the device attends: the next layer's blocks are made and its rows read, and layers before this one go to their tiers, unless
+    // WhileOthersWork() has seen to that.
+    PREHOC_RETURN_IF_ERROR(FinishLayers(2));
     if (next_layer < geometry().layers) PrepareNextLayer(next_layer);
     PREHOC_RETURN_IF_ERROR(Settle({.results = true, .rows_but = 1}));
   }

@@ -27,11 +27,13 @@ Result<LoadedModel> WithTokenizer(const std::string& flag, LoadedModel loaded) {
 }
 }  // namespace
 
-Result<LoadedModel> MakeRandom(const std::string& name, const std::string& shape, const Environment& environment, std::ostream& err, const Clock& clock) {
+Result<LoadedModel> MakeRandom(const std::string& name, const std::string& shape, const Environment& environment, std::ostream& err,
+                               const Clock& clock) {
   const int64_t start = clock.NowNanos();
   ProgressBar bar(err, environment.stderr_terminal, "making weights", clock);
   const std::string flag = "--random-weights " + shape;
-  auto model = reference::MakeRandomModel({.shape = shape, .progress = [&](double share) { bar.Update(static_cast<int64_t>(share * 100), 100, "percent"); }});
+  const auto progress = [&](double share) { bar.Update(static_cast<int64_t>(share * 100), 100, "percent"); };
+  auto model = reference::MakeRandomModel({.shape = shape, .progress = progress});
   if (!model.ok()) return RuntimeError(model.status(), flag);
   PREHOC_ASSIGN_OR_RETURN(LoadedModel loaded, WithTokenizer(flag, {name, {name, ""}, std::move(model).value(), nullptr, "", 0}));
   loaded.seconds = clock.SecondsSince(start);

@@ -34,7 +34,8 @@ Result<LoadedModel> Load(const std::string& name, const ModelPaths& paths, const
                          int64_t positions = 0);
 
 // Likewise, for --random-weights SHAPE; `name` stands for the model.
-Result<LoadedModel> MakeRandom(const std::string& name, const std::string& shape, const Environment& environment, std::ostream& err, const Clock& clock);
+Result<LoadedModel> MakeRandom(const std::string& name, const std::string& shape, const Environment& environment, std::ostream& err,
+                               const Clock& clock);
 
 // The kernels of --kernels NAME; null = the fastest (an empty name). kInvalid: this CPU cannot run them.
 Result<const KernelTable*> ChooseKernels(const std::string& name);

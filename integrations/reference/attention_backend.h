@@ -51,6 +51,8 @@ class AttentionBackend {
   // Whether prompts may have q, k, v and out in the memory of the device that this keeps K and V on. What writes q, k and v is finished when
   // Attend() is called, and out is complete when it returns.
   virtual bool takes_device_memory() const { return false; }
+  // The engine waits for what it has given to the device between two layers of a prompt: time for what can wait until then.
+  virtual Status WhileOthersWork() { return {}; }
   virtual FreezeRule Freeze(int32_t layer) const = 0;  // for the tokens announced
   virtual Status Attend(const AttendCall& call) = 0;   // appends K and V, then attends causally
   // In the place of Attend(), for a decode step on a device: `io` names buffers there that all layers use. Streams are the device's.

@@ -16,6 +16,7 @@ class CacheBackend final : public AttentionBackend {
   int64_t length() const override { return sequence_->length(); }
   Status Begin(std::span<const int32_t> tokens, int64_t prompt_tokens) override;
   bool takes_device_memory() const override { return sequence_->takes_device_memory(); }
+  Status WhileOthersWork() override { return sequence_->WhileOthersWork(); }
   FreezeRule Freeze(int32_t layer) const override;
   Status Attend(const AttendCall& call) override;
   Result<StepPlan> Plan(const AttendCall& io) override;

@@ -552,7 +552,8 @@ Status DeviceKernels::Impl::Prefill(const prehoc::PrefillParams& params) {
   const std::ptrdiff_t gap = num > 1 ? rows_of(1) - rows_of(0) : 0;
   bool together = true;
   for (size_t i = 0; i < num; ++i) {
-    together = together && params.tasks[i].runs.front().count >= keys && OnDevice(rows_of(i)) && rows_of(i) - rows_of(0) == static_cast<std::ptrdiff_t>(i) * gap;
+    const bool here = params.tasks[i].runs.front().count >= keys && OnDevice(rows_of(i));
+    together = together && here && rows_of(i) - rows_of(0) == static_cast<std::ptrdiff_t>(i) * gap;
   }
   PrefillRows::Rows gathered;
   if (!together) {
@@ -608,7 +609,8 @@ Status DeviceKernels::Impl::ReadAhead(const ReadAheadParams& params) {
   }
   for (const auto& runs : params.tasks) {
     if (RowCount(runs) < params.rows) {
-      return {StatusCode::kInvalid, "read_ahead: " + std::to_string(RowCount(runs)) + " rows of all runs, " + std::to_string(params.rows) + " are wanted"};
+      return {StatusCode::kInvalid, "read_ahead: " + std::to_string(RowCount(runs)) + " rows of all runs, " + std::to_string(params.rows) +
+                                        " are wanted"};
     }
   }
   if (params.tasks.empty() || params.rows == 0) return {};

@@ -88,7 +88,8 @@ Status PrefillRows::Send() {
 const std::byte* PrefillRows::Find(const std::byte* host, size_t* size) const {
   for (const Set& set : sets_) {
     if (!set.sent) continue;
-    const auto next = std::upper_bound(set.parts.begin(), set.parts.end(), host, [](const std::byte* at, const Part& part) { return at < part.host; });
+    const auto next = std::upper_bound(set.parts.begin(), set.parts.end(), host,
+                                       [](const std::byte* at, const Part& part) { return at < part.host; });
     if (next != set.parts.begin()) {
       const Part& part = *std::prev(next);
       const auto offset = static_cast<size_t>(host - part.host);

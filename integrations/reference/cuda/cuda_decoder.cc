@@ -279,6 +279,7 @@ class CudaDecoder final : public TokenDecoder {
                                       stream_.get()));
     }
     PREHOC_RETURN_IF_ERROR(FinishLayer(w));
+    if (on_device_) PREHOC_RETURN_IF_ERROR(backend.WhileOthersWork());
     seconds_.projections += clock.SecondsSince(start);
     return {};
   }

@@ -22,8 +22,8 @@ struct RandomModelOptions {
 };
 
 // Weights are fp16, normal with a deviation of 1 / sqrt(cols) (quantiles of 16 bits: none beyond 4.2 deviations), norms near one; each
-// depends on shape, seed and its place alone. The tokenizer stands in: a token a byte, then an end token; what is left of the vocabulary has names that no
-// text means. The fingerprint names shape and seed. A shape of 8 billion weights takes 16 GB and about a second of 16 CPUs.
+// depends on shape, seed and its place alone. The tokenizer stands in: a token a byte, then an end token; what is left of the
+// vocabulary has names that no text means. The fingerprint names shape and seed. A shape of 8 billion weights takes 16 GB and about a second of 16 CPUs.
 // Returns kInvalid (naming the known shapes), kOutOfSpace.
 Result<std::shared_ptr<const Model>> MakeRandomModel(const RandomModelOptions& options);
 

@@ -404,9 +404,11 @@ TEST_F(CudaPipelineTest, AnyCallMayFail) {
 }
 
 // One piece with q, k, v and out on the device. Its `fail`-th call into CUDA fails, if it makes so many: then *failed.
-Status PieceOnDevice(Sequence& sequence, const Stream& stream, int64_t count, int64_t prompt, Outputs* out, int64_t fail = 0, bool* failed = nullptr) {
+Status PieceOnDevice(Sequence& sequence, const Stream& stream, int64_t count, int64_t prompt, Outputs* out, int64_t fail = 0,
+                     bool* failed = nullptr) {
   const KvGeometry& geometry = stream.geometry();
-  const int64_t first = sequence.length(), q_width = int64_t{geometry.heads} * geometry.head_dim, kv_width = int64_t{geometry.kv_heads} * geometry.head_dim;
+  const int64_t q_width = int64_t{geometry.heads} * geometry.head_dim, kv_width = int64_t{geometry.kv_heads} * geometry.head_dim;
+  const int64_t first = sequence.length();
   out->assign(static_cast<size_t>(geometry.layers), {});
   const auto copy = [&](const float* from, int64_t width) { return CudaArray<float>(std::vector<float>(from, from + count * width)); };
   std::vector<CudaArray<float>> q, k, v, to;
@@ -422,6 +424,7 @@ Status PieceOnDevice(Sequence& sequence, const Stream& stream, int64_t count, in
     const auto at = static_cast<size_t>(l);
     status = sequence.Prefill(LayerId(l), {.q = q[at].data(), .q_pre_rope = q[at].data(), .k = k[at].data(), .v = v[at].data(), .out = to[at].data(),
                                            .on_device = true});
+    if (status.ok() && l != 1) status = sequence.WhileOthersWork();  // it is optional
   }
   if (status.ok()) status = sequence.End();
   if (!status.ok()) sequence.Rollback();
@@ -448,7 +451,8 @@ TEST_F(CudaPipelineTest, APromptMayStayOnTheDevice) {
       if (tiers != kComplete) options.device_budget = SmallestDevice(options, kPrompt + kSteps) + 64 * 1024;
       if (tiers == kSmallHost) {
         // A piece that begins within a chunk keeps its own chunks of all layers until it ends.
-        options.cache.host_budget = static_cast<uint64_t>(5 * geometry.layers + CeilDiv(kPrompt + kSteps, geometry.chunk_tokens) + 2) * geometry.block_bytes();
+        options.cache.host_budget = static_cast<uint64_t>(5 * geometry.layers + CeilDiv(kPrompt + kSteps, geometry.chunk_tokens) + 2) *
+                                    geometry.block_bytes();
       }
       const Stream stream(geometry, kPrompt + kSteps, 15);
       CudaWorld here(options), there(options);
