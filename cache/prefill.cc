@@ -64,7 +64,6 @@ Status Sequence::Impl::RunPrefillLayer(int32_t layer_index, const LayerInput& in
   std::unique_ptr<PrefillLayer> now = std::move(ahead);
   if (!now || now->layer != layer_index) now = LookInto(layer_index);
   LayerBlocks& rows = *now->rows;
-  if (!repairing) PREHOC_RETURN_IF_ERROR(IndexRows(layer_index, rows, visible()));
   if (!repairing) KeepQueries(layer, in);
   if (!repairing && visible() == prompt && selector().NeedsLabels()) {
     PREHOC_RETURN_IF_ERROR(BuildLabels(layer_index, rows, LastQueries(layer)));
@@ -72,6 +71,8 @@ Status Sequence::Impl::RunPrefillLayer(int32_t layer_index, const LayerInput& in
   if (in.q_skip < count) {
     PREHOC_RETURN_IF_ERROR(AttendPrefill(layer_index, rows, in, first + in.q_skip, count - in.q_skip));
   }
+  // On a device attention is under way now, and hides what host code does for the index.
+  if (!repairing) PREHOC_RETURN_IF_ERROR(IndexRows(layer_index, rows, visible()));
   step_report.prefill_frozen_rows += in.q_skip;
   behind.push_back(std::move(now));
   return {};

@@ -7,6 +7,9 @@
 #include "base/geometry.h"
 
 // The packaged library's plain entry points are SSE2 only; the dispatching ones pick AVX2 or AVX-512.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 #if defined(__x86_64__) && __has_include(<xxh_x86dispatch.h>)
 #include <xxh_x86dispatch.h>
 #else
@@ -45,14 +48,27 @@ std::array<uint64_t, 2> Checksum(const RecordHeader& header, std::span<const std
   return Hash128(payload, SealOf(header).seed);
 }
 
+// The packaged functions return with the upper halves of vector registers in use. Code without AVX that follows, trigonometry say, would
+// then wait for them at each instruction, on CPUs of Intel, until somebody clears them.
+#if defined(__x86_64__)
+__attribute__((target("avx"))) void ClearUpperHalves() { _mm256_zeroupper(); }
+#endif
+template <class Hash>
+Hash Clean(Hash hash) {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx")) ClearUpperHalves();
+#endif
+  return hash;
+}
+
 }  // namespace
 
 uint64_t Hash64(std::span<const std::byte> bytes, uint64_t seed) {
-  return XXH3_64bits_withSeed(bytes.data(), bytes.size(), seed);
+  return Clean(XXH3_64bits_withSeed(bytes.data(), bytes.size(), seed));
 }
 
 std::array<uint64_t, 2> Hash128(std::span<const std::byte> bytes, uint64_t seed) {
-  const XXH128_hash_t hash = XXH3_128bits_withSeed(bytes.data(), bytes.size(), seed);
+  const XXH128_hash_t hash = Clean(XXH3_128bits_withSeed(bytes.data(), bytes.size(), seed));
   return {hash.low64, hash.high64};
 }
 

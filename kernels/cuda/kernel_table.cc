@@ -550,7 +550,7 @@ Status DeviceKernels::Impl::Prefill(const prehoc::PrefillParams& params) {
   // Rows of a task that lie together on the device, each task's as far from the last one's, are read there.
   const auto rows_of = [&](size_t i) { return params.tasks[i].runs.front().rows; };
   const std::ptrdiff_t gap = num > 1 ? rows_of(1) - rows_of(0) : 0;
-  bool together = true;
+  bool together = num == 1 || gap >= keys * params.head_dim * 2;  // apart, and in order
   for (size_t i = 0; i < num; ++i) {
     const bool here = params.tasks[i].runs.front().count >= keys && OnDevice(rows_of(i));
     together = together && here && rows_of(i) - rows_of(0) == static_cast<std::ptrdiff_t>(i) * gap;
