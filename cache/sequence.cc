@@ -376,6 +376,7 @@ Status Sequence::Impl::End() {
   }
   PREHOC_RETURN_IF_ERROR(FinishLayers(0));
   const bool prompt_done = !decoding() && visible() == prompt;
+  if (prompt_done) PREHOC_RETURN_IF_ERROR(Settle({.release = true}));
   if ((decoding() && !on_device) || prompt_done) PREHOC_RETURN_IF_ERROR(SlowClock());
 
   const int64_t size = geometry().chunk_tokens;

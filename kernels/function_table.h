@@ -268,6 +268,7 @@ struct PrefillParams {
 struct SettleParams {
   bool results = true;   // until what was enqueued is done: outputs are there
   int32_t rows_but = 0;  // until the rows of all append calls but the last so many are in host memory; 0 = copies to the device are done, too
+  bool release = false;  // a prompt has ended: what only prompts need of the device's memory is given back
 };
 // The next prefill call will ask for `total` rows of each task, [0, rows) of them in these runs, which stay as and where they are until then.
 // They begin to come to the device behind the other work. A hint: another prefill call may come instead.

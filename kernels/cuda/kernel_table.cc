@@ -598,6 +598,7 @@ Status DeviceKernels::Impl::Settle(const SettleParams& params) {
   const Status arrived = params.rows_but > 0 ? behind.Arrive(params.rows_but) : behind.Stop();
   const Status& first = results.ok() ? arrived : results;
   if (!first.ok()) behind.Stop().IgnoreError();  // the first error is told
+  if (params.release) behind.Release();
   return first;
 }
 

@@ -239,6 +239,11 @@ Status PrefillRows::Stop() {
   return out.ok() ? in : out;
 }
 
+void PrefillRows::Release() {
+  for (Set& set : sets_) set.bytes.reset();
+  for (Buffer& buffer : buffers_) buffer.bytes.reset();
+}
+
 size_t PrefillRows::held_bytes() const {
   size_t held = 0;
   for (const int i : {0, 1}) {

@@ -54,6 +54,8 @@ class PrefillRows {
 
   // Waits until nothing is under way, and forgets all of it.
   Status Stop();
+  // Gives the device's memory back. Requires that nothing is under way: Stop().
+  void Release();
   size_t held_bytes() const;
   int64_t copied_bytes() const { return copied_; }  // to the host and from there
 
