@@ -73,7 +73,6 @@ struct Case {
   int32_t batch = 1, context = 0, k = 0, refresh = 64, max_age = 14, pool = 16;
   double factor = 4, budget_gib = 0;
   bool fused = true;
-  bool keep_l1 = false;
   int32_t max_n() const { return static_cast<int32_t>(RoundUp(static_cast<uint64_t>(context), 64)); }
   int warm() const { return kind == Kind::kTwoClock ? 2 * refresh : 8; }  // the slow clock has turned over all heads
 };
@@ -528,7 +527,7 @@ class Step {
   void Normed(const uint16_t* weights, const float* norm, float* y, int rows, bool gated) {
     if (c_.batch == 1) {
       OrExit(reference::MultiplyVector({.weights = weights, .x = hidden_.data(), .norm = norm, .eps = 1e-5f, .y = gated ? gated_.data() : y, .gated = gated,
-                                    .rows = rows, .cols = s_.hidden, .keeps_l1 = c_.keep_l1}, stream_));
+                                    .rows = rows, .cols = s_.hidden}, stream_));
       return;
     }
     OrExit(NormBatch(hidden_.data(), norm, 1e-5f, normed_.data(), c_.batch, s_.hidden, stream_));
@@ -538,8 +537,8 @@ class Step {
   // hidden += W x; x null is what the gated product left.
   void Added(const uint16_t* weights, const float* x, int cols) {
     if (c_.batch == 1) {
-      OrExit(reference::MultiplyVector({.weights = weights, .x = x != nullptr ? x : gated_.data(), .y = hidden_.data(), .add = true, .rows = s_.hidden, .cols = cols,
-                                        .keeps_l1 = c_.keep_l1}, stream_));
+      OrExit(reference::MultiplyVector({.weights = weights, .x = x != nullptr ? x : gated_.data(), .y = hidden_.data(), .add = true, .rows = s_.hidden, .cols = cols},
+                                       stream_));
       return;
     }
     OrExit(MultiplyBatch({.weights = weights, .x = x != nullptr ? nullptr : gated_half_.data(), .x_float = x, .y = hidden_.data(), .add = true, .tokens = c_.batch,
@@ -679,7 +678,7 @@ int Main(int argc, char** argv) {
   defaults.factor = flags.Number("factor", 4), defaults.refresh = flags.Int("refresh", 64), defaults.pool = flags.Int("pool", 16);
   defaults.max_age = flags.Int("max-age", 14), defaults.theta = float(flags.Number("theta", 0.001)), defaults.budget_gib = flags.Number("budget-gib", 0);
   const double pool_gib = flags.Number("host-pool-gib", 0);
-  defaults.fused = flags.Int("fused", 1) != 0, defaults.keep_l1 = flags.Int("keep-l1", 0) != 0;
+  defaults.fused = flags.Int("fused", 1) != 0;
   const int steps = flags.Int("steps", 128);
   flags.Finish();
   std::vector<Case> cases;
