@@ -9,7 +9,7 @@
 // A step is a CUDA graph: every product of every layer (random fp16 weights), norms, RoPE, append with codes, and attention; logits at the
 // end. Two clocks: gate, scan of all codes and choice, look-up of rows, attention over sinks, chosen rows and the local window; a chosen row
 // that is in no slot is read from pinned host memory within the step. The slow clock turns a 1 / refresh of the heads a step: what is wanted
-// is chosen beside the step, evicted at its end, gathered beside the next one and used from the one after on (lag 1 step, 2 at most).
+// is chosen beside the step, evicted at its end, gathered beside the next one's last product and used from the one after on (lag 1 step, 2 at most).
 // Scores are pooled over the scans of the last pool - 1 steps before a head's turn, so that a pool / refresh of the heads needs the memory.
 // Gates are done with append and look-ups with the choice, or (fused 0) by launches of their own.
 // There is one graph for each turn of the slow clock. K, V and queries are made up (synthetic.h) and the queries of the model are replaced by
@@ -497,6 +497,8 @@ class Step {
       Cuda(cudaMemcpyAsync(first_.data(), n_.data(), sizeof(int32_t), cudaMemcpyDeviceToDevice, stream_), "first");
       OrExit(Advance(q_all_.data(), kQuerySteps, int64_t(q_now_.size()), q_now_.data(), step_.data(), n_.data(), stream_));
     }
+    for (int l = 0; l < s_.layers; ++l) Layer(phase, l);
+    // Beside the last product: a choice needs all multiprocessors at once, and would wait for the gather.
     if (two_clock) {
       OrExit(fork_.Record(stream_));
       OrExit(fork_.Before(side_.get()));
@@ -504,7 +506,6 @@ class Step {
       OrExit(cuda::Gather({.tasks = gather.data(), .num_tasks = int32_t(gather.size()), .piece_bytes = int32_t(RowBytes()), .max_blocks = 8}, side_.get()));
       OrExit(join_.Record(side_.get()));
     }
-    for (int l = 0; l < s_.layers; ++l) Layer(phase, l);
     Normed(m_.output.data(), m_.output_norm.data(), logits_.data(), s_.vocab, false);
     if (!two_clock) return;
     OrExit(join_.Before(stream_));
