@@ -9,7 +9,7 @@
 // A step is a CUDA graph: every product of every layer (random fp16 weights), norms, RoPE, append with codes, and attention; logits at the
 // end. Two clocks: gate, scan of all codes and choice, look-up of rows, attention over sinks, chosen rows and the local window; a chosen row
 // that is in no slot is read from pinned host memory within the step. The slow clock turns a 1 / refresh of the heads a step: what is wanted
-// is chosen beside the step, evicted at its end, gathered beside the next one and used from the one after on (lag 1 step, 2 at most).
+// is chosen beside the step, evicted at its end, gathered beside the next one's last product and used from the one after on (lag 1 step, 2 at most).
 // Scores are pooled over the scans of the last pool - 1 steps before a head's turn, so that a pool / refresh of the heads needs the memory.
 // Gates are done with append and look-ups with the choice, or (fused 0) by launches of their own.
 // There is one graph for each turn of the slow clock. K, V and queries are made up (synthetic.h) and the queries of the model are replaced by
@@ -73,7 +73,6 @@ struct Case {
   int32_t batch = 1, context = 0, k = 0, refresh = 64, max_age = 14, pool = 16;
   double factor = 4, budget_gib = 0;
   bool fused = true;
-  bool keep_l1 = false;
   int32_t max_n() const { return static_cast<int32_t>(RoundUp(static_cast<uint64_t>(context), 64)); }
   int warm() const { return kind == Kind::kTwoClock ? 2 * refresh : 8; }  // the slow clock has turned over all heads
 };
@@ -498,6 +497,8 @@ class Step {
       Cuda(cudaMemcpyAsync(first_.data(), n_.data(), sizeof(int32_t), cudaMemcpyDeviceToDevice, stream_), "first");
       OrExit(Advance(q_all_.data(), kQuerySteps, int64_t(q_now_.size()), q_now_.data(), step_.data(), n_.data(), stream_));
     }
+    for (int l = 0; l < s_.layers; ++l) Layer(phase, l);
+    // Beside the last product: a choice needs all multiprocessors at once, and would wait for the gather.
     if (two_clock) {
       OrExit(fork_.Record(stream_));
       OrExit(fork_.Before(side_.get()));
@@ -505,7 +506,6 @@ class Step {
       OrExit(cuda::Gather({.tasks = gather.data(), .num_tasks = int32_t(gather.size()), .piece_bytes = int32_t(RowBytes()), .max_blocks = 8}, side_.get()));
       OrExit(join_.Record(side_.get()));
     }
-    for (int l = 0; l < s_.layers; ++l) Layer(phase, l);
     Normed(m_.output.data(), m_.output_norm.data(), logits_.data(), s_.vocab, false);
     if (!two_clock) return;
     OrExit(join_.Before(stream_));
@@ -528,7 +528,7 @@ class Step {
   void Normed(const uint16_t* weights, const float* norm, float* y, int rows, bool gated) {
     if (c_.batch == 1) {
       OrExit(reference::MultiplyVector({.weights = weights, .x = hidden_.data(), .norm = norm, .eps = 1e-5f, .y = gated ? gated_.data() : y, .gated = gated,
-                                    .rows = rows, .cols = s_.hidden, .keeps_l1 = c_.keep_l1}, stream_));
+                                    .rows = rows, .cols = s_.hidden}, stream_));
       return;
     }
     OrExit(NormBatch(hidden_.data(), norm, 1e-5f, normed_.data(), c_.batch, s_.hidden, stream_));
@@ -538,8 +538,8 @@ class Step {
   // hidden += W x; x null is what the gated product left.
   void Added(const uint16_t* weights, const float* x, int cols) {
     if (c_.batch == 1) {
-      OrExit(reference::MultiplyVector({.weights = weights, .x = x != nullptr ? x : gated_.data(), .y = hidden_.data(), .add = true, .rows = s_.hidden, .cols = cols,
-                                        .keeps_l1 = c_.keep_l1}, stream_));
+      OrExit(reference::MultiplyVector({.weights = weights, .x = x != nullptr ? x : gated_.data(), .y = hidden_.data(), .add = true, .rows = s_.hidden, .cols = cols},
+                                       stream_));
       return;
     }
     OrExit(MultiplyBatch({.weights = weights, .x = x != nullptr ? nullptr : gated_half_.data(), .x_float = x, .y = hidden_.data(), .add = true, .tokens = c_.batch,
@@ -679,7 +679,7 @@ int Main(int argc, char** argv) {
   defaults.factor = flags.Number("factor", 4), defaults.refresh = flags.Int("refresh", 64), defaults.pool = flags.Int("pool", 16);
   defaults.max_age = flags.Int("max-age", 14), defaults.theta = float(flags.Number("theta", 0.001)), defaults.budget_gib = flags.Number("budget-gib", 0);
   const double pool_gib = flags.Number("host-pool-gib", 0);
-  defaults.fused = flags.Int("fused", 1) != 0, defaults.keep_l1 = flags.Int("keep-l1", 0) != 0;
+  defaults.fused = flags.Int("fused", 1) != 0;
   const int steps = flags.Int("steps", 128);
   flags.Finish();
   std::vector<Case> cases;

@@ -338,8 +338,7 @@ Status MultiplyVector(const VectorProduct& p, cudaStream_t stream) {
   PREHOC_ASSIGN_OR_RETURN(const cuda::DeviceLimits limits, cuda::CurrentLimits());
   const VectorArgs args{static_cast<const uint4*>(p.weights), p.x, p.norm, p.bias, p.y, p.eps, p.rows, p.cols, p.gated ? p.rows : 0, p.add};
   const auto blocks = std::min<int64_t>(CeilDiv(p.rows, kWarps), int64_t{2} * limits.multiprocessors);
-  const cuda::Shape shape{.grid = Grid(blocks), .threads = kThreads, .shared_bytes = static_cast<size_t>(p.cols) * sizeof(float),
-                          .most_shared_bytes = p.keeps_l1 && !p.gated ? size_t{14336} * sizeof(float) : 0, .keeps_l1 = p.keeps_l1};
+  const cuda::Shape shape{.grid = Grid(blocks), .threads = kThreads, .shared_bytes = static_cast<size_t>(p.cols) * sizeof(float)};
   const bool f16 = p.type == DeviceNumber::kF16;
   if (p.gated) {
     return LaunchKernel(f16 ? VectorKernel<RowType::kF16, true> : VectorKernel<RowType::kBF16, true>, "vector product", args, shape, stream);

@@ -28,7 +28,6 @@ struct VectorProduct {
   bool gated = false;              // y = silu(gate) * up
   int32_t rows = 0, cols = 0;
   DeviceNumber type = DeviceNumber::kF16;
-  bool keeps_l1 = false;           // experiment
 };
 Status MultiplyVector(const VectorProduct& params, cudaStream_t stream);
 
