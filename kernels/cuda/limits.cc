@@ -58,7 +58,8 @@ Status Configure(const void* kernel, const char* name, const Shape& shape, bool 
     to->attributes[count].id = cudaLaunchAttributeCooperative;
     to->attributes[count].val.cooperative = 1;
     ++count;
-  } else if (overlaps) {
+  }
+  if (overlaps) {
     to->attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     to->attributes[count].val.programmaticStreamSerializationAllowed = 1;
     ++count;

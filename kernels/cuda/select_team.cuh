@@ -540,10 +540,8 @@ class TeamMember {
     __shared__ bool last;
     __syncthreads();
     if (threadIdx.x == 0) {
-      __threadfence();
-      last = atomicAdd(&team_->finished, 1u) + 1 == static_cast<uint32_t>(team_blocks_);
+      last = AddAcquireRelease(&team_->finished, 1) + 1 == static_cast<uint32_t>(team_blocks_);
       if (last) team_->finished = 0;
-      __threadfence();
     }
     __syncthreads();
     return last;
