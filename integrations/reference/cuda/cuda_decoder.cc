@@ -215,10 +215,6 @@ class CudaDecoder final : public TokenDecoder {
   Status EnqueueStep(AttentionBackend& backend, bool pause) {
     void* const stream = stream_.get();
     PREHOC_RETURN_IF_ERROR(EnqueueEmbedding());
-    PREHOC_RETURN_IF_ERROR(side_.begun.Record(stream_.get()));
-    PREHOC_RETURN_IF_ERROR(side_.begun.Before(side_.stream.get()));
-    PREHOC_RETURN_IF_ERROR(backend.EnqueueBehind(side_.stream.get()));
-    PREHOC_RETURN_IF_ERROR(side_.done.Record(side_.stream.get()));
     for (int32_t layer = 0; layer < config_.layers; ++layer) {
       const DeviceLayer& w = weights_->layer(layer);
       PREHOC_RETURN_IF_ERROR(Multiply(w.qkv, q_width_ + 2 * kv_width_, config_.hidden, hidden_.data(), w.attention_norm, w.qkv_bias, qkv_.data(), false));
@@ -230,9 +226,14 @@ class CudaDecoder final : public TokenDecoder {
       }
       PREHOC_RETURN_IF_ERROR(FinishLayer(w));
     }
+    // Beside the output matrix, which takes longer and leaves room: a layer's choice wants all multiprocessors at once, and would wait for copies.
+    PREHOC_RETURN_IF_ERROR(side_.begun.Record(stream_.get()));
+    PREHOC_RETURN_IF_ERROR(side_.begun.Before(side_.stream.get()));
+    PREHOC_RETURN_IF_ERROR(backend.EnqueueBehind(side_.stream.get()));
+    PREHOC_RETURN_IF_ERROR(side_.done.Record(side_.stream.get()));
+    PREHOC_RETURN_IF_ERROR(EnqueueLogits(0));
     PREHOC_RETURN_IF_ERROR(side_.done.Before(stream_.get()));
-    PREHOC_RETURN_IF_ERROR(backend.EnqueueLast(stream));
-    return EnqueueLogits(0);
+    return backend.EnqueueLast(stream);
   }
 
   Status Rotate(const DeviceLayer& w, float* q, float* q_before, float* k, float* v) {
