@@ -157,8 +157,8 @@ class Sequence {
   Status Attend(LayerId layer, const LayerInput& input);
 
   // A decode step as work of the device alone, in the place of the Attend() calls. After Begin(): PlanStep(); if it offers a step, enqueue
-  // EnqueueLayer() of every layer behind the work that makes its q, k and v; EnqueueBehind(), copies that may run beside anything of this step, best
-  // on a stream of its own beside the last product; and EnqueueLast() behind all of them. When that work is done: End(). What was enqueued for a plan may be
+  // EnqueueLayer() of every layer behind the work that makes its q, k and v; EnqueueBehind(), copies that may run beside all of this step,
+  // on a stream of their own from its start on; and EnqueueLast() behind all of them. When that work is done: End(). What was enqueued for a plan may be
   // captured and replayed, in the place of these calls, for every later plan with the same id.
   struct StepPlan {
     uint64_t id = 0;     // 0: not offered for this step; use Attend()

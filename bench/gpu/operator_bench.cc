@@ -287,7 +287,7 @@ class Sparse {
   }
 
  private:
-  bool MovesAnchors() const { return mode_.gate && mode_.exact; }  // by a launch of its own: select does it beside
+  bool MovesAnchors() const { return mode_.gate; }  // by a launch of its own: with 256 or 512 heads, within select it took 7 us more
   void Enqueue(int step) {
     const bool starts = mode_.block && step == 0;
     for (int layer = 0; layer < kLayers; ++layer) {
@@ -301,7 +301,6 @@ class Sparse {
         OrExit(cuda::Choose(choose_params_, stream_));
       } else {
         select_params_.tasks = select_->data() + at;
-        if (mode_.gate) select_params_.resolves = resolve_->data() + at;
         OrExit(cuda::Select(select_params_, stream_));
       }
       if (MovesAnchors()) OrExit(cuda::Resolve({.tasks = resolve_->data() + at, .num_tasks = cell_.tasks, .group = 1, .head_dim = kD}, stream_));
