@@ -13,6 +13,9 @@ namespace prehoc {
 namespace {
 constexpr int64_t kLookAgainSteps = 64;  // until rows that were not all in host memory are looked for again
 constexpr int32_t kOldChoice = 1 << 20;  // age of no choice
+// Look-ups of so many heads go with their choice; those of more keep its blocks from leaving, and are a launch of their own: with 8 heads a step of 128K
+// is 1 % faster so, with 64 at 32K up to 8 % slower (bench/results/h200/README.md).
+constexpr int32_t kMostResolvedWithin = 16;
 
 // An identity for what is enqueued, of all sequences of the process.
 uint64_t NewId() {
@@ -488,7 +491,7 @@ Status Sequence::Impl::EnqueueLayer(int32_t layer, void* stream) {
   const StepShape& shape = d.shape;
   const size_t from = static_cast<size_t>(layer) * static_cast<size_t>(shape.kv_heads);
   const CodeFormat format = selector().NeedsCodes() ? cache->options.codes : CodeFormat{};
-  // Gates go with append, look-ups with the choice: a launch costs more than they do.
+  // Gates go with append, look-ups of few heads with the choice: a launch costs more than they do.
   step::GateParams gates;
   if (d.way == DeviceStep::Way::kChoose && d.rule.may_inherit) {
     const float tau = d.rule.tau <= -1 ? -3.0f : static_cast<float>(d.rule.tau);  // -2 is a cosine of no use
@@ -498,10 +501,15 @@ Status Sequence::Impl::EnqueueLayer(int32_t layer, void* stream) {
   PREHOC_RETURN_IF_ERROR(kernels.append({.tasks = d.at.append + from, .num_tasks = shape.kv_heads, .max_count = 1, .format = format,
                                          .head_dim = shape.head_dim, .gate = gates}, stream));
   if (d.way == DeviceStep::Way::kChoose) {
+    const bool within = shape.kv_heads <= kMostResolvedWithin;
     PREHOC_RETURN_IF_ERROR(kernels.select({.tasks = d.at.select + from, .num_tasks = shape.kv_heads, .max_n = shape.max_tokens, .format = format,
                                            .group = shape.group, .head_dim = shape.head_dim, .gated = d.rule.may_inherit,
-                                           .resolves = d.at.resolve + from, .workspace = d.at.select_space,
+                                           .resolves = within ? d.at.resolve + from : nullptr, .workspace = d.at.select_space,
                                            .workspace_bytes = shape.select_space}, stream));
+    if (!within) {
+      PREHOC_RETURN_IF_ERROR(kernels.resolve({.tasks = d.at.resolve + from, .num_tasks = shape.kv_heads, .group = shape.group,
+                                              .head_dim = shape.head_dim}, stream));
+    }
   }
   return kernels.attend({.tasks = d.at.attend + from, .num_tasks = shape.kv_heads, .max_rows = d.max_rows, .group = shape.group,
                          .head_dim = shape.head_dim, .workspace = d.at.attend_space, .workspace_bytes = shape.attend_space}, stream);

@@ -11,7 +11,7 @@
 // that is in no slot is read from pinned host memory within the step. The slow clock turns a 1 / refresh of the heads a step: what is wanted
 // is chosen beside the step, evicted at its end, gathered beside the next one's last product and used from the one after on (lag 1 step, 2 at most).
 // Scores are pooled over the scans of the last pool - 1 steps before a head's turn, so that a pool / refresh of the heads needs the memory.
-// Gates are done with append and look-ups with the choice, or (fused 0) by launches of their own.
+// Gates are done with append and look-ups, of up to 16 heads, with the choice; or (fused 0) by launches of their own.
 // There is one graph for each turn of the slow clock. K, V and queries are made up (synthetic.h) and the queries of the model are replaced by
 // them, because random weights have no attention to speak of. Times are of whole replays between two events, host launch included; the last
 // step reaches the case's context.
@@ -553,8 +553,10 @@ class Step {
   cuda::GateParams GateOf(int l) const {
     return {.tasks = gate_->data() + l * tasks_, .num_tasks = tasks_, .group = s_.group(), .head_dim = s_.d, .tau = c_.tau, .max_age = c_.max_age};
   }
+  // As cache/device_step.cc does.
+  bool ResolvesWithin() const { return c_.fused && tasks_ <= 16; }
   void SelectLayer(int phase, int l) {
-    select_params_.resolves = c_.fused ? resolve_->data() + l * tasks_ : nullptr;
+    select_params_.resolves = ResolvesWithin() ? resolve_->data() + l * tasks_ : nullptr;
     select_params_.tasks = select_->data() + size_t(phase) * size_t(units()) + l * tasks_;
     OrExit(cuda::Select(select_params_, stream_));
   }
@@ -577,7 +579,7 @@ class Step {
       if (c_.kind == Case::Kind::kTwoClock) {
         if (!c_.fused) OrExit(cuda::Gate(GateOf(l), stream_));
         SelectLayer(phase, l);
-        if (!c_.fused) ResolveLayer(l);
+        if (!ResolvesWithin()) ResolveLayer(l);
       }
       AttendLayer(l);
     }

@@ -249,6 +249,20 @@ TEST_F(DeviceStepTest, EveryStepLooksWithoutAGate) {
   EXPECT_EQ(report.inherited, 0);
 }
 
+// Look-ups of many heads are a launch of their own.
+TEST_F(DeviceStepTest, ManyHeads) {
+  WorldOptions options = Options();
+  options.cache.geometry.layers = 1;
+  options.cache.geometry.heads = options.cache.geometry.kv_heads = 17;
+  const Stream stream(options.cache.geometry, kPrompt + 40, 12);
+  StepEngine engine(options.cache.geometry, stream);
+  SequenceReport report;
+  Compare(options, 40, 160, &engine, stream, &report);
+  EXPECT_EQ(engine.planned, 40);
+  EXPECT_GT(report.inherited, 0);
+  EXPECT_GT(report.rows_behind, 0);
+}
+
 // Groups of query heads, and missing rows that are too light to fetch: what is attended to is attended to rightly, and the estimate knows of the rest.
 TEST_F(DeviceStepTest, LightRowsThatAreMissingAreLeftOutAndCounted) {
   WorldOptions options = Options();
