@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kLookAgainSteps = 64;  // until rows that were not all in host memory are looked for again
 constexpr int32_t kOldChoice = 1 << 20;  // age of no choice
 // Look-ups of so many heads go with their choice; those of more keep its blocks from leaving, and are a launch of their own: with 8 heads a step of 128K
-// is 1 % faster so, with 64 at 32K up to 8 % slower (bench/results/h200/README.md).
+// is 1 % faster so, with 64 at 32K it took 8 % longer than in the build before (bench/results/h200/README.md).
 constexpr int32_t kMostResolvedWithin = 16;
 
 // An identity for what is enqueued, of all sequences of the process.
