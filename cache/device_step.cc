@@ -111,16 +111,17 @@ bool Sequence::Impl::ShapeSteps(const CacheShared& cache, int64_t max_tokens, in
 
 void Sequence::Impl::CarveSteps(const StepShape& shape) {
   if (layout.step_bytes == 0) return;
-  device_step = std::make_unique<DeviceStep>();
-  device_step->shape = shape;
+  auto made = std::make_unique<DeviceStep>();
+  made->shape = shape;
   size_t bytes = 0;
-  device_step->at = StepArrays::Carve(memory.data() + layout.steps_at, shape, layout.slots, &bytes);
-  device_step->now.resize(device_step->at.now_bytes);
-  device_step->fixed.resize(device_step->at.fixed_bytes);
-  device_step->results.resize(device_step->at.results_bytes);
-  device_step->pins.resize(static_cast<size_t>(shape.layers));
-  device_step->misses.resize(static_cast<size_t>(shape.units()));
-  device_step->pooled.resize(static_cast<size_t>(shape.units()));
+  made->at = StepArrays::Carve(memory.data() + layout.steps_at, shape, layout.slots, &bytes);
+  made->now.resize(made->at.now_bytes);
+  made->fixed.resize(made->at.fixed_bytes);
+  made->results.resize(made->at.results_bytes);
+  made->pins.resize(static_cast<size_t>(shape.layers));
+  made->misses.resize(static_cast<size_t>(shape.units()));
+  made->pooled.resize(static_cast<size_t>(shape.units()));
+  device_step = std::move(made);  // whole, or not at all
   DropStepPins();  // no chunk is there yet
 }
 
@@ -292,30 +293,46 @@ Status Sequence::Impl::EnterSteps() {
   return {};
 }
 
-// And back. What was on its way to slots is forgotten: it lies in host memory, too. If the device can no longer be read, nothing is known to be chosen
-// or resident, and the error is returned.
+// And back. What was on its way to slots is forgotten: it lies in host memory, too. If the device can no longer be read, or there is no memory to read it
+// into, nothing is chosen or resident from now on, and the error is returned.
 Status Sequence::Impl::LeaveSteps() {
   if (device_step == nullptr || !std::exchange(device_step->active, false)) return {};
-  DeviceStep& d = *device_step;
-  d.planned = d.pause = false;
+  device_step->planned = device_step->pause = false;
   DropStepPins();
+  const Status status = WithinMemory([&] { return ReadSteps(); });
+  if (status.ok()) return {};
+  // What the host knew before is of slots that have had other rows since.
+  for (LayerState& layer : layers) {
+    for (Unit& unit : layer.units) {
+      unit.has_choice = false;
+      unit.chosen.clear();
+      unit.attended.unread = -1;
+      unit.attended.middle.clear();
+    }
+    for (HeadState& head : layer.heads) head.residency.Restore({}, {}, ring_begin, open ? visible() : length);
+  }
+  return status;
+}
+
+Status Sequence::Impl::ReadSteps() {
+  DeviceStep& d = *device_step;
   const DeviceMemory& device = *cache->resources.device;
   const auto units = static_cast<size_t>(d.shape.units()), most = static_cast<size_t>(d.shape.most), slots = static_cast<size_t>(layout.slots);
   const size_t floats = static_cast<size_t>(d.shape.group) * static_cast<size_t>(d.shape.head_dim);
   std::vector<int32_t> chosen(units * most), age(units), owner(slots > 0 ? units * slots : 0);
   std::vector<float> anchor(units * floats);
   const auto read = [&](const auto* from, auto& to) { return device.Read(from, to.size() * sizeof(to[0]), to.data()); };
-  Status status = device.Read(d.at.results, d.results.size(), d.results.data());
-  if (status.ok()) status = read(d.at.chosen, chosen);
-  if (status.ok()) status = read(d.at.age, age);
-  if (status.ok()) status = read(d.at.anchor, anchor);
-  if (status.ok()) status = read(d.at.owner, owner);
+  PREHOC_RETURN_IF_ERROR(device.Read(d.at.results, d.results.size(), d.results.data()));
+  PREHOC_RETURN_IF_ERROR(read(d.at.chosen, chosen));
+  PREHOC_RETURN_IF_ERROR(read(d.at.age, age));
+  PREHOC_RETURN_IF_ERROR(read(d.at.anchor, anchor));
+  PREHOC_RETURN_IF_ERROR(read(d.at.owner, owner));
   const int64_t n = open ? visible() : length;
   for (size_t u = 0; u < units; ++u) {
     LayerState& layer = layers[u / static_cast<size_t>(d.shape.kv_heads)];
     Unit& unit = layer.units[u % static_cast<size_t>(d.shape.kv_heads)];
     const int32_t num = d.Here(d.at.count)[u];
-    unit.has_choice = status.ok() && most > 0 && age[u] < kOldChoice && num >= 0 && num <= static_cast<int32_t>(most);
+    unit.has_choice = most > 0 && age[u] < kOldChoice && num >= 0 && num <= static_cast<int32_t>(most);
     const int32_t unread = std::exchange(unit.attended.unread, -1);
     unit.chosen.clear();
     if (unit.has_choice) {
@@ -326,7 +343,7 @@ Status Sequence::Impl::LeaveSteps() {
     }
     if (slots == 0) continue;
     std::vector<std::pair<int32_t, int32_t>> held;
-    for (size_t slot = 0; slot < slots && status.ok(); ++slot) {
+    for (size_t slot = 0; slot < slots; ++slot) {
       if (owner[u * slots + slot] >= 0) held.emplace_back(owner[u * slots + slot], static_cast<int32_t>(slot));
     }
     std::sort(held.begin(), held.end());
@@ -334,7 +351,7 @@ Status Sequence::Impl::LeaveSteps() {
     for (const auto& [position, slot] : held) positions.push_back(position), places.push_back(slot);
     layer.heads[static_cast<size_t>(unit.kv_head)].residency.Restore(positions, places, ring_begin, n);
   }
-  return status;
+  return {};
 }
 
 // --- tasks ------------------------------------------------------------------------------------------------------------------------

@@ -74,11 +74,9 @@ void HeadResidency::Restore(std::span<const int32_t> positions, std::span<const 
   positions_.clear();
   slots_.clear();
   free_.clear();
-  std::vector<bool> taken(static_cast<size_t>(total_), false);
-  for (const int32_t slot : slots) taken[static_cast<size_t>(slot)] = true;
-  for (int32_t slot = total_ - 1; slot >= 0; --slot) {
-    if (!taken[static_cast<size_t>(slot)]) free_.push_back(slot);
-  }
+  for (int32_t slot = total_ - 1; slot >= 0; --slot) free_.push_back(slot);
+  for (const int32_t slot : slots) free_[static_cast<size_t>(total_ - 1 - slot)] = -1;
+  std::erase(free_, -1);
   CountRanks();
   Publish(positions, slots);
   EnterRing(ring_begin, n);

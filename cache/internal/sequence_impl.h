@@ -237,6 +237,7 @@ struct Sequence::Impl {
   void DropStepPins();
   Status EnterSteps();
   Status LeaveSteps();
+  Status ReadSteps();
   void WriteFixedTasks();
   void WriteTasksOfStep();
   step::ResidencyState StateOf(size_t unit) const;

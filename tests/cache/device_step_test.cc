@@ -7,6 +7,7 @@
 #include "base/units.h"
 #include "kernels/step_kernels.h"
 #include "tests/cache/pipeline_world.h"
+#include "tests/fakes/faulty_device_memory.h"
 #include "tests/support/compare.h"
 
 namespace prehoc {
@@ -322,6 +323,34 @@ TEST_F(DeviceStepTest, StateGoesToTheDeviceAndComesBack) {
   }
   EXPECT_GT(engine.planned, 80);
   EXPECT_GT(device->CountResidency().device_rows, 0);
+}
+
+// A device that the host cannot read or write for a moment: the call says so, and what the device knew is made anew.
+TEST_F(DeviceStepTest, CopiesMayFail) {
+  const WorldOptions options = Options();
+  const Stream stream(options.cache.geometry, kPrompt + 200, 13);
+  HostDeviceMemory memory(options.device_budget);
+  FaultyDeviceMemory faulty(&memory);
+  World world(options, nullptr, &faulty);
+  StepEngine engine(options.cache.geometry, stream);
+  const auto sequence = Open(world, stream, 200, 160);
+  int failures = 0;
+  for (int step = 0; step < 60; ++step) {
+    Outputs out;
+    if (step % 3 == 2) faulty.FailCopies(1 + step % 5);
+    const bool goes_on = step % 12 == 11;  // a prompt, which takes the state back
+    Status status = goes_on ? PrefillPiece(*sequence, stream, 2, sequence->length() + 2, &out) : engine.Step(*sequence, &out);
+    for (int tries = 0; !status.ok() && tries < 9; ++tries) {
+      ++failures;
+      EXPECT_STATUS(StatusCode::kCuda, "on request", status);
+      ASSERT_OK(sequence->CheckInvariants());
+      status = goes_on ? PrefillPiece(*sequence, stream, 2, sequence->length() + 2, &out) : engine.Step(*sequence, &out);
+    }
+    ASSERT_OK(status);
+    faulty.FailCopies(0);
+    if (!goes_on) ExpectAttention(stream, *sequence, sequence->length() - 1, out);
+  }
+  EXPECT_GT(failures, 20);
 }
 
 // Rows of generated tokens reach host memory and the store as those of the host's steps do.

@@ -99,7 +99,8 @@ struct WorldOptions {
 
 class World {
  public:
-  explicit World(const WorldOptions& options, ChunkStore* other_store = nullptr) : device_(options.device_budget) {
+  explicit World(const WorldOptions& options, ChunkStore* other_store = nullptr, DeviceMemory* other_device = nullptr)
+      : device_(options.device_budget) {
     executor_ = ThreadPool::Create({.loop_threads = 2, .job_threads = 1, .spin_iterations = 100}).value();
     MemoryChunkStore::Options store;
     store.chunk_bytes = options.cache.geometry.block_bytes();
@@ -109,7 +110,7 @@ class World {
     ChunkStore* used = other_store ? other_store : store_.get();
     CacheResources resources;
     resources.executor = executor_.get();
-    resources.device = &device_;
+    resources.device = other_device ? other_device : &device_;
     resources.store = options.with_store ? used : nullptr;
     resources.step_kernels = options.step_kernels;
     auto cache = KvCache::Create(options.cache, resources);

@@ -18,6 +18,20 @@ class FaultyDeviceMemory final : public DeviceMemory {
     fail_from_ = allocations_ + nth;
     fail_to_ = fail_from_ + more;
   }
+  // The next `num` reads and writes by the host fail.
+  void FailCopies(int num) {
+    MutexLock lock(fault_mutex_);
+    failing_copies_ = num;
+  }
+  Status Read(const void* from, size_t size, void* to) const override {
+    PREHOC_RETURN_IF_ERROR(Copy());
+    return base_->Read(from, size, to);
+  }
+  Status Write(const void* from, size_t size, void* to) const override {
+    PREHOC_RETURN_IF_ERROR(Copy());
+    return base_->Write(from, size, to);
+  }
+  bool host_accessible() const override { return base_->host_accessible(); }
   // Allocations that were within the budget.
   int allocations() const {
     MutexLock lock(fault_mutex_);
@@ -47,11 +61,19 @@ class FaultyDeviceMemory final : public DeviceMemory {
     buffers_.erase(found);
   }
 
+  Status Copy() const {
+    MutexLock lock(fault_mutex_);
+    if (failing_copies_ == 0) return {};
+    --failing_copies_;
+    return {StatusCode::kCuda, "a copy failed on request"};
+  }
+
   DeviceMemory* const base_;
   mutable Mutex fault_mutex_;
   int allocations_ PREHOC_GUARDED_BY(fault_mutex_) = 0;
   int fail_from_ PREHOC_GUARDED_BY(fault_mutex_) = 0;
   int fail_to_ PREHOC_GUARDED_BY(fault_mutex_) = -1;
+  mutable int failing_copies_ PREHOC_GUARDED_BY(fault_mutex_) = 0;
   std::map<std::byte*, DeviceBuffer> buffers_ PREHOC_GUARDED_BY(fault_mutex_);
 };
 
