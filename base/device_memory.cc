@@ -62,12 +62,12 @@ size_t DeviceMemory::peak() const {
 }
 
 Status DeviceMemory::Read(const void* from, size_t size, void* to) const {
-  std::memcpy(to, from, size);
+  if (size > 0) std::memcpy(to, from, size);
   return {};
 }
 
 Status DeviceMemory::Write(const void* from, size_t size, void* to) const {
-  std::memcpy(to, from, size);
+  if (size > 0) std::memcpy(to, from, size);
   return {};
 }
 
