@@ -62,7 +62,7 @@ StepArrays StepArrays::Carve(std::byte* base, const StepShape& shape, int32_t sl
   take(a.chosen, units * most), take(a.refs, most > 0 ? units * (most + 4) : 0);
   take(a.num_refs, units), take(a.age, units), take(a.anchor, units * group * static_cast<size_t>(shape.head_dim));
   take(a.slot_of, state * static_cast<size_t>(shape.max_tokens)), take(a.owner, state * rows), take(a.resident, state * words);
-  for (int32_t** const list : {&a.wanted, &a.position, &a.from, &a.to}) take(*list, 2 * lists * rows);
+  for (int32_t** const list : {&a.wanted, &a.position, &a.sources, &a.targets}) take(*list, 2 * lists * rows);
   take(a.wanted_count, 2 * turns), take(a.unused, turns);
   take(a.select_space, shape.select_space), take(a.attend_space, shape.attend_space), take(a.choose_space, shape.choose_space);
   *bytes = at;
@@ -452,7 +452,7 @@ void Sequence::Impl::WriteTasksOfStep() {
     const auto lists_of = [&](size_t of, std::optional<size_t> unit) {
       const size_t list = of * turns + i, rows = list * static_cast<size_t>(layout.slots);
       step::RefreshTask task{.wanted = at.wanted + rows, .wanted_count = unit ? at.wanted_count + list : at.zero, .n = at.n, .ring_rows = layout.ring,
-                             .position = at.position + rows, .from_piece = at.from + rows, .to_piece = at.to + rows, .count = at.fetched + list};
+                             .position = at.position + rows, .from_piece = at.sources + rows, .to_piece = at.targets + rows, .count = at.fetched + list};
       if (!unit) return task;  // nobody turns: nothing is wanted, and nothing is on its way
       task.at = StateOf(*unit);
       const size_t l = *unit / static_cast<size_t>(shape.kv_heads), h = *unit % static_cast<size_t>(shape.kv_heads);

@@ -63,7 +63,7 @@ struct StepArrays {
   int16_t* slot_of = nullptr;           // [units, max_tokens]
   int32_t* owner = nullptr;             // [units, slots]
   uint64_t* resident = nullptr;         // [units, words]
-  int32_t *wanted = nullptr, *position = nullptr, *from = nullptr, *to = nullptr;  // [2, turns, slots]
+  int32_t *wanted = nullptr, *position = nullptr, *sources = nullptr, *targets = nullptr;  // [2, turns, slots]
   int32_t* wanted_count = nullptr;      // [2, turns]
   float* unused = nullptr;              // [turns]
   std::byte *select_space = nullptr, *attend_space = nullptr, *choose_space = nullptr;
