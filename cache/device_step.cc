@@ -40,7 +40,7 @@ StepArrays StepArrays::Carve(std::byte* base, const StepShape& shape, int32_t sl
   };
   const auto units = static_cast<size_t>(shape.units()), turns = static_cast<size_t>(shape.turns), group = static_cast<size_t>(shape.group);
   const auto most = static_cast<size_t>(shape.most), rows = static_cast<size_t>(slots), lists = slots > 0 ? turns : 0;
-  const size_t state = slots > 0 ? units : 0, words = static_cast<size_t>(a.words(shape));
+  const size_t state = slots > 0 ? units : 0, words = static_cast<size_t>(shape.words());
   const auto section = [&](std::byte*& begin, size_t& size, const auto& parts) {
     const size_t from = at;
     take(begin, 0);
@@ -143,12 +143,7 @@ Result<Sequence::StepPlan> Sequence::Impl::PlanStep(const LayerInput& io) {
   if (way != d->way) PREHOC_RETURN_IF_ERROR(LeaveSteps());
   bool offered = way != DeviceStep::Way::kNone && step >= d->look_again;
   if (offered) {
-    bool moved = false;
-    PREHOC_ASSIGN_OR_RETURN(offered, MapHostRows(&moved));
-    if (offered && moved && d->active) {  // rows that are on their way are no longer where they were
-      PREHOC_RETURN_IF_ERROR(LeaveSteps());
-      PREHOC_ASSIGN_OR_RETURN(offered, MapHostRows(&moved));
-    }
+    PREHOC_ASSIGN_OR_RETURN(offered, MapHostRows());
     if (!offered) d->look_again = step + kLookAgainSteps;
   }
   if (!offered) {
@@ -186,9 +181,9 @@ Result<Sequence::StepPlan> Sequence::Impl::PlanStep(const LayerInput& io) {
 
 // --- where rows are in host memory --------------------------------------------------------------------------------------------
 
-// Fills the table of chunks. False: a row that a step may want is in no block that can be held, or at no address that a row number tells.
-// `moved`: the rows of a chunk lie elsewhere than before.
-Result<bool> Sequence::Impl::MapHostRows(bool* moved) {
+// Fills the table of chunks. False: a row that a step may want is in no block that can be held, or at no address that a row number tells, or no longer
+// where copies that are on their way look for it.
+Result<bool> Sequence::Impl::MapHostRows() {
   DeviceStep& d = *device_step;
   const auto chunks = static_cast<size_t>(d.shape.chunks());
   const auto row_bytes = static_cast<int64_t>(geometry().row_bytes());
@@ -203,8 +198,7 @@ Result<bool> Sequence::Impl::MapHostRows(bool* moved) {
     const auto put = [&](size_t chunk, const std::byte* bytes) {
       const int64_t off = bytes - range.data();
       const auto row = static_cast<int32_t>(off / row_bytes);
-      if (off % row_bytes != 0) return false;
-      *moved |= rows[chunk] != row && rows[chunk] >= 0;
+      if (off % row_bytes != 0 || (d.active && rows[chunk] >= 0 && rows[chunk] != row)) return false;
       d.fixed_changed |= rows[chunk] != row;
       rows[chunk] = row;
       return true;
@@ -247,7 +241,7 @@ Status Sequence::Impl::EnterSteps() {
   const StepArrays& at = d.at;
   const DeviceMemory& device = *cache->resources.device;
   const auto units = static_cast<size_t>(d.shape.units()), most = static_cast<size_t>(d.shape.most), slots = static_cast<size_t>(layout.slots);
-  const size_t floats = static_cast<size_t>(d.shape.group) * static_cast<size_t>(d.shape.head_dim), words = static_cast<size_t>(at.words(d.shape));
+  const size_t floats = static_cast<size_t>(d.shape.group) * static_cast<size_t>(d.shape.head_dim), words = static_cast<size_t>(d.shape.words());
   const auto most_tokens = static_cast<size_t>(d.shape.max_tokens);
   for (int32_t l = 0; l < geometry().layers; ++l) PREHOC_RETURN_IF_ERROR(LandPending(l, /*all=*/true));
   const auto write = [&](const auto& from, auto* to) { return device.Write(from.data(), from.size() * sizeof(from[0]), to); };
@@ -257,8 +251,7 @@ Status Sequence::Impl::EnterSteps() {
   std::vector<uint64_t> resident(slots > 0 ? units * words : 0);
   std::fill(d.results.begin(), d.results.end(), std::byte{0});
   for (size_t u = 0; u < units; ++u) {
-    const LayerState& layer = layers[u / static_cast<size_t>(d.shape.kv_heads)];
-    const Unit& unit = layer.units[u % static_cast<size_t>(d.shape.kv_heads)];
+    const Unit& unit = UnitAt(u);
     if (unit.has_choice && unit.chosen.size() <= most && unit.anchor.size() == floats) {
       std::copy(unit.chosen.begin(), unit.chosen.end(), chosen.begin() + static_cast<std::ptrdiff_t>(u * most));
       d.Here(at.count)[u] = static_cast<int32_t>(unit.chosen.size());
@@ -266,7 +259,7 @@ Status Sequence::Impl::EnterSteps() {
       age[u] = static_cast<int32_t>(std::min<int64_t>(step - unit.chosen_at - 1, kOldChoice));  // this step's gate adds one
     }
     if (slots == 0) continue;
-    const HeadResidency& residency = layer.heads[static_cast<size_t>(unit.kv_head)].residency;
+    const HeadResidency& residency = HeadAt(u).residency;
     for (const int32_t position : residency.positions()) {
       const int32_t slot = residency.SlotOf(position);
       slot_of[u * most_tokens + static_cast<size_t>(position)] = static_cast<int16_t>(slot);
@@ -329,8 +322,7 @@ Status Sequence::Impl::ReadSteps() {
   PREHOC_RETURN_IF_ERROR(read(d.at.owner, owner));
   const int64_t n = open ? visible() : length;
   for (size_t u = 0; u < units; ++u) {
-    LayerState& layer = layers[u / static_cast<size_t>(d.shape.kv_heads)];
-    Unit& unit = layer.units[u % static_cast<size_t>(d.shape.kv_heads)];
+    Unit& unit = UnitAt(u);
     const int32_t num = d.Here(d.at.count)[u];
     unit.has_choice = most > 0 && age[u] < kOldChoice && num >= 0 && num <= static_cast<int32_t>(most);
     const int32_t unread = std::exchange(unit.attended.unread, -1);
@@ -349,7 +341,7 @@ Status Sequence::Impl::ReadSteps() {
     std::sort(held.begin(), held.end());
     std::vector<int32_t> positions, places;
     for (const auto& [position, slot] : held) positions.push_back(position), places.push_back(slot);
-    layer.heads[static_cast<size_t>(unit.kv_head)].residency.Restore(positions, places, ring_begin, n);
+    HeadAt(u).residency.Restore(positions, places, ring_begin, n);
   }
   return {};
 }
@@ -367,16 +359,14 @@ void Sequence::Impl::WriteFixedTasks() {
   const auto host_rows = static_cast<int64_t>(range.size() / geometry().row_bytes());
   const bool everything = d.way == DeviceStep::Way::kEverything;
   for (size_t u = 0; u < static_cast<size_t>(shape.units()); ++u) {
-    const size_t l = u / static_cast<size_t>(shape.kv_heads), h = u % static_cast<size_t>(shape.kv_heads);
-    const HeadState& head = layers[l].heads[h];
-    const step::HostRows host{.chunk_row = at.chunk_row + l * static_cast<size_t>(shape.chunks()), .chunk_tokens = shape.chunk_tokens,
-                              .num_chunks = shape.chunks(), .head_row = static_cast<int32_t>(h) * shape.chunk_tokens};
-    const float* const q = d.io.q + static_cast<int64_t>(h) * floats;
+    const HeadState& head = HeadAt(u);
+    const auto h = static_cast<int64_t>(u % static_cast<size_t>(shape.kv_heads));
+    const float* const q = d.io.q + h * floats;
     const auto ring_row = static_cast<int32_t>((head.ring - head.sinks) / row), slot_row = static_cast<int32_t>((head.slots - head.sinks) / row);
-    d.Here(at.append)[u] = {.k = d.io.k + static_cast<int64_t>(h) * shape.head_dim, .v = d.io.v + static_cast<int64_t>(h) * shape.head_dim,
+    d.Here(at.append)[u] = {.k = d.io.k + h * shape.head_dim, .v = d.io.v + h * shape.head_dim,
                             .stride = shape.head_dim, .first = at.first, .rows = head.ring, .ring_rows = layout.ring, .count = 1,
-                            .blocks = head.codes, .host_rows = range.data(), .host_limit = host_rows, .host = host};
-    step::AttendTask& attend = d.Here(at.attend)[u] = {.q = q, .out = d.io.out + static_cast<int64_t>(h) * floats,
+                            .blocks = head.codes, .host_rows = range.data(), .host_limit = host_rows, .host = HostRowsOf(u)};
+    step::AttendTask& attend = d.Here(at.attend)[u] = {.q = q, .out = d.io.out + h * floats,
                                                        .lse = at.lse + u * static_cast<size_t>(shape.group), .rows = head.sinks,
                                                        .row_limit = slot_row + int64_t{layout.slots}, .ring_row = ring_row, .ring_rows = layout.ring,
                                                        .n = at.n};
@@ -392,17 +382,31 @@ void Sequence::Impl::WriteFixedTasks() {
     step::ResolveTask& resolve = d.Here(at.resolve)[u] = {
         .at = {.slots = layout.slots, .max_n = shape.max_tokens}, .chosen = at.chosen + u * most, .count = at.count + u, .room = shape.most, .n = at.n,
         .slot_row = slot_row, .ring_row = ring_row, .ring_rows = layout.ring, .refs = at.refs + u * (most + 4), .num_refs = at.num_refs + u,
-        .misses = at.misses + u, .far = at.far, .host = host, .hold = d.rule.may_inherit ? at.hold + u : nullptr, .q = q,
+        .misses = at.misses + u, .far = at.far, .host = HostRowsOf(u), .hold = d.rule.may_inherit ? at.hold + u : nullptr, .q = q,
         .anchor = at.anchor + u * static_cast<size_t>(floats), .age = at.age + u};
     if (slots > 0) resolve.at = StateOf(u);
   }
 }
 
+Unit& Sequence::Impl::UnitAt(size_t unit) {
+  const auto heads = static_cast<size_t>(geometry().kv_heads);
+  return layers[unit / heads].units[unit % heads];
+}
+HeadState& Sequence::Impl::HeadAt(size_t unit) {
+  const auto heads = static_cast<size_t>(geometry().kv_heads);
+  return layers[unit / heads].heads[unit % heads];
+}
+step::HostRows Sequence::Impl::HostRowsOf(size_t unit) const {
+  const StepShape& shape = device_step->shape;
+  const auto heads = static_cast<size_t>(shape.kv_heads), chunks = static_cast<size_t>(shape.chunks());
+  return {.chunk_row = device_step->at.chunk_row + unit / heads * chunks, .chunk_tokens = shape.chunk_tokens, .num_chunks = shape.chunks(),
+          .head_row = static_cast<int32_t>(unit % heads) * shape.chunk_tokens};
+}
 step::ResidencyState Sequence::Impl::StateOf(size_t unit) const {
   const StepArrays& at = device_step->at;
   const StepShape& shape = device_step->shape;
   return {.slot_of = at.slot_of + unit * static_cast<size_t>(shape.max_tokens), .owner = at.owner + unit * static_cast<size_t>(layout.slots),
-          .resident = at.resident + unit * static_cast<size_t>(at.words(shape)), .slots = layout.slots, .max_n = shape.max_tokens};
+          .resident = at.resident + unit * static_cast<size_t>(shape.words()), .slots = layout.slots, .max_n = shape.max_tokens};
 }
 
 void Sequence::Impl::WriteTasksOfStep() {
@@ -418,12 +422,10 @@ void Sequence::Impl::WriteTasksOfStep() {
   // Scores are pooled over the scans before a head's turn: as many as the rule says, and at least one however long a choice is kept.
   const int64_t window = d.rule.may_inherit && d.rule.max_age == 0 ? residency.refresh : std::max(residency.pool, d.rule.max_age + 2);
   std::vector<int32_t>& due = d.turning[step % 2];
-  const std::vector<int32_t>& before = d.turning[(step + 1) % 2];
   due.clear();
   for (size_t u = 0; u < static_cast<size_t>(shape.units()); ++u) {
-    LayerState& layer = layers[u / static_cast<size_t>(shape.kv_heads)];
-    Unit& unit = layer.units[u % static_cast<size_t>(shape.kv_heads)];
-    const HeadState& head = layer.heads[static_cast<size_t>(unit.kv_head)];
+    const Unit& unit = UnitAt(u);
+    const HeadState& head = HeadAt(u);
     step::SelectTask& task = d.Here(at.select)[u] = {.source = {.q = d.io.q + int64_t{unit.first_head} * shape.head_dim, .blocks = head.codes,
                                                                 .rows = head.ring, .ring_rows = layout.ring, .n = at.n}};
     task.rule = {.sinks = d.rule.sinks, .local = d.rule.local, .k = d.rule.k, .hold = d.rule.may_inherit ? at.hold + u : nullptr, .room = shape.most,
@@ -445,48 +447,53 @@ void Sequence::Impl::WriteTasksOfStep() {
     }
     if (until == 0) due.push_back(static_cast<int32_t>(u));
   }
-  const size_t parity = static_cast<size_t>(step % 2);
+  if (layout.slots > 0 && turns > 0) WriteTurns();
+}
+
+// The slow clock's part: what the heads whose turn it is want, and what those of the step before are to get.
+void Sequence::Impl::WriteTurns() {
+  DeviceStep& d = *device_step;
+  const StepArrays& at = d.at;
+  const auto turns = static_cast<size_t>(d.shape.turns), slots = static_cast<size_t>(layout.slots), parity = static_cast<size_t>(step % 2);
+  const ResidencyRule residency = selector().Residency();
   const std::span<std::byte> range = cache->host->range();
   const auto wanted_rows = static_cast<int32_t>(std::min<double>(residency.factor * d.rule.k, layout.slots));
-  for (size_t i = 0; i < (layout.slots > 0 ? turns : 0); ++i) {
-    const auto lists_of = [&](size_t of, std::optional<size_t> unit) {
-      const size_t list = of * turns + i, rows = list * static_cast<size_t>(layout.slots);
-      step::RefreshTask task{.wanted = at.wanted + rows, .wanted_count = unit ? at.wanted_count + list : at.zero, .n = at.n, .ring_rows = layout.ring,
-                             .position = at.position + rows, .from_piece = at.sources + rows, .to_piece = at.targets + rows, .count = at.fetched + list};
-      if (!unit) return task;  // nobody turns: nothing is wanted, and nothing is on its way
-      task.at = StateOf(*unit);
-      const size_t l = *unit / static_cast<size_t>(shape.kv_heads), h = *unit % static_cast<size_t>(shape.kv_heads);
-      task.host = {.chunk_row = at.chunk_row + l * static_cast<size_t>(shape.chunks()), .chunk_tokens = shape.chunk_tokens,
-                   .num_chunks = shape.chunks(), .head_row = static_cast<int32_t>(h) * shape.chunk_tokens};
-      return task;
-    };
-    const auto turning = [&](const std::vector<int32_t>& list) {
-      return i < list.size() ? std::optional<size_t>(static_cast<size_t>(list[i])) : std::nullopt;
-    };
-    const std::optional<size_t> now = turning(due), earlier = turning(before);
-    d.Here(at.refresh)[i] = lists_of(parity, now);
-    step::RefreshTask& land = d.Here(at.land)[i] = lists_of(1 - parity, earlier);
+  // The task of the i-th unit that turns in a step of this parity. Nobody's: nothing is wanted, and nothing is on its way.
+  const auto task_of = [&](size_t of, size_t i) {
+    const std::vector<int32_t>& units = d.turning[of];
+    const size_t list = of * turns + i, rows = list * slots;
+    step::RefreshTask task{.wanted = at.wanted + rows, .wanted_count = at.zero, .n = at.n, .ring_rows = layout.ring, .position = at.position + rows,
+                           .from_piece = at.sources + rows, .to_piece = at.targets + rows, .count = at.fetched + list};
+    if (i >= units.size()) return task;
+    const auto unit = static_cast<size_t>(units[i]);
+    task.at = StateOf(unit);
+    task.host = HostRowsOf(unit);
+    task.wanted_count = at.wanted_count + list;
+    return task;
+  };
+  for (size_t i = 0; i < turns; ++i) {
+    d.Here(at.refresh)[i] = task_of(parity, i);
+    step::RefreshTask& land = d.Here(at.land)[i] = task_of(1 - parity, i);
+    const bool arrives = i < d.turning[1 - parity].size();
+    if (!arrives) land.count = at.zero;
     step::GatherTask& gather = d.Here(at.gather)[i] = {.from = range.data(), .from_piece = land.from_piece, .to_piece = land.to_piece, .count = land.count,
                                                        .from_limit = static_cast<int64_t>(range.size() / geometry().row_bytes())};
-    if (earlier) {
-      const size_t l = *earlier / static_cast<size_t>(shape.kv_heads), h = *earlier % static_cast<size_t>(shape.kv_heads);
-      gather.to = reinterpret_cast<std::byte*>(layers[l].heads[h].slots);
+    if (arrives) {
+      gather.to = reinterpret_cast<std::byte*>(HeadAt(static_cast<size_t>(d.turning[1 - parity][i])).slots);
       gather.to_limit = layout.slots;
-    } else {
-      land.count = at.zero;
-      gather.count = at.zero;
     }
     // What the ring keeps until the next turn needs no slot.
     const size_t list = parity * turns + i;
     step::ChooseTask& want = d.Here(at.want)[i] = {.n = at.zero};
     want.rule = {.sinks = d.rule.sinks, .local = std::max(d.rule.local, layout.ring - residency.refresh - 2), .room = layout.slots,
-                 .chosen = at.wanted + list * static_cast<size_t>(layout.slots), .count = at.wanted_count + list, .lse_all = at.unused + i};
-    if (!now) continue;
-    Unit& unit = layers[*now / static_cast<size_t>(shape.kv_heads)].units[*now % static_cast<size_t>(shape.kv_heads)];
+                 .chosen = at.wanted + list * slots, .count = at.wanted_count + list, .lse_all = at.unused + i};
+    if (i >= d.turning[parity].size()) continue;
+    const auto turning = static_cast<size_t>(d.turning[parity][i]);
+    const Unit& unit = UnitAt(turning);
     want.z = unit.pooled;
     want.z_stride = layout.stride;
     // Heads that have not looked at anything since their last turn want nothing new.
-    const bool looked = unit.pooled_scans > 0 || (d.pooled[*now] && !d.rule.may_inherit);
+    const bool looked = unit.pooled_scans > 0 || (d.pooled[turning] && !d.rule.may_inherit);
     if (looked) want.n = at.n, want.rule.k = wanted_rows;
     step_report.refreshes += looked;
   }
@@ -658,7 +665,7 @@ Status Sequence::Impl::TakeStep() {
     const size_t parity = static_cast<size_t>(step % 2);
     for (size_t i = 0; i < d.turning[parity].size(); ++i) {
       const auto u = static_cast<size_t>(d.turning[parity][i]);
-      Unit& unit = layers[u / static_cast<size_t>(d.shape.kv_heads)].units[u % static_cast<size_t>(d.shape.kv_heads)];
+      Unit& unit = UnitAt(u);
       const int64_t fetched = d.Here(d.at.fetched)[parity * static_cast<size_t>(d.shape.turns) + i];
       step_report.rows_behind += fetched;
       step_report.bytes_from_host += fetched * static_cast<int64_t>(geometry().row_bytes());

@@ -202,24 +202,17 @@ Status Sequence::Attend(LayerId layer, const LayerInput& input) {
 Result<Sequence::StepPlan> Sequence::PlanStep(const LayerInput& io) {
   return WithinMemory([&] { return impl_->PlanStep(io); });
 }
-namespace {
-Status NoPlan() { return {StatusCode::kInvalid, "a step was enqueued that PlanStep() did not offer"}; }
-}  // namespace
 Status Sequence::EnqueueBehind(void* stream) {
-  if (!impl_->device_step || !impl_->device_step->planned) return NoPlan();
-  return WithinMemory([&] { return impl_->EnqueueBehind(stream); });
+  return impl_->InPlan([&] { return impl_->EnqueueBehind(stream); });
 }
 Status Sequence::EnqueueLayer(LayerId layer, void* stream) {
-  if (!impl_->device_step || !impl_->device_step->planned) return NoPlan();
-  return WithinMemory([&] { return impl_->EnqueueLayer(layer.value(), stream); });
+  return impl_->InPlan([&] { return impl_->EnqueueLayer(layer.value(), stream); });
 }
 Status Sequence::EnqueueLast(void* stream) {
-  if (!impl_->device_step || !impl_->device_step->planned) return NoPlan();
-  return WithinMemory([&] { return impl_->EnqueueLast(stream); });
+  return impl_->InPlan([&] { return impl_->EnqueueLast(stream); });
 }
 Status Sequence::AfterLayer(LayerId layer) {
-  if (!impl_->device_step || !impl_->device_step->planned) return NoPlan();
-  return WithinMemory([&]() -> Status {
+  return impl_->InPlan([&]() -> Status {
     PREHOC_RETURN_IF_ERROR(impl_->CheckCall(layer, true));
     return impl_->AfterLayer(layer.value());
   });

@@ -24,6 +24,7 @@ struct StepShape {
   size_t select_space = 0, attend_space = 0, choose_space = 0;  // [bytes] of workspace
   int32_t units() const { return layers * kv_heads; }
   int32_t chunks() const { return (max_tokens + chunk_tokens - 1) / chunk_tokens; }
+  int32_t words() const { return (max_tokens + 63) / 64; }  // of a head's bitmap of residents
 };
 
 // Pointers into the sequence's device memory. Tasks name them, so they stay where they are.
@@ -70,7 +71,6 @@ struct StepArrays {
 
   // For a sequence with so many slots a head; `bytes` is what that takes from `base` on. A null base measures only.
   static StepArrays Carve(std::byte* base, const StepShape& shape, int32_t slots, size_t* bytes);
-  int32_t words(const StepShape& shape) const { return (shape.max_tokens + 63) / 64; }
 };
 
 struct DeviceStep {

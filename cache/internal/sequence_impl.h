@@ -233,14 +233,24 @@ struct Sequence::Impl {
   static bool ShapeSteps(const CacheShared& cache, int64_t max_tokens, int32_t most, StepShape* shape);
   void CarveSteps(const StepShape& shape);
   Result<StepPlan> PlanStep(const LayerInput& io);
-  Result<bool> MapHostRows(bool* moved);
+  Result<bool> MapHostRows();
   void DropStepPins();
   Status EnterSteps();
   Status LeaveSteps();
   Status ReadSteps();
   void WriteFixedTasks();
   void WriteTasksOfStep();
+  void WriteTurns();
+  // Of a KV head, counted over all layers.
+  Unit& UnitAt(size_t unit);
+  HeadState& HeadAt(size_t unit);
   step::ResidencyState StateOf(size_t unit) const;
+  step::HostRows HostRowsOf(size_t unit) const;
+  template <class Fn>
+  Status InPlan(const Fn& fn) const {
+    if (device_step == nullptr || !device_step->planned) return {StatusCode::kInvalid, "a step was enqueued that PlanStep() did not offer"};
+    return WithinMemory(fn);
+  }
   Status EnqueueBehind(void* stream);
   Status EnqueueLayer(int32_t layer, void* stream);
   Status EnqueueLast(void* stream);
