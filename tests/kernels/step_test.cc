@@ -1,7 +1,9 @@
 // The reference step kernels, in memory of this process.
-#include <cstring>
+#include <algorithm>
+#include <vector>
 
 #include "tests/kernels/step_stories.h"
+#include "tests/support/guarded.h"
 
 namespace prehoc {
 namespace {
@@ -10,28 +12,19 @@ namespace {
 template <class T>
 class HostArray {
  public:
-  explicit HostArray(size_t size, bool = false) : bytes_(size * sizeof(T) + 2 * kGuard, kPoison), size_(size) {}
+  explicit HostArray(size_t size, bool = false) : values_(size) {}
   explicit HostArray(const std::vector<T>& values, bool = false) : HostArray(values.size()) { Write(values); }
-  T* data() const { return reinterpret_cast<T*>(const_cast<uint8_t*>(bytes_.data()) + kGuard); }
-  size_t size() const { return size_; }
+  T* data() const { return values_.data(); }
+  size_t size() const { return values_.size(); }
   void Write(const std::vector<T>& values) {
-    EXPECT_EQ(values.size(), size_);
-    if (size_ > 0) std::memcpy(static_cast<void*>(data()), values.data(), size_ * sizeof(T));
+    EXPECT_EQ(values.size(), size());
+    std::copy(values.begin(), values.end(), data());
   }
-  std::vector<T> Read() const { return std::vector<T>(data(), data() + size_); }
-  testing::AssertionResult GuardsIntact() const {
-    for (size_t i = 0; i < bytes_.size(); ++i) {
-      const bool guard = i < kGuard || i >= bytes_.size() - kGuard;
-      if (guard && bytes_[i] != kPoison) return testing::AssertionFailure() << "byte " << i << " of " << bytes_.size() << " was written";
-    }
-    return testing::AssertionSuccess();
-  }
+  std::vector<T> Read() const { return std::vector<T>(data(), data() + size()); }
+  testing::AssertionResult GuardsIntact() const { return values_.GuardsIntact(); }
 
  private:
-  static constexpr size_t kGuard = 256;
-  static constexpr uint8_t kPoison = 0xa5;
-  std::vector<uint8_t> bytes_;
-  size_t size_;
+  mutable Guarded<T> values_;
 };
 
 struct ReferenceWorld {
