@@ -158,22 +158,7 @@ __global__ void __launch_bounds__(PrefillShape<D>::kThreads, 1) PrefillKernel(co
     __syncthreads();  // all have read the tile that is overwritten next
     key = next;
   }
-  bool odd = false;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    sum[r] += __shfl_xor_sync(kAllLanes, sum[r], 1);
-    sum[r] += __shfl_xor_sync(kAllLanes, sum[r], 2);
-    const float by = sum[r] == 0.0f ? 0.0f : 1 / sum[r];
-    const int t = begin + query + 8 * r;
-    if (t >= args.queries) continue;
-    float* const to = task.out + t * task.out_stride + int64_t{head} * D + 2 * j;
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n) {
-      const float2 y = {out[n][2 * r] * by, out[n][2 * r + 1] * by};
-      odd = odd || !isfinite(y.x) || !isfinite(y.y);
-      *reinterpret_cast<float2*>(to + 8 * n) = y;
-    }
-  }
+  const bool odd = StoreTwo<D>(args, task, head, begin + query, j, sum, [&](int n, int i) { return out[n][i]; });
   if (odd) any_odd = 1;
   __syncthreads();
   if (any_odd == 0) return;

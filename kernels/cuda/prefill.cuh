@@ -47,6 +47,29 @@ __device__ inline bool Seen(const PrefillArgs& args, int32_t position, int32_t l
   return position <= last && (position < args.sinks || position >= start);
 }
 
+// Results of queries `first` and first + 8, of which a lane has channels 8 n + 2 j and the one after as at(n, 0 and 1), then at(n, 2 and 3), and its share of the
+// sums of weights. True if one is not finite.
+template <int D, class At>
+__device__ inline bool StoreTwo(const PrefillArgs& args, const RunPrefillTask& task, int head, int first, int j, float (&sum)[2], const At& at) {
+  bool odd = false;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    sum[r] += __shfl_xor_sync(kAllLanes, sum[r], 1);
+    sum[r] += __shfl_xor_sync(kAllLanes, sum[r], 2);
+    const float by = sum[r] == 0.0f ? 0.0f : 1 / sum[r];
+    const int t = first + 8 * r;
+    if (t >= args.queries) continue;
+    float* const to = task.out + t * task.out_stride + int64_t{head} * D + 2 * j;
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+      const float2 y = {at(n, 2 * r) * by, at(n, 2 * r + 1) * by};
+      odd = odd || !isfinite(y.x) || !isfinite(y.y);
+      *reinterpret_cast<float2*>(to + 8 * n) = y;
+    }
+  }
+  return odd;
+}
+
 // Queries [begin, begin + kPlainQueries) of `head` in fp32.
 template <int D>
 __device__ void PlainTile(const PrefillArgs& args, const RunPrefillTask& task, int head, int begin, const int32_t* starts, int32_t least_start,

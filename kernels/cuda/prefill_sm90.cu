@@ -27,69 +27,43 @@ struct Args {
   PrefillArgs prefill;
 };
 
+// Products of a warp group: d [64, 128], bound as the constraint `bind` says, and what follows it in the instruction; then its operands.
+#define PREHOC_WGMMA(bind, rest, ...) \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
+      "}, " rest ";" \
+      : bind(d[0]), bind(d[1]), bind(d[2]), bind(d[3]), bind(d[4]), bind(d[5]), bind(d[6]), bind(d[7]), \
+        bind(d[8]), bind(d[9]), bind(d[10]), bind(d[11]), bind(d[12]), bind(d[13]), bind(d[14]), bind(d[15]), \
+        bind(d[16]), bind(d[17]), bind(d[18]), bind(d[19]), bind(d[20]), bind(d[21]), bind(d[22]), bind(d[23]), \
+        bind(d[24]), bind(d[25]), bind(d[26]), bind(d[27]), bind(d[28]), bind(d[29]), bind(d[30]), bind(d[31]), \
+        bind(d[32]), bind(d[33]), bind(d[34]), bind(d[35]), bind(d[36]), bind(d[37]), bind(d[38]), bind(d[39]), \
+        bind(d[40]), bind(d[41]), bind(d[42]), bind(d[43]), bind(d[44]), bind(d[45]), bind(d[46]), bind(d[47]), \
+        bind(d[48]), bind(d[49]), bind(d[50]), bind(d[51]), bind(d[52]), bind(d[53]), bind(d[54]), bind(d[55]), \
+        bind(d[56]), bind(d[57]), bind(d[58]), bind(d[59]), bind(d[60]), bind(d[61]), bind(d[62]), bind(d[63]) \
+      : __VA_ARGS__)
+
 // d [64, 128] = a [64, 16] b [128, 16]^T.
 __device__ inline void BeginKeys(float (&d)[64], uint64_t a, uint64_t b) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-      "}, %64, %65, 0, 1, 1, 0, 0;"
-      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]), "=f"(d[4]), "=f"(d[5]), "=f"(d[6]), "=f"(d[7]),
-        "=f"(d[8]), "=f"(d[9]), "=f"(d[10]), "=f"(d[11]), "=f"(d[12]), "=f"(d[13]), "=f"(d[14]), "=f"(d[15]),
-        "=f"(d[16]), "=f"(d[17]), "=f"(d[18]), "=f"(d[19]), "=f"(d[20]), "=f"(d[21]), "=f"(d[22]), "=f"(d[23]),
-        "=f"(d[24]), "=f"(d[25]), "=f"(d[26]), "=f"(d[27]), "=f"(d[28]), "=f"(d[29]), "=f"(d[30]), "=f"(d[31]),
-        "=f"(d[32]), "=f"(d[33]), "=f"(d[34]), "=f"(d[35]), "=f"(d[36]), "=f"(d[37]), "=f"(d[38]), "=f"(d[39]),
-        "=f"(d[40]), "=f"(d[41]), "=f"(d[42]), "=f"(d[43]), "=f"(d[44]), "=f"(d[45]), "=f"(d[46]), "=f"(d[47]),
-        "=f"(d[48]), "=f"(d[49]), "=f"(d[50]), "=f"(d[51]), "=f"(d[52]), "=f"(d[53]), "=f"(d[54]), "=f"(d[55]),
-        "=f"(d[56]), "=f"(d[57]), "=f"(d[58]), "=f"(d[59]), "=f"(d[60]), "=f"(d[61]), "=f"(d[62]), "=f"(d[63])
-      : "l"(a), "l"(b));
+  PREHOC_WGMMA("=f", "%64, %65, 0, 1, 1, 0, 0", "l"(a), "l"(b));
 #endif
 }
 // d += likewise.
 __device__ inline void AddKeys(float (&d)[64], uint64_t a, uint64_t b) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-      "}, %64, %65, 1, 1, 1, 0, 0;"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
-        "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
-        "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
-        "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
-        "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-      : "l"(a), "l"(b));
+  PREHOC_WGMMA("+f", "%64, %65, 1, 1, 1, 0, 0", "l"(a), "l"(b));
 #endif
 }
 // d [64, 128] += a [64, 16] b [16, 128].
 __device__ inline void MultiplyValues(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-      "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
-        "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
-        "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
-        "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
-        "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  PREHOC_WGMMA("+f", "{%64, %65, %66, %67}, %68, 1, 1, 1, 1", "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 #endif
 }
+#undef PREHOC_WGMMA
 
 __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_constant__ Args all) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -262,22 +236,7 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
   multiply_values(tile % 2);
   CommitProducts();
   WaitForProducts<0>();
-  bool odd = false;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    sum[r] += __shfl_xor_sync(kAllLanes, sum[r], 1);
-    sum[r] += __shfl_xor_sync(kAllLanes, sum[r], 2);
-    const float by = sum[r] == 0.0f ? 0.0f : 1 / sum[r];
-    const int t = begin + query + 8 * r;
-    if (t >= args.queries) continue;
-    float* const to = task.out + t * task.out_stride + int64_t{head} * kD + 2 * j;
-#pragma unroll
-    for (int n = 0; n < kD / 8; ++n) {
-      const float2 y = {out[n * 4 + 2 * r] * by, out[n * 4 + 2 * r + 1] * by};
-      odd = odd || !isfinite(y.x) || !isfinite(y.y);
-      *reinterpret_cast<float2*>(to + 8 * n) = y;
-    }
-  }
+  const bool odd = StoreTwo<kD>(args, task, head, begin + query, j, sum, [&](int n, int i) { return out[n * 4 + i]; });
   if (odd) any_odd = 1;
   __syncthreads();
   if (any_odd == 0) return;
