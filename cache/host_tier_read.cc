@@ -1,6 +1,7 @@
 // Blocks on their way from the store: pins, deadlines, checks, prefetches.
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -163,45 +164,52 @@ void HostTier::Impl::Load(Block* block, const std::shared_ptr<BlockLoad>& load, 
 }
 
 void HostTier::Impl::FinishRead(Block* block, BlockLoad* load, BlockId memory, int64_t start) {
+  while (!ReadOnce(block, load, memory, start)) continue;
+}
+
+bool HostTier::Impl::ReadOnce(Block* block, BlockLoad* load, BlockId memory, int64_t start) {
   bool late = false;
+  ChunkSeal seal;
   {
     MutexLock lock(mutex);
     late = load->late;
+    seal = In(block).seal;
   }
-  Status status(StatusCode::kDeadline, {});  // nobody waits for it any more
-  ChunkSeal read;
+  Status got(StatusCode::kDeadline, {});  // nobody waits for it any more
+  std::optional<Status> status;
   if (!late) {
     PREHOC_TEST_POINT("host_tier.load");
     TraceScope trace(options.tracer, "store read");
     trace.Say("layer", load->key.layer).Say("bytes", static_cast<int64_t>(options.block_bytes));
-    status = WithinMemory([&] { return store->Get(load->key, BytesOf(memory), &read); });
-    trace.Say("code", static_cast<int64_t>(status.code()));
+    ChunkSeal read;
+    got = WithinMemory([&] { return store->Get(load->key, BytesOf(memory), &read); });
+    trace.Say("code", static_cast<int64_t>(got.code()));
+    status = got.ok() ? CompareSeal(block, read, BytesOf(memory), &seal) : got;
+    if (!status.has_value()) return false;
+    // A record that is not what was written goes, or it would keep the right one from being written.
+    if (got.ok() && !status->ok()) WithinMemory([&] { return store->Delete(load->key); }).IgnoreError();
+  } else {
+    status = got;
   }
   const int64_t nanos = clock->NowNanos() - start;
-  {
-    MutexLock lock(mutex);
-    load->deadline_at = INT64_MAX;  // from here on it comes in time
-    late = load->late;
-  }
-  if (options.health != nullptr) {
-    if (!late) options.health->End(status);
-    if (status.code() == StatusCode::kIoError || status.code() == StatusCode::kDeadline) status = GivenUp(status);
-  }
-  if (status.ok()) {
-    status = CompareSeal(block, read, BytesOf(memory));
-    // A record that is not what was written goes, or it would keep the right one from being written.
-    if (!status.ok()) WithinMemory([&] { return store->Delete(load->key); }).IgnoreError();
-  }
   MutexLock lock(mutex);
+  late = load->late;
+  // What was compared with is no longer what the block is, and not here to be used instead.
+  if (status->ok() && !In(block).memory.valid() && In(block).seal != seal) return false;
+  if (options.health != nullptr) {
+    if (!late) options.health->End(got);
+    if (got.code() == StatusCode::kIoError || got.code() == StatusCode::kDeadline) status = GivenUp(got);
+  }
   if (!late) --transit;
-  ++(status.ok() ? counters.loads : counters.load_errors);
+  ++(status->ok() ? counters.loads : counters.load_errors);
   counters.load_nanos += static_cast<uint64_t>(nanos);
   if (late) {
-    FinishLateLocked(block, memory, status.ok());
+    FinishLateLocked(block, memory, status->ok());
   } else {
-    FinishLoadLocked(block, load, memory, std::move(status));
+    FinishLoadLocked(block, load, memory, *std::move(status));
   }
   changed.NotifyAll();
+  return true;
 }
 
 void HostTier::Impl::FinishLateLocked(Block* block, BlockId memory, bool good) {
@@ -211,22 +219,25 @@ void HostTier::Impl::FinishLateLocked(Block* block, BlockId memory, bool good) {
   AdoptLocked(block, memory);
 }
 
-Status HostTier::Impl::CompareSeal(Block* block, const ChunkSeal& read, std::span<const std::byte> bytes) {
+std::optional<Status> HostTier::Impl::CompareSeal(Block* block, const ChunkSeal& read, std::span<const std::byte> bytes, ChunkSeal* seal) {
+  const ChunkSeal before = std::exchange(*seal, {});
   // What these bytes have by the seed of the block's own seal, once that was asked for.
   ChunkSeal found;
   for (bool hashed = false;; hashed = true) {
     {
       MutexLock lock(mutex);
       BlockData& data = In(block);
-      if (data.memory.valid()) return {};  // a Seal() brought the bytes meanwhile, and they are what counts
+      if (data.memory.valid()) return Status();  // a Seal() brought the bytes meanwhile, and they are what counts
       if (!data.sealed) {
-        data.seal = read;
+        data.seal = *seal = read;
         data.sealed = data.store_sealed = true;
-        return {};
+        return Status();
       }
       if (hashed && found.seed == data.seal.seed) {
+        *seal = data.seal;
+        if (found != data.seal && data.seal != before) return std::nullopt;
         data.store_sealed = found == data.seal;
-        if (data.store_sealed) return {};
+        if (data.store_sealed) return Status();
         ++counters.corrupt;
         return WithWords(StatusCode::kCorrupt, [&]() -> Status {
           return {StatusCode::kCorrupt, "host tier: chunk " + data.key.ToString() + ": the store gave other bytes than were sealed"};

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <memory>
+#include <optional>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -311,7 +312,7 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
       const BlockData& data = In(victim);
       const bool may_go = data.pins == 0 && !data.writing && data.memory.valid() && !data.damaged;
       BlockId freed;
-      if (may_go && (result.status.ok() || data.handles == 0)) freed = EvictLocked(victim);
+      if (may_go && (data.stored || data.handles == 0)) freed = EvictLocked(victim);
       EndJobLocked(victim);
       if (freed.valid()) return freed;
     }
@@ -466,9 +467,13 @@ struct HostTier::Impl : std::enable_shared_from_this<HostTier::Impl> {
   // Nobody waits any more; but what came is as good as ever, if nothing else has come in its place.
   void FinishLateLocked(Block* block, BlockId memory, bool good) PREHOC_REQUIRES(mutex);
 
+  // False: while it read, a Seal() gave the block other bytes, which took the record's place in the store and left memory again.
+  bool ReadOnce(Block* block, BlockLoad* load, BlockId memory, int64_t start) PREHOC_EXCLUDES(mutex);
+
   // The store vouches for its record, which is what `read` says of it; that it is the very one which was written from here, only this
-  // tier knows. A pass over `bytes`, unless they are seen for the first time.
-  Status CompareSeal(Block* block, const ChunkSeal& read, std::span<const std::byte> bytes);
+  // tier knows. A pass over `bytes`, unless they are seen for the first time. `seal`: in, the block's before the read; out, what the
+  // bytes were compared with. Nothing if they differ, and that seal came during the read.
+  std::optional<Status> CompareSeal(Block* block, const ChunkSeal& read, std::span<const std::byte> bytes, ChunkSeal* seal);
 
   void FinishLoadLocked(Block* block, BlockLoad* load, BlockId memory, Status status) PREHOC_REQUIRES(mutex);
 

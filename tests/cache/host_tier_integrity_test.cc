@@ -118,6 +118,36 @@ TEST_F(HostTierIntegrityTest, ABlockLeavesMemoryOnlyOnceTheStoreHasItsVersion) {
   EXPECT_TRUE(HoldsBytesOf(world.tier->Pin(block).value(), 1));
 }
 
+// A read that began before bytes computed anew took the record's place, and ends after they left memory, has the record of before.
+TEST_F(HostTierIntegrityTest, AReadOvertakenByANewVersionIsReadAgain) {
+  for (const bool prefetched : {false, true}) {
+    HostTierWorld world({.blocks = 2});
+    ASSERT_OK(world.memory->Put(TestKey(1), TestChunk(1, kTestBlockBytes)));
+    const BlockRef block = world.tier->Find(TestKey(1)).value();
+    int reads = 0;
+    world.store->after_get = [&](const ChunkKey& key) {
+      if (key != TestKey(1) || ++reads > 1) return;
+      BlockRef tail = world.Tail(2).value();
+      ASSERT_EQ(world.tier->Seal(std::move(tail), TestKey(1)), block);
+      while (world.background.RunNext()) continue;
+      world.Make(3);
+      ASSERT_EQ(world.tier->state(block), BlockState::kStoreOnly);
+    };
+    if (prefetched) {
+      world.tier->Prefetch({&block, 1});
+      world.background.Drain();
+    }
+    const Result<BlockPin> pin = world.tier->Pin(block);
+    ASSERT_OK(pin);
+    EXPECT_TRUE(HoldsBytesOf(*pin, 2));
+    EXPECT_EQ(reads, 2);
+    EXPECT_EQ(world.Counter("write_behind.replaced"), 1);
+    EXPECT_EQ(world.Counter("host.corrupt"), 0);
+    EXPECT_EQ(world.Counter("host.lost"), 0);
+    EXPECT_OK(world.tier->CheckInvariants());
+  }
+}
+
 TEST_F(HostTierIntegrityTest, TheSameBytesAreNotWrittenAgain) {
   ASSERT_OK(world_.memory->Put(TestKey(1), TestChunk(1, kTestBlockBytes)));
   block_ = world_.Make(1);

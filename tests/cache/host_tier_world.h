@@ -29,6 +29,7 @@ class ScriptedStore final : public ChunkStoreWrapper {
   using ChunkStoreWrapper::ChunkStoreWrapper;
   std::function<Status(const ChunkKey&)> on_put = [](const ChunkKey&) { return OkStatus(); };
   std::function<Status(const ChunkKey&)> on_get = [](const ChunkKey&) { return OkStatus(); };
+  std::function<void(const ChunkKey&)> after_get = [](const ChunkKey&) {};
   std::function<Status()> on_flush = [] { return OkStatus(); };
 
  private:
@@ -38,7 +39,9 @@ class ScriptedStore final : public ChunkStoreWrapper {
   }
   Status DoGet(const ChunkKey& key, std::span<std::byte> out, ChunkSeal* seal) override {
     PREHOC_RETURN_IF_ERROR(on_get(key));
-    return base()->Get(key, out, seal);
+    const Status status = base()->Get(key, out, seal);
+    after_get(key);
+    return status;
   }
   Status DoFlush() override {
     PREHOC_RETURN_IF_ERROR(on_flush());
