@@ -15,6 +15,7 @@ Status KvGeometry::Validate() const {
   if (head_dim < 16 || head_dim > 256 || head_dim % 16 != 0) {
     return Bad("head_dim", head_dim, "is not a multiple of 16 in 16..256");
   }
+  if (!IsRowFormat(rows)) return Bad("rows", static_cast<int64_t>(rows), "is no format of rows; use 1 (f16), 2 (int8) or 3 (e4m3)");
   if (page_tokens < 1 || page_tokens > 1024) return Bad("page_tokens", page_tokens, "is not in 1..1024");
   if (chunk_tokens < page_tokens || chunk_tokens % page_tokens != 0 || chunk_tokens > 65536) {
     return Bad("chunk_tokens", chunk_tokens, "is not a multiple of page_tokens up to 65536");

@@ -77,6 +77,7 @@ bool Sequence::Impl::ShapeSteps(const CacheShared& cache, int64_t max_tokens, in
   const CodeFormat& codes = cache.options.codes;
   const bool two_clock = options.kind == SelectorKind::kTwoClock;
   if (steps == nullptr || (!two_clock && options.kind != SelectorKind::kDense) || cache.options.verify_pins) return false;
+  if (geometry.rows != RowFormat::kF16) return false;  // not what these kernels write and read
   if (two_clock && (options.tc.scorer != Scorer::kCodes || options.tc.gate != TwoClockOptions::Gate::kCosine ||
                     options.tc.cos_stage != CisOptions::CosStage::kPostRope || options.tc.gate_scope != CisOptions::GateScope::kKvHead ||
                     options.BoundInForce() != BoundKind::kNone || options.budget.mass > 0 || codes.dither ||

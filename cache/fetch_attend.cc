@@ -68,7 +68,7 @@ Status Sequence::Impl::Fetch(FastStep& s) {
     PREHOC_RETURN_IF_ERROR(MakeRoom(s.layer, h, static_cast<int32_t>(s.missing.size()), s.missing));
     PREHOC_ASSIGN_OR_RETURN(const int64_t landed, BringIn(s.layer, h, *s.blocks, s.missing));
     for (size_t m = static_cast<size_t>(landed); m < s.missing.size(); ++m) {
-      PREHOC_ASSIGN_OR_RETURN(const Half* row, s.blocks->Row(s.missing[m], h));
+      PREHOC_ASSIGN_OR_RETURN(const std::byte* row, s.blocks->Row(s.missing[m], h));
       s.direct[static_cast<size_t>(h)].emplace_back(s.missing[m], row);
     }
     const auto fetched = static_cast<int64_t>(s.missing.size());
@@ -79,7 +79,7 @@ Status Sequence::Impl::Fetch(FastStep& s) {
     step_report.rows_disk += from_store;
     step_report.rows_host += fetched - from_store;
     step_report.rows_device -= fetched;  // Account() counts every attended row there first
-    step_report.bytes_from_host += fetched * static_cast<int64_t>(geometry().row_bytes());
+    step_report.bytes_from_host += fetched * static_cast<int64_t>(geometry().stored_row_bytes());
   }
   return {};
 }
@@ -118,14 +118,14 @@ Status Sequence::Impl::CollectRuns(FastStep& s, size_t index) {
   const Unit& unit = layer.units[index];
   const HeadState& head = layer.heads[static_cast<size_t>(unit.kv_head)];
   const auto& direct = s.direct[static_cast<size_t>(unit.kv_head)];
-  const auto row = static_cast<int64_t>(row_halfs());
   std::vector<RowRun>& runs = s.units[index].runs;
   runs.clear();
-  const auto push = [&](const Half* rows) {
-    if (!runs.empty() && runs.back().rows + runs.back().count * row == rows) {
+  const auto push = [&](const void* row, RowFormat format) {
+    const auto bytes = static_cast<int64_t>(RowBytes(format, geometry().head_dim));
+    if (!runs.empty() && runs.back().format == format && static_cast<const std::byte*>(runs.back().rows) + runs.back().count * bytes == row) {
       ++runs.back().count;
     } else {
-      runs.push_back({rows, 1});
+      runs.push_back({row, 1, format});
     }
   };
   const AttendedSet& set = unit.attended;
@@ -133,13 +133,13 @@ Status Sequence::Impl::CollectRuns(FastStep& s, size_t index) {
   if (own_sinks > 0) runs.push_back({head.sinks, own_sinks});
   if (own_sinks < set.sinks) PushRing(head, own_sinks, set.sinks, &runs);
   for (const int32_t position : set.middle) {
-    const Half* rows = RowOnDevice(head, position);
-    if (rows == nullptr) {
-      const auto found = std::lower_bound(direct.begin(), direct.end(), std::pair<int32_t, const Half*>{position, nullptr});
-      PREHOC_CHECK(found != direct.end() && found->first == position);
-      rows = found->second;
+    if (const Half* row = RowOnDevice(head, position); row != nullptr) {
+      push(row, RowFormat::kF16);
+      continue;
     }
-    push(rows);
+    const auto found = std::lower_bound(direct.begin(), direct.end(), std::pair<int32_t, const std::byte*>{position, nullptr});
+    PREHOC_CHECK(found != direct.end() && found->first == position);
+    push(found->second, geometry().rows);
   }
   PushRing(head, set.left, set.n, &runs);
   return {};
@@ -153,8 +153,8 @@ Result<Sequence::Impl::FarRows> Sequence::Impl::SightRuns(const FastStep& s, int
   const auto collect = [&](int64_t begin, int64_t end) -> Status {
     for (int64_t at = begin; at < std::min(end, ring_begin);) {
       const int64_t stop = std::min({(at / size + 1) * size, end, ring_begin});
-      PREHOC_ASSIGN_OR_RETURN(const Half* rows, blocks.Row(at, kv_head));
-      runs->push_back({rows, static_cast<int32_t>(stop - at)});
+      PREHOC_ASSIGN_OR_RETURN(const std::byte* rows, blocks.Row(at, kv_head));
+      runs->push_back({rows, static_cast<int32_t>(stop - at), geometry().rows});
       (blocks.FromStore(at) ? far.store : far.host) += stop - at;
       at = stop;
     }
@@ -176,7 +176,7 @@ Status Sequence::Impl::CollectEverything(FastStep& s, size_t index) {
   step_report.rows_host += far.host;
   step_report.rows_disk += far.store;
   step_report.rows_device -= far.host + far.store;  // Account() counts every attended row there first
-  step_report.bytes_from_host += (far.host + far.store) * static_cast<int64_t>(geometry().row_bytes());
+  step_report.bytes_from_host += (far.host + far.store) * static_cast<int64_t>(geometry().stored_row_bytes());
   return {};
 }
 

@@ -144,7 +144,7 @@ Status Sequence::Impl::IndexRows(int32_t layer_index, LayerBlocks& rows, int64_t
   std::vector<IndexedGroup> groups;
   for (int64_t g = layer.coded / group; g < end / group; ++g) {
     for (int32_t h = 0; h < geometry().kv_heads; ++h) {
-      PREHOC_ASSIGN_OR_RETURN(const Half* source, rows.Row(g * group, h));
+      PREHOC_ASSIGN_OR_RETURN(const std::byte* source, rows.Row(g * group, h));
       groups.push_back({h, g, source});
     }
   }
@@ -170,7 +170,7 @@ Status Sequence::Impl::IndexGroups(int32_t layer_index, std::span<const IndexedG
     const auto at = static_cast<size_t>(group.index);
     for (size_t part = 0; part < parts; ++part) {
       EncodeTask task;
-      task.rows = group.rows + part * static_cast<size_t>(format.group_tokens) * row_halfs();
+      task.rows = group.rows + part * static_cast<size_t>(format.group_tokens) * geometry().stored_row_bytes();
       if (coded) task.seed = CodeBlockSeed(SeedOf(layer_index, group.kv_head), group.index);
       task.block = coded ? head.codes + at * block_bytes : unkept.data() + tasks.size() * block_bytes;
       if (head.page_lo) {
@@ -181,7 +181,7 @@ Status Sequence::Impl::IndexGroups(int32_t layer_index, std::span<const IndexedG
       tasks.push_back(task);
     }
   }
-  PREHOC_RETURN_IF_ERROR(kernels().encode({.tasks = tasks, .format = format, .head_dim = geometry().head_dim}, launch));
+  PREHOC_RETURN_IF_ERROR(kernels().encode({.tasks = tasks, .format = format, .head_dim = geometry().head_dim, .rows = geometry().rows}, launch));
   for (size_t g = 0; parts > 1 && g < groups.size(); ++g) {
     HeadState& head = layer.heads[static_cast<size_t>(groups[g].kv_head)];
     const size_t to = static_cast<size_t>(groups[g].index) * dim;
@@ -210,7 +210,7 @@ Status Sequence::Impl::FillRing(int32_t layer_index, LayerBlocks& rows, int64_t 
       // As far as both the block and the ring run on.
       const int64_t run = std::min({(at / size + 1) * size - at, layout.ring - at % layout.ring, to - at});
       for (int32_t h = 0; h < geometry().kv_heads; ++h) {
-        PREHOC_ASSIGN_OR_RETURN(const Half* source, rows.Row(at, h));
+        PREHOC_ASSIGN_OR_RETURN(const std::byte* source, rows.Row(at, h));
         AddRun(source, target(layer.heads[static_cast<size_t>(h)], at), run, &copies);
       }
       at += run;
@@ -239,7 +239,7 @@ Status Sequence::Impl::AddKeysToVariances(int32_t layer_index, LayerBlocks& rows
     if (begin == 0) variance.Reset(static_cast<size_t>(geometry().head_dim));
     // A step that was rolled back and is run again adds nothing twice.
     for (int64_t at = std::max(begin, variance.count()); at < end; ++at) {
-      PREHOC_ASSIGN_OR_RETURN(const Half* row, rows.Row(at, h));
+      PREHOC_ASSIGN_OR_RETURN(const Half* row, rows.WideRow(at, h));
       variance.Add(row);
     }
     variance.Update();
@@ -253,7 +253,7 @@ Status Sequence::Impl::AddKeysToBalls(int32_t layer_index, LayerBlocks& rows, in
     KeyBall& ball = layers[static_cast<size_t>(layer_index)].heads[static_cast<size_t>(h)].ball;
     std::vector<float> keys(static_cast<size_t>(end - begin) * dim);
     for (int64_t at = begin; at < end; ++at) {
-      PREHOC_ASSIGN_OR_RETURN(const Half* row, rows.Row(at, h));
+      PREHOC_ASSIGN_OR_RETURN(const Half* row, rows.WideRow(at, h));
       std::transform(row, row + dim, keys.begin() + static_cast<std::ptrdiff_t>(static_cast<size_t>(at - begin) * dim), HalfToFloat);
     }
     if (begin == 0) {
@@ -275,8 +275,8 @@ Result<std::vector<std::vector<RowRun>>> Sequence::Impl::RunsUpTo(int32_t layer_
       continue;
     }
     for (int64_t at = 0; at < end; at += size) {
-      PREHOC_ASSIGN_OR_RETURN(const Half* source, rows.Rows(static_cast<size_t>(at / size), h));
-      of_head.push_back({source, static_cast<int32_t>(std::min(size, end - at))});
+      PREHOC_ASSIGN_OR_RETURN(const std::byte* source, rows.Rows(static_cast<size_t>(at / size), h));
+      of_head.push_back({source, static_cast<int32_t>(std::min(size, end - at)), geometry().rows});
     }
   }
   return runs;

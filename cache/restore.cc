@@ -15,9 +15,9 @@ Status Sequence::Impl::EncodeBlock(int32_t layer_index, int64_t chunk, std::span
   const int64_t num = geometry().chunk_tokens / group;
   std::vector<IndexedGroup> groups;
   for (int32_t h = 0; h < geometry().kv_heads; ++h) {
-    const auto* rows = reinterpret_cast<const Half*>(bytes.data() + static_cast<size_t>(h) * geometry().head_block_bytes());
+    const std::byte* rows = bytes.data() + static_cast<size_t>(h) * geometry().head_block_bytes();
     for (int64_t g = 0; g < num; ++g) {
-      groups.push_back({h, chunk * num + g, rows + g * group * static_cast<int64_t>(row_halfs())});
+      groups.push_back({h, chunk * num + g, rows + static_cast<size_t>(g * group) * geometry().stored_row_bytes()});
     }
   }
   return IndexGroups(layer_index, groups, {.stream = cache->resources.stream});
@@ -27,7 +27,7 @@ Status Sequence::Impl::EncodeBlock(int32_t layer_index, int64_t chunk, std::span
 Status Sequence::Impl::CopyToRing(int32_t layer_index, int64_t chunk, std::span<const std::byte> bytes) {
   std::vector<RowCopy> copies;
   for (int32_t h = 0; h < geometry().kv_heads; ++h) {
-    const auto* rows = reinterpret_cast<const Half*>(bytes.data() + static_cast<size_t>(h) * geometry().head_block_bytes());
+    const std::byte* rows = bytes.data() + static_cast<size_t>(h) * geometry().head_block_bytes();
     Half* ring = layers[static_cast<size_t>(layer_index)].heads[static_cast<size_t>(h)].ring;
     AddRun(rows, ring + chunk * geometry().chunk_tokens * static_cast<int64_t>(row_halfs()), geometry().chunk_tokens, &copies);
   }

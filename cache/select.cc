@@ -110,8 +110,8 @@ Status Sequence::Impl::Score(FastStep& s) {
         PushRing(head, begin, end, &runs);
       } else {
         for (int64_t at = begin; at < end; at = (at / size + 1) * size) {
-          PREHOC_ASSIGN_OR_RETURN(const Half* rows, s.blocks->Row(at, unit.kv_head));
-          runs.push_back({rows, static_cast<int32_t>(std::min((at / size + 1) * size, end) - at)});
+          PREHOC_ASSIGN_OR_RETURN(const std::byte* rows, s.blocks->Row(at, unit.kv_head));
+          runs.push_back({rows, static_cast<int32_t>(std::min((at / size + 1) * size, end) - at), geometry().rows});
         }
         step_report.bytes_from_host += std::max<int64_t>(0, end - begin - ResidentCount(head)) * key_bytes;
       }

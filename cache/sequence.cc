@@ -332,8 +332,7 @@ Status Sequence::Impl::AppendRows(int32_t layer_index, const LayerInput& in, int
       task.k = in.k + (at - begin) * stride + h * dim;
       task.v = in.v + (at - begin) * stride + h * dim;
       task.stride = stride;
-      task.rows = reinterpret_cast<Half*>(block + static_cast<size_t>(h) * geometry().head_block_bytes()) +
-                  at % size * 2 * dim;
+      task.rows = block + static_cast<size_t>(h) * geometry().head_block_bytes() + static_cast<size_t>(at % size) * geometry().stored_row_bytes();
       task.count = static_cast<int32_t>(run);
       tasks.push_back(task);
     }
@@ -344,7 +343,7 @@ Status Sequence::Impl::AppendRows(int32_t layer_index, const LayerInput& in, int
     for (int32_t h = 0; h < geometry().kv_heads; ++h) {
       const int64_t offset = (from - begin) * stride + h * dim;
       tasks.push_back({.k = in.k + offset, .v = in.v + offset, .stride = stride, .rows = target(layer.heads[static_cast<size_t>(h)]),
-                       .count = static_cast<int32_t>(to - from)});
+                       .count = static_cast<int32_t>(to - from), .widened = true});
     }
   };
   if (!repairing) {
@@ -355,7 +354,7 @@ Status Sequence::Impl::AppendRows(int32_t layer_index, const LayerInput& in, int
     }
     copy(begin, std::min<int64_t>(begin + added, sinks), [&](const HeadState& head) { return head.sinks + begin * 2 * dim; });
   }
-  return kernels().append({.tasks = tasks, .head_dim = geometry().head_dim, .on_device = in.on_device}, cache->launch());
+  return kernels().append({.tasks = tasks, .head_dim = geometry().head_dim, .format = geometry().rows, .on_device = in.on_device}, cache->launch());
 }
 
 std::byte* Sequence::Impl::TailBytes(LayerState& layer, int64_t chunk) {

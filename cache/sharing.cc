@@ -57,7 +57,7 @@ Status Sequence::Impl::BuildLabels(int32_t layer_index, LayerBlocks& rows, std::
       for (size_t i = 0; i < of_group; ++i) of_queries[i % dim] += std::abs(queries[at + i]);
     }
     for (int64_t i = 0; i < visible(); ++i) {
-      PREHOC_ASSIGN_OR_RETURN(const Half* key, rows.Row(i, h));
+      PREHOC_ASSIGN_OR_RETURN(const Half* key, rows.WideRow(i, h));
       for (size_t c = 0; c < dim; ++c) of_keys[c] += std::abs(HalfToFloat(key[c]));
     }
     layer.heads[static_cast<size_t>(h)].channels = RankChannels(of_queries, of_keys, format.channels);
@@ -73,7 +73,7 @@ Status Sequence::Impl::LabelRows(int32_t layer_index, LayerBlocks& rows, int64_t
   for (int32_t h = 0; h < geometry().kv_heads; ++h) {
     HeadState& head = layer.heads[static_cast<size_t>(h)];
     for (int64_t i = layer.labelled; i < end; ++i) {
-      PREHOC_ASSIGN_OR_RETURN(const Half* key, rows.Row(i, h));
+      PREHOC_ASSIGN_OR_RETURN(const Half* key, rows.WideRow(i, h));
       EncodeLabel(format, head.channels, key, head.labels + static_cast<size_t>(i) * format.bytes());
     }
   }

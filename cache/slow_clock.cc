@@ -125,7 +125,7 @@ Status Sequence::Impl::BringMissing(int32_t layer_index, int32_t kv_head, std::v
     if (decoding()) step_report.rows_behind += landed;
   }
   if (decoding()) {
-    step_report.bytes_from_host += static_cast<int64_t>(missing.size() * geometry().row_bytes());
+    step_report.bytes_from_host += static_cast<int64_t>(missing.size() * geometry().stored_row_bytes());
     step_report.bytes_from_disk += rows.loaded() * static_cast<int64_t>(geometry().block_bytes());
   } else {
     step_report.prefill_bytes_from_disk += rows.loaded() * static_cast<int64_t>(geometry().block_bytes());
@@ -180,17 +180,21 @@ Result<int64_t> Sequence::Impl::BringIn(int32_t layer_index, int32_t kv_head, La
   copies.reserve(landed);
   slots.reserve(landed);  // a slot that was taken out is on a list
   for (const int32_t position : positions.first(landed)) {
-    const Half* source = position >= ring_begin ? head.ring + position % layout.ring * row : nullptr;
-    if (source == nullptr) {
+    RowCopy copy;
+    if (position >= ring_begin) {
+      copy.from = head.ring + position % layout.ring * row;
+    } else {
       auto found = WithinMemory([&] { return rows.Row(position, kv_head); });
       if (!found.ok()) {
         for (const int32_t slot : slots) head.residency.GiveBack(slot);
         return std::move(found).status();
       }
-      source = *found;
+      copy.from = *found;
+      copy.format = geometry().rows;
     }
     slots.push_back(head.residency.Reserve());
-    copies.push_back({source, head.slots + slots.back() * row});
+    copy.to = head.slots + slots.back() * row;
+    copies.push_back(copy);
   }
   const Status copied = WithinMemory([&] { return kernels().gather({.rows = copies, .head_dim = geometry().head_dim}, cache->launch()); });
   if (!copied.ok()) {
@@ -214,13 +218,13 @@ Status Sequence::Impl::PostBehind(int32_t layer_index, int32_t kv_head, LayerBlo
   std::vector<TransferPiece> pieces;
   int64_t pinned_chunk = -1;
   for (const int32_t position : positions) {
-    PREHOC_ASSIGN_OR_RETURN(const Half* source, rows.Row(position, kv_head));
+    PREHOC_ASSIGN_OR_RETURN(const std::byte* source, rows.Row(position, kv_head));
     if (position / size != pinned_chunk) {  // the source stays where it is until the copy is done
       pinned_chunk = position / size;
       PREHOC_ASSIGN_OR_RETURN(BlockPin pin, cache->host->Pin(layer.blocks[static_cast<size_t>(pinned_chunk)]));
       fetch.sources.push_back(std::move(pin));
     }
-    pieces.push_back({reinterpret_cast<const std::byte*>(source), nullptr, geometry().row_bytes()});
+    pieces.push_back({source, nullptr, geometry().row_bytes()});
   }
   fetch.positions.assign(positions.begin(), positions.end());
   fetch.slots.reserve(pieces.size());

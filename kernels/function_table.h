@@ -3,7 +3,8 @@
 // know no policy. A call covers any number of (sequence, KV head) tasks of one layer.
 //
 // q [group, head_dim] fp32 after RoPE, logits z = q.k / sqrt(head_dim), n visible positions.
-// A row is K[head_dim] then V[head_dim], fp16. Pointers are of the backend's device. Everywhere: head_dim is a multiple of
+// A row is K[head_dim] then V[head_dim], fp16; where a task names a RowFormat, rows of that format, which are exact names of fp16 rows
+// (row_codec.h): an entry gives what it would give for those. Pointers are of the backend's device. Everywhere: head_dim is a multiple of
 // 16 in [16, 256], group in [1, 256], counts may be 0 (pointers to nothing may then be null), outputs of one call do not
 // overlap each other or its inputs, and the calling thread may hold no loop of the same executor.
 #pragma once
@@ -13,6 +14,7 @@
 
 #include "base/executor.h"
 #include "base/half.h"
+#include "base/row_format.h"
 #include "base/status.h"
 
 namespace prehoc {
@@ -26,8 +28,9 @@ struct Launch {
 
 // Consecutive rows in one piece of memory.
 struct RowRun {
-  const Half* rows = nullptr;  // [count, 2, head_dim]
+  const void* rows = nullptr;  // [count] rows
   int32_t count = 0;
+  RowFormat format = RowFormat::kF16;
 };
 
 // Low-bit codes of K, per channel over a group of tokens: k ~ lo[c] + code * step[c]; dithered: k ~ lo[c] + (code -
@@ -43,17 +46,19 @@ struct CodeFormat {
 };
 
 // --- append: fp32 K and V of new tokens become rows -------------------------------------------------------------
-// Rounded to nearest even; beyond 65504 fp16 has only infinity, and NaN stays NaN.
+// Rounded to nearest even; beyond 65504 fp16 has only infinity, and NaN stays NaN. Other formats are made from the fp16 row.
 struct AppendTask {
   const float* k = nullptr;  // [count] vectors, `stride` floats apart
   const float* v = nullptr;
   int64_t stride = 0;        // [floats] between tokens, in k and in v
-  Half* rows = nullptr;      // [count, 2, head_dim]
+  void* rows = nullptr;      // [count] rows
   int32_t count = 0;
+  bool widened = false;      // `rows` [count, 2, head_dim] fp16 are what rows of the format stand for
 };
 struct AppendParams {
   std::span<const AppendTask> tasks;
   int32_t head_dim = 0;
+  RowFormat format = RowFormat::kF16;
   // Only for tables with `settle`: k and v lie in the device's memory, and whatever writes them is finished. Rows in host memory then
   // arrive behind the call: until settle() says that they are there, encode and prefill see them all the same (by the device's copy), and
   // nobody else reads them.
@@ -65,7 +70,7 @@ struct AppendParams {
 // A channel with an infinite or NaN key anywhere in the group is stored as lo 0, step +inf, codes 0: scan then claims no
 // bound for any token of the group. Page bounds take NaN as both -inf and +inf. -0 is stored as 0.
 struct EncodeTask {
-  const Half* rows = nullptr;     // [group_tokens, 2, head_dim]; only K is read
+  const void* rows = nullptr;     // [group_tokens] rows; only K is read
   std::byte* block = nullptr;     // [code_block_bytes]
   Half* page_lo = nullptr;        // [group_tokens / 16, head_dim] minimum of each K channel per page of 16, or null
   Half* page_hi = nullptr;        // maximum
@@ -75,6 +80,7 @@ struct EncodeParams {
   std::span<const EncodeTask> tasks;
   CodeFormat format;
   int32_t head_dim = 0;
+  RowFormat rows = RowFormat::kF16;
 };
 
 // --- gate: has the query turned since the choice was made? (CIS) ------------------------------------------------
@@ -221,8 +227,9 @@ struct TopKParams {
 
 // --- gather: rows to slots ------------------------------------------------------------------------------------------
 struct RowCopy {
-  const Half* from = nullptr;
-  Half* to = nullptr;
+  const void* from = nullptr;  // a row
+  Half* to = nullptr;          // [2, head_dim]
+  RowFormat format = RowFormat::kF16;  // of `from`
 };
 struct GatherParams {
   std::span<const RowCopy> rows;

@@ -60,11 +60,15 @@ class Check {
     }
     return *this;
   }
+  Check& Rows(const char* field, RowFormat format) {
+    return That(IsRowFormat(format), field, static_cast<int64_t>(format), "use 1 (f16), 2 (int8) or 3 (e4m3)");
+  }
   Check& Runs(std::span<const RowRun> runs) {
     for (size_t i = 0; i < runs.size() && status_.ok(); ++i) {
       // A step has thousands of runs: no strings for those that are right.
-      if (runs[i].count == 0 || (runs[i].count > 0 && runs[i].rows != nullptr)) continue;
+      if (IsRowFormat(runs[i].format) && (runs[i].count == 0 || (runs[i].count > 0 && runs[i].rows != nullptr))) continue;
       const std::string run = "runs[" + std::to_string(i) + "].";
+      Rows((run + "format").c_str(), runs[i].format);
       That(runs[i].count >= 0, (run + "count").c_str(), runs[i].count, "use 0 or more");
       Given(runs[i].count > 0, runs[i].rows, (run + "rows").c_str());
     }
@@ -98,7 +102,7 @@ int64_t RowCount(std::span<const RowRun> runs) {
 
 Status Validate(const AppendParams& params) {
   Check check("append");
-  check.HeadDim(params.head_dim);
+  check.HeadDim(params.head_dim).Rows("format", params.format);
   for (size_t i = 0; i < params.tasks.size() && check.ok(); ++i) {
     const AppendTask& task = params.tasks[i];
     const bool any = task.count > 0;
@@ -111,7 +115,7 @@ Status Validate(const AppendParams& params) {
 
 Status Validate(const EncodeParams& params) {
   Check check("encode");
-  check.HeadDim(params.head_dim).Format(params.format);
+  check.HeadDim(params.head_dim).Format(params.format).Rows("rows", params.rows);
   for (size_t i = 0; i < params.tasks.size() && check.ok(); ++i) {
     const EncodeTask& task = params.tasks[i];
     check.Task(i).Given(true, task.rows, "rows").Given(true, task.block, "block");
@@ -216,7 +220,8 @@ Status Validate(const GatherParams& params) {
   Check check("gather");
   check.HeadDim(params.head_dim);
   for (size_t i = 0; i < params.rows.size() && check.ok(); ++i) {
-    check.Task(i).Given(true, params.rows[i].from, "from").Given(true, params.rows[i].to, "to");
+    const RowCopy& copy = params.rows[i];
+    check.Task(i).Given(true, copy.from, "from").Given(true, copy.to, "to").Rows("format", copy.format);
   }
   return check.Take();
 }

@@ -2,6 +2,7 @@
 
 #include <cstdio>
 #include <cstring>
+#include <optional>
 #include <string>
 
 #include "base/geometry.h"
@@ -77,12 +78,12 @@ Result<RecordContext> RecordContext::Create(const StoreIdentity& identity) {
     return {StatusCode::kInvalid, "record format version " + std::to_string(identity.format_version) +
                                       " was asked for, this build knows " + std::to_string(kRecordFormatVersion)};
   }
-  if (identity.dtype != KvDtypeName(KvDtype::kF16)) {
-    return {StatusCode::kInvalid, "record dtype '" + identity.dtype + "' was asked for, this build knows '" +
-                                      KvDtypeName(KvDtype::kF16) + "'"};
+  const std::optional<RowFormat> rows = FindRowFormat(identity.dtype);
+  if (!rows) {
+    return {StatusCode::kInvalid, "record dtype '" + identity.dtype + "' was asked for, this build knows 'f16', 'int8' and 'e4m3'"};
   }
   RecordContext context;
-  context.dtype = static_cast<uint8_t>(KvDtype::kF16);
+  context.dtype = static_cast<uint8_t>(*rows);
   context.layout = Hash64(std::as_bytes(std::span(identity.layout)));
   context.model = identity.model;
   context.layout_name = identity.layout;

@@ -21,7 +21,7 @@ static_assert(std::endian::native == std::endian::little, "records are little-en
 struct RecordHeader {
   uint32_t magic = kRecordMagic;
   uint16_t version = kRecordFormatVersion;
-  uint8_t dtype = 0;     // KvDtype; 1 = f16
+  uint8_t dtype = 0;     // RowFormat
   uint8_t branch = 0;    // ChunkOrigin::branch
   uint64_t layout = 0;   // XXH3-64 of StoreIdentity::layout
   std::array<uint8_t, 32> model{};  // model fingerprint

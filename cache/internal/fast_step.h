@@ -41,7 +41,7 @@ struct FastStep {
   std::optional<LayerBlocks> blocks;
   std::vector<UnitStep> units;
   // Rows that found no slot: read where they lie in host memory. Sorted by position, per KV head.
-  std::vector<std::vector<std::pair<int32_t, const Half*>>> direct;
+  std::vector<std::vector<std::pair<int32_t, const std::byte*>>> direct;
 
   // Task lists.
   std::vector<AppendTask> append;

@@ -143,13 +143,14 @@ struct Sequence::Impl {
   struct IndexedGroup {
     int32_t kv_head = 0;
     int64_t index = 0;           // in groups of CacheShared::index_group()
-    const Half* rows = nullptr;
+    const std::byte* rows = nullptr;  // stored
   };
   Status IndexGroups(int32_t layer, std::span<const IndexedGroup> groups, const Launch& launch);
-  // `num` rows that lie together on both sides.
-  void AddRun(const Half* from, Half* to, int64_t num, std::vector<RowCopy>* copies) const {
-    const auto row = static_cast<int64_t>(row_halfs());
-    for (int64_t i = 0; i < num; ++i) copies->push_back({from + i * row, to + i * row});
+  // `num` stored rows that lie together on both sides.
+  void AddRun(const std::byte* from, Half* to, int64_t num, std::vector<RowCopy>* copies) const {
+    for (size_t i = 0; i < static_cast<size_t>(num); ++i) {
+      copies->push_back({from + i * geometry().stored_row_bytes(), to + i * row_halfs(), geometry().rows});
+    }
   }
   Status FillRing(int32_t layer, LayerBlocks& rows, int64_t first, int64_t end);
   Status AttendPrefill(int32_t layer, LayerBlocks& rows, const LayerInput& in, int64_t first, int64_t count);

@@ -19,7 +19,7 @@ RocksDbStore::Options StoreOptions(const SessionOptions& options, const KvGeomet
   result.chunk_bytes = geometry.block_bytes();
   result.identity.model = model.fingerprint;
   result.identity.model_name = model.config.name;
-  result.identity.dtype = KvDtypeName(geometry.dtype);
+  result.identity.dtype = RowFormatName(geometry.rows);
   result.identity.layout = geometry.LayoutName();
   return result;
 }

@@ -1,5 +1,6 @@
 // encode and scan: code blocks are independent of each other.
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "base/units.h"
@@ -11,6 +12,7 @@
 
 namespace prehoc::cpu {
 namespace {
+constexpr size_t kMostGroupTokens = 64;
 
 ScanShape ShapeOf(const CodeFormat& format, int32_t group, int32_t head_dim) {
   const CodeBlockLayout layout = LayoutOf(format, head_dim);
@@ -33,7 +35,20 @@ Status Encode(const VectorOps& ops, const EncodeParams& params, const Launch& la
   const ScanShape shape = ShapeOf(params.format, 1, params.head_dim);
   const auto count = static_cast<int64_t>(params.tasks.size());
   ForParts(launch, count * shape.group_tokens >= kRowsWorthAThread, count, [&](int64_t i) {
-    ops.encode(params.tasks[static_cast<size_t>(i)], shape);
+    EncodeTask task = params.tasks[static_cast<size_t>(i)];
+    if (params.rows != RowFormat::kF16) {
+      static thread_local Scratch<Half> scratch;
+      const auto tokens = static_cast<size_t>(shape.group_tokens), halves = size_t{2} * static_cast<size_t>(params.head_dim);
+      Half* const rows = scratch.Get(tokens * halves);
+      std::array<RowCopy, kMostGroupTokens> copies;
+      for (size_t t = 0; t < tokens; ++t) {
+        const std::byte* const from = static_cast<const std::byte*>(task.rows) + t * RowBytes(params.rows, params.head_dim);
+        copies[t] = {from, rows + t * halves, params.rows};
+      }
+      ops.copy_rows(copies.data(), shape.group_tokens, params.head_dim);
+      task.rows = rows;
+    }
+    ops.encode(task, shape);
   });
   return {};
 }

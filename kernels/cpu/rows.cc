@@ -16,7 +16,7 @@ Status Append(const VectorOps& ops, const AppendParams& params, const Launch& la
   int64_t rows = 0;
   for (const AppendTask& task : params.tasks) rows += task.count;
   ForParts(launch, rows >= kRowsWorthAThread, static_cast<int64_t>(params.tasks.size()), [&](int64_t i) {
-    ops.append(params.tasks[static_cast<size_t>(i)], params.head_dim);
+    ops.append(params.tasks[static_cast<size_t>(i)], params.format, params.head_dim);
   });
   return {};
 }
@@ -24,10 +24,9 @@ Status Append(const VectorOps& ops, const AppendParams& params, const Launch& la
 Status Gather(const VectorOps& ops, const GatherParams& params, const Launch& launch) {
   PREHOC_RETURN_IF_ERROR(Validate(params));
   const auto rows = static_cast<int64_t>(params.rows.size());
-  const int64_t row_bytes = int64_t{4} * params.head_dim;
   constexpr int64_t kPart = 128;
   ForParts(launch, rows >= 2 * kPart, CeilDiv(rows, kPart), [&](int64_t i) {
-    ops.copy_rows(params.rows.data() + i * kPart, std::min(kPart, rows - i * kPart), row_bytes);
+    ops.copy_rows(params.rows.data() + i * kPart, std::min(kPart, rows - i * kPart), params.head_dim);
   });
   return {};
 }

@@ -30,6 +30,13 @@ constexpr size_t kAlign = 64;
 Status Unsupported(const char* kernel, const char* field, const char* instead) {
   return {StatusCode::kUnsupported, std::string(kernel) + " on CUDA: " + field + " is not offered; " + instead};
 }
+Status OnlyF16(const char* kernel, RowFormat format) {
+  return format == RowFormat::kF16 ? Status() : Unsupported(kernel, "rows of int8 or e4m3", "use rows of f16");
+}
+Status OnlyF16(const char* kernel, std::span<const RowRun> runs) {
+  for (const RowRun& run : runs) PREHOC_RETURN_IF_ERROR(OnlyF16(kernel, run.format));
+  return {};
+}
 
 // Where one part of a call lies on both sides.
 template <class T>
@@ -166,6 +173,7 @@ struct DeviceKernels::Impl {
 
 Status DeviceKernels::Impl::Append(const prehoc::AppendParams& params, const Launch& launch) {
   PREHOC_RETURN_IF_ERROR(Validate(params));
+  PREHOC_RETURN_IF_ERROR(OnlyF16("append", params.format));
   if (params.on_device) return AppendHere(params);
   std::vector<prehoc::AppendTask> of_host;
   std::vector<const prehoc::AppendTask*> of_device;
@@ -195,7 +203,7 @@ Status DeviceKernels::Impl::Append(const prehoc::AppendParams& params, const Lau
       return vectors.device;
     };
     const float* const k = copy(task.k);
-    tasks.host[i] = {k, copy(task.v), params.head_dim, task.rows, task.count};
+    tasks.host[i] = {k, copy(task.v), params.head_dim, static_cast<Half*>(task.rows), task.count};
     most = std::max(most, task.count);
   }
   PREHOC_RETURN_IF_ERROR(Send());
@@ -217,7 +225,7 @@ Status DeviceKernels::Impl::AppendHere(const prehoc::AppendParams& params) {
   const prehoc::AppendTask* last = nullptr;  // of those to host memory
   for (const prehoc::AppendTask& task : params.tasks) {
     if (task.count == 0) continue;
-    Half* to = task.rows;
+    auto* to = static_cast<Half*>(task.rows);
     if (!OnDevice(to)) {
       // Another head of the same tokens: the heads of a host block lie together.
       const bool joins = last != nullptr && task.k > last->k && task.k < last->k + task.stride && task.count == last->count;
@@ -234,6 +242,7 @@ Status DeviceKernels::Impl::AppendHere(const prehoc::AppendParams& params) {
 
 Status DeviceKernels::Impl::Encode(const prehoc::EncodeParams& params) {
   PREHOC_RETURN_IF_ERROR(Validate(params));
+  PREHOC_RETURN_IF_ERROR(OnlyF16("encode", params.rows));
   if (params.format.dither) return Unsupported("encode", "dither", "use codes without it");
   if (params.tasks.empty()) return {};
   constexpr size_t kAtOnce = 32768;
@@ -245,10 +254,11 @@ Status DeviceKernels::Impl::Encode(const prehoc::EncodeParams& params) {
     const Staged<RunEncodeTask> tasks = In<RunEncodeTask>(part.size());
     bool checked = false;
     for (size_t i = 0; i < part.size(); ++i) {
-      const Half* source = part[i].rows;
+      const auto* const rows = static_cast<const Half*>(part[i].rows);
+      const Half* source = rows;
       if (!OnDevice(source)) {
-        PREHOC_ASSIGN_OR_RETURN(source, RowsOnTheirWay(part[i].rows, group));
-        if (source == part[i].rows) {
+        PREHOC_ASSIGN_OR_RETURN(source, RowsOnTheirWay(rows, group));
+        if (source == rows) {
           must_wait = true;
           if (!std::exchange(checked, true)) PREHOC_RETURN_IF_ERROR(CheckPinned("encode", source));
         }
@@ -306,6 +316,7 @@ Status DeviceKernels::Impl::Score(const prehoc::ScoreParams& params) {
   const size_t num = params.tasks.size();
   size_t in = Room<RunScoreTask>(num), results = 0;
   for (const prehoc::ScoreTask& task : params.tasks) {
+    PREHOC_RETURN_IF_ERROR(OnlyF16("score", task.runs));
     in += Room<float>(queries) + Room<DeviceRun>(task.runs.size());
     if (!OnDevice(task.z)) results += Room<float>(group * static_cast<size_t>(RowCount(task.runs)));
   }
@@ -323,7 +334,7 @@ Status DeviceKernels::Impl::Score(const prehoc::ScoreParams& params) {
         PREHOC_RETURN_IF_ERROR(CheckPinned("score", task.runs[r].rows));
         checked = true;
       }
-      runs.host[r] = {task.runs[r].rows, total, task.runs[r].count};
+      runs.host[r] = {static_cast<const Half*>(task.runs[r].rows), total, task.runs[r].count};
       total += task.runs[r].count;
     }
     const bool here = OnDevice(task.z);
@@ -445,7 +456,8 @@ Status DeviceKernels::Impl::Gather(const prehoc::GatherParams& params) {
         PREHOC_RETURN_IF_ERROR(CheckOnDevice("gather", "to", part[i].to));
         if (!OnDevice(part[i].from)) PREHOC_RETURN_IF_ERROR(CheckPinned("gather", part[i].from));
       }
-      moves.host[i] = {part[i].from, part[i].to};
+      PREHOC_RETURN_IF_ERROR(OnlyF16("gather", part[i].format));
+      moves.host[i] = {static_cast<const Half*>(part[i].from), part[i].to};
     }
     PREHOC_RETURN_IF_ERROR(Send());
     PREHOC_RETURN_IF_ERROR(Sent(MoveRows(moves.device, static_cast<int32_t>(part.size()), params.head_dim, stream.get())));
@@ -464,8 +476,9 @@ Status DeviceKernels::Impl::NameRows(const prehoc::AttendTask& task, int64_t row
     if (!last.Has(run.rows)) last = memory->RangeOf(run.rows);
     here[r] = last.size > 0;
     const int kind = here[r] ? 0 : 1;
-    const Half* const end = run.rows + run.count * row;
-    if (low[kind] == nullptr || run.rows < low[kind]) low[kind] = run.rows;
+    const auto* const begin = static_cast<const Half*>(run.rows);
+    const Half* const end = begin + run.count * row;
+    if (low[kind] == nullptr || begin < low[kind]) low[kind] = begin;
     if (high[kind] == nullptr || end > high[kind]) high[kind] = end;
   }
   if (low[1] != nullptr) PREHOC_RETURN_IF_ERROR(CheckPinned("attend", low[1]));
@@ -478,8 +491,9 @@ Status DeviceKernels::Impl::NameRows(const prehoc::AttendTask& task, int64_t row
     const RowRun& run = task.runs[r];
     if (run.count == 0) continue;
     const int kind = here[r] ? 0 : 1;
-    if ((run.rows - low[kind]) % row != 0) return {StatusCode::kInvalid, "attend on CUDA: rows do not lie whole rows apart"};
-    const auto first = static_cast<int32_t>((run.rows - low[kind]) / row);
+    const int64_t at = static_cast<const Half*>(run.rows) - low[kind];
+    if (at % row != 0) return {StatusCode::kInvalid, "attend on CUDA: rows do not lie whole rows apart"};
+    const auto first = static_cast<int32_t>(at / row);
     for (int32_t i = 0; i < run.count; ++i) *refs++ = kind == 0 ? first + i : ~(first + i);
   }
   to->rows = low[0];
@@ -495,6 +509,7 @@ Status DeviceKernels::Impl::Attend(const prehoc::AttendParams& params) {
   cuda::AttendParams call{.num_tasks = static_cast<int32_t>(num), .group = params.group, .head_dim = params.head_dim};
   size_t in = Room<cuda::AttendTask>(num) + num * (Room<float>(queries) + 2 * Room<int32_t>(1));
   for (const prehoc::AttendTask& task : params.tasks) {
+    PREHOC_RETURN_IF_ERROR(OnlyF16("attend", task.runs));
     const int64_t rows = RowCount(task.runs);
     call.max_rows = std::max(call.max_rows, static_cast<int32_t>(rows));
     in += Room<int32_t>(static_cast<size_t>(rows) + 4);
@@ -541,6 +556,7 @@ Status DeviceKernels::Impl::Prefill(const prehoc::PrefillParams& params) {
   PREHOC_RETURN_IF_ERROR(Validate(params));
   const size_t num = params.tasks.size();
   if (num == 0 || params.queries == 0) return {};
+  for (const prehoc::PrefillTask& task : params.tasks) PREHOC_RETURN_IF_ERROR(OnlyF16("prefill", task.runs));
   const auto width = static_cast<size_t>(params.group) * static_cast<size_t>(params.head_dim);
   const auto queries = static_cast<size_t>(params.queries);
   const int64_t keys = int64_t{params.first} + params.queries;
@@ -548,7 +564,7 @@ Status DeviceKernels::Impl::Prefill(const prehoc::PrefillParams& params) {
   const size_t vectors = params.on_device ? 0 : num * Room<float>(queries * width);
   PREHOC_RETURN_IF_ERROR(Begin(Room<RunPrefillTask>(num) + vectors + num * Room<int32_t>(queries), vectors));
   // Rows of a task that lie together on the device, each task's as far from the last one's, are read there.
-  const auto rows_of = [&](size_t i) { return params.tasks[i].runs.front().rows; };
+  const auto rows_of = [&](size_t i) { return static_cast<const Half*>(params.tasks[i].runs.front().rows); };
   const std::ptrdiff_t gap = num > 1 ? rows_of(1) - rows_of(0) : 0;
   bool together = num == 1 || gap >= keys * params.head_dim * 2;  // apart, and in order
   for (size_t i = 0; i < num; ++i) {
@@ -565,7 +581,7 @@ Status DeviceKernels::Impl::Prefill(const prehoc::PrefillParams& params) {
   for (size_t i = 0; i < num; ++i) {
     const prehoc::PrefillTask& task = params.tasks[i];
     RunPrefillTask& to = tasks.host[i];
-    to.rows = together ? task.runs.front().rows : reinterpret_cast<const Half*>(gathered.data + i * gathered.pitch);
+    to.rows = together ? rows_of(i) : reinterpret_cast<const Half*>(gathered.data + i * gathered.pitch);
     to.start = task.start != nullptr ? In(task.start, queries) : nullptr;
     if (params.on_device) {
       to.q = task.q, to.q_stride = task.q_stride, to.out = task.out, to.out_stride = task.out_stride;
@@ -609,6 +625,7 @@ Status DeviceKernels::Impl::ReadAhead(const ReadAheadParams& params) {
                                       std::to_string(params.head_dim)};
   }
   for (const auto& runs : params.tasks) {
+    PREHOC_RETURN_IF_ERROR(OnlyF16("read_ahead", runs));
     if (RowCount(runs) < params.rows) {
       return {StatusCode::kInvalid, "read_ahead: " + std::to_string(RowCount(runs)) + " rows of all runs, " + std::to_string(params.rows) +
                                         " are wanted"};

@@ -137,7 +137,7 @@ Status PrefillRows::Copy(std::span<const std::span<const RowRun>> tasks, int64_t
       Cursor& c = cursors[i];
       while (at >= c.before + tasks[i][c.run].count) c.before += tasks[i][c.run++].count;
       const RowRun& run = tasks[i][c.run];
-      c.source = reinterpret_cast<const std::byte*>(run.rows) + static_cast<size_t>(at - c.before) * row;
+      c.source = static_cast<const std::byte*>(run.rows) + static_cast<size_t>(at - c.before) * row;
       count = std::min(count, c.before + run.count - at);
       c.here = memory_->Owns(c.source);
       if (c.here) continue;

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "kernels/for_tasks.h"
+#include "kernels/reference/half_rows.h"
 #include "kernels/reference/reference.h"
 #include "kernels/validate.h"
 
@@ -45,15 +46,6 @@ double AttendRows(const float* q, const std::vector<const Half*>& rows, int64_t 
   for (int64_t c = 0; c < d; ++c) out[c] = static_cast<float>(sum[static_cast<size_t>(c)]);
   return lse;
 }
-
-std::vector<const Half*> RowPointers(std::span<const RowRun> runs, int64_t d) {
-  std::vector<const Half*> rows;
-  rows.reserve(static_cast<size_t>(RowCount(runs)));
-  for (const RowRun& run : runs) {
-    for (int64_t i = 0; i < run.count; ++i) rows.push_back(run.rows + 2 * i * d);
-  }
-  return rows;
-}
 }  // namespace
 
 Status Attend(const AttendParams& params, const Launch& launch) {
@@ -61,9 +53,9 @@ Status Attend(const AttendParams& params, const Launch& launch) {
   ForTasks(launch, static_cast<int64_t>(params.tasks.size()), [&](int64_t index) {
     const AttendTask& task = params.tasks[static_cast<size_t>(index)];
     const int64_t d = params.head_dim;
-    const std::vector<const Half*> rows = RowPointers(task.runs, d);
+    const HalfRows rows(task.runs, params.head_dim);
     for (int64_t h = 0; h < params.group; ++h) {
-      task.lse[h] = static_cast<float>(AttendRows(task.q + h * d, rows, d, task.out + h * d));
+      task.lse[h] = static_cast<float>(AttendRows(task.q + h * d, rows.rows(), d, task.out + h * d));
     }
   });
   return {};
@@ -74,7 +66,8 @@ Status Prefill(const PrefillParams& params, const Launch& launch) {
   if (params.queries == 0) return {};
   const int64_t d = params.head_dim;
   for (const PrefillTask& task : params.tasks) {
-    const std::vector<const Half*> rows = RowPointers(task.runs, d);
+    const HalfRows held(task.runs, params.head_dim);
+    const std::vector<const Half*>& rows = held.rows();
     ForTasks(launch, params.queries, [&](int64_t t) {
       const int64_t last = params.first + t;
       const int64_t start = task.start != nullptr ? task.start[t] : 0;

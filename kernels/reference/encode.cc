@@ -12,6 +12,7 @@
 
 #include "kernels/for_tasks.h"
 #include "kernels/reference/code_access.h"
+#include "kernels/reference/half_rows.h"
 #include "kernels/reference/reference.h"
 #include "kernels/validate.h"
 
@@ -64,7 +65,7 @@ Half RoundUp(double value) {
   return FloatToHalfUp(f);
 }
 
-void EncodeGroup(const EncodeTask& task, const CodeFormat& format, int32_t d) {
+void EncodeGroup(const EncodeTask& task, const Half* rows, const CodeFormat& format, int32_t d) {
   const CodeBlockLayout layout = LayoutOf(format, d);
   const int32_t tokens = format.group_tokens, levels = (1 << format.bits) - 1;
   std::memset(task.block, 0, layout.bytes);
@@ -73,7 +74,7 @@ void EncodeGroup(const EncodeTask& task, const CodeFormat& format, int32_t d) {
   double squares[64] = {};  // |k[t] - decoded[t]|^2
   bool finite = true;
   for (int32_t c = 0; c < d; ++c) {
-    const Range range = RangeOf(task.rows, tokens, c, d);
+    const Range range = RangeOf(rows, tokens, c, d);
     finite = finite && range.finite;
     lo[c] = range.finite ? ToHalf(range.lo) : Half{0};
     step[c] = range.finite ? StepOf(range, levels, format.dither ? levels : levels + 0.5) : kInfinity;
@@ -81,7 +82,7 @@ void EncodeGroup(const EncodeTask& task, const CodeFormat& format, int32_t d) {
     const double shift = format.dither ? CodeShift(task.seed, c) : 0;
     const double low = HalfToFloat(lo[c]), width = HalfToFloat(step[c]);
     for (int32_t t = 0; t < tokens; ++t) {
-      const double above = HalfToFloat(task.rows[int64_t{2} * t * d + c]) - low;
+      const double above = HalfToFloat(rows[int64_t{2} * t * d + c]) - low;
       const uint32_t code = CodeOf(above, width, shift, levels);
       const double error = above - (code - shift) * width;
       squares[t] += error * error;
@@ -97,9 +98,8 @@ void EncodeGroup(const EncodeTask& task, const CodeFormat& format, int32_t d) {
   }
 }
 
-void PageBounds(const EncodeTask& task, int32_t tokens, int64_t d) {
-  for (int64_t p = 0; p < tokens / kCodePageTokens; ++p) {
-    const Half* rows = task.rows + p * kCodePageTokens * 2 * d;
+void PageBounds(const EncodeTask& task, const Half* rows, int32_t tokens, int64_t d) {
+  for (int64_t p = 0; p < tokens / kCodePageTokens; ++p, rows += kCodePageTokens * 2 * d) {
     for (int64_t c = 0; c < d; ++c) {
       const Range range = RangeOf(rows, kCodePageTokens, c, d);
       task.page_lo[p * d + c] = range.nan ? kMinusInfinity : ToHalf(range.lo);
@@ -117,8 +117,10 @@ Status Encode(const EncodeParams& params, const Launch& launch) {
   PREHOC_RETURN_IF_ERROR(Validate(params));
   ForTasks(launch, static_cast<int64_t>(params.tasks.size()), [&](int64_t index) {
     const EncodeTask& task = params.tasks[static_cast<size_t>(index)];
-    EncodeGroup(task, params.format, params.head_dim);
-    if (task.page_lo != nullptr) PageBounds(task, params.format.group_tokens, params.head_dim);
+    const RowRun run[] = {{task.rows, params.format.group_tokens, params.rows}};
+    const HalfRows rows(run, params.head_dim);  // one after another: of one run
+    EncodeGroup(task, rows.rows().front(), params.format, params.head_dim);
+    if (task.page_lo != nullptr) PageBounds(task, rows.rows().front(), params.format.group_tokens, params.head_dim);
   });
   return {};
 }

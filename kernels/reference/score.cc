@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "kernels/for_tasks.h"
+#include "kernels/reference/half_rows.h"
 #include "kernels/reference/reference.h"
 #include "kernels/validate.h"
 
@@ -70,13 +71,11 @@ Status Score(const ScoreParams& params, const Launch& launch) {
     const ScoreTask& task = params.tasks[static_cast<size_t>(index)];
     const int64_t d = params.head_dim;
     const double root = std::sqrt(static_cast<double>(d));
+    const HalfRows rows(task.runs, params.head_dim);
     int64_t at = 0;
-    for (const RowRun& run : task.runs) {
-      for (int64_t i = 0; i < run.count; ++i, ++at) {
-        for (int64_t h = 0; h < params.group; ++h) {
-          task.z[h * task.z_stride + at] = static_cast<float>(DotKey(task.q + h * d, run.rows + 2 * i * d, d) / root);
-        }
-      }
+    for (const Half* row : rows.rows()) {
+      for (int64_t h = 0; h < params.group; ++h) task.z[h * task.z_stride + at] = static_cast<float>(DotKey(task.q + h * d, row, d) / root);
+      ++at;
     }
   });
   return {};

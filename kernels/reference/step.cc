@@ -291,7 +291,8 @@ bool RowsOf(const AttendTask& task, int64_t d, std::vector<RowRun>* runs) {
 
 bool KeysAreFinite(const std::vector<RowRun>& runs, int64_t d) {
   return std::ranges::all_of(runs, [&](const RowRun& run) {
-    return std::all_of(run.rows, run.rows + d, [](Half k) { return std::isfinite(HalfToFloat(k)); });
+    const auto* const key = static_cast<const Half*>(run.rows);
+    return std::all_of(key, key + d, [](Half k) { return std::isfinite(HalfToFloat(k)); });
   });
 }
 
