@@ -244,6 +244,7 @@ bool HostTier::FlipIdleBitForTest(uint64_t pick, uint64_t bit) {
 
 size_t HostTier::block_bytes() const { return impl_->options.block_bytes; }
 std::span<std::byte> HostTier::range() const { return impl_->arena->range(); }
+size_t HostTier::block_stride() const { return impl_->arena->block_stride(); }
 int64_t HostTier::capacity_blocks() const { return impl_->arena->capacity_blocks(); }
 int64_t HostTier::used_blocks() const { return impl_->arena->used_blocks(); }
 

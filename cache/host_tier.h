@@ -131,6 +131,7 @@ class HostTier {
 
   size_t block_bytes() const;
   std::span<std::byte> range() const;  // HostArena::range(): where the bytes of all pins lie
+  size_t block_stride() const;      // of the budget that a block takes
   int64_t capacity_blocks() const;
   int64_t used_blocks() const;
   // host.{of the arena: see HostArena; blocks, pinned, tails, waiting, hits, loads, shared_loads, load_errors, load_bytes,

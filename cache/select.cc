@@ -113,7 +113,7 @@ Status Sequence::Impl::Score(FastStep& s) {
           PREHOC_ASSIGN_OR_RETURN(const std::byte* rows, s.blocks->Row(at, unit.kv_head));
           runs.push_back({rows, static_cast<int32_t>(std::min((at / size + 1) * size, end) - at), geometry().rows});
         }
-        step_report.bytes_from_host += std::max<int64_t>(0, end - begin - ResidentCount(head)) * key_bytes;
+        step_report.bytes_from_host += std::max<int64_t>(0, end - begin - ResidentCount(head)) * static_cast<int64_t>(geometry().stored_row_bytes() / 2);
       }
       s.score.push_back({.q = q, .runs = runs, .z = logits + begin, .z_stride = layout.stride});
       step_report.bytes_exact_keys += (end - begin) * key_bytes;

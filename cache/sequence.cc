@@ -84,7 +84,7 @@ Result<std::unique_ptr<Sequence::Impl>> Sequence::Impl::Open(CacheShared* shared
     return {StatusCode::kOutOfSpace,
             "a host budget of " + FormatBytes(static_cast<double>(shared->options.host_budget)) +
                 " does not hold one layer of " + std::to_string(options.max_tokens) + " tokens and the last chunk of all: " +
-                FormatBytes(static_cast<double>((chunks + geometry.layers) * static_cast<int64_t>(geometry.block_bytes()))) +
+                FormatBytes(static_cast<double>((chunks + geometry.layers) * static_cast<int64_t>(shared->host->block_stride()))) +
                 " is needed"};
   }
 

@@ -260,6 +260,7 @@ std::span<std::byte> HostArena::block(BlockId block) const {
   return {impl_->base + static_cast<uint64_t>(block.value()) * impl_->stride, impl_->options.block_bytes};
 }
 
+size_t HostArena::block_stride() const { return impl_->stride; }
 int64_t HostArena::capacity_blocks() const { return impl_->capacity; }
 
 int64_t HostArena::used_blocks() const {

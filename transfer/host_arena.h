@@ -40,6 +40,7 @@ class HostArena {
   // The addresses among which all blocks lie, wherever memory is mapped yet; constant.
   std::span<std::byte> range() const;
 
+  size_t block_stride() const;    // [bytes] that a block takes: whole pages of memory
   int64_t capacity_blocks() const;  // budget / block size in memory
   int64_t used_blocks() const;
   uint64_t used_bytes() const;      // blocks in use

@@ -381,8 +381,9 @@ TEST_F(DeviceStepTest, GeneratedRowsAreWrittenBehind) {
 }
 
 TEST_F(DeviceStepTest, WhatIsNotOfferedTakesTheStepsOfTheHost) {
-  const Stream stream(SmallGeometry(), kPrompt + 40, 9);
   const auto planned_of = [&](const WorldOptions& options) {
+    Stream stream(SmallGeometry(), kPrompt + 40, 9);
+    stream.RoundTo(options.cache.geometry.rows);
     World world(options);
     StepEngine engine(options.cache.geometry, stream);
     const auto sequence = Open(world, stream, 40, 160);
@@ -402,6 +403,9 @@ TEST_F(DeviceStepTest, WhatIsNotOfferedTakesTheStepsOfTheHost) {
   EXPECT_EQ(planned_of(other), 0);
   other = options;
   other.cache.verify_pins = true;
+  EXPECT_EQ(planned_of(other), 0);
+  other = options;
+  other.cache.geometry.rows = RowFormat::kInt8;
   EXPECT_EQ(planned_of(other), 0);
   other = options;
   other.cache.selector.kind = SelectorKind::kOracle;

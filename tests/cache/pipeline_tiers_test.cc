@@ -70,6 +70,62 @@ TEST(PipelineTiers, DenseIsTheSameFromEveryTier) {
   EXPECT_GT(report.bytes_from_disk, 0);
 }
 
+// Whatever is done with them, from whatever tier: rows of a format are those of a cache of fp16 rows that was given what they hold.
+TEST(PipelineTiers, RowsOfAFormatAreTheRowsThatTheyStandFor) {
+  for (const RowFormat format : {RowFormat::kInt8, RowFormat::kE4m3}) {
+    for (const SelectorKind kind : {SelectorKind::kDense, SelectorKind::kTwoClock, SelectorKind::kOracle, SelectorKind::kCis, SelectorKind::kCpe,
+                                    SelectorKind::kQuest, SelectorKind::kHShare, SelectorKind::kSharedCandidates}) {
+      SCOPED_TRACE(std::string(RowFormatName(format)) + ", " + std::string(SelectorKindName(kind)));
+      WorldOptions options = WorldOptions::Default();
+      options.cache.selector.kind = kind;
+      options.cache.selector.tc.refresh = 4;
+      options.cache.selector.tc.theta = 0.002;
+      if (kind == SelectorKind::kQuest) options.cache.selector.budget.tokens = 96;
+      options.device_budget = SmallestDevice(options, kPrompt + kSteps);
+      SequenceReport report[2];
+      std::vector<float> out[2], again[2];
+      for (const size_t narrow : {size_t{0}, size_t{1}}) {
+        options.cache.geometry.rows = narrow == 1 ? format : RowFormat::kF16;
+        const uint64_t block = options.cache.geometry.block_bytes();
+        options.cache.host_budget = LeastHost(options.cache.geometry) / block * RoundUp(block, 4096);  // whole pages of memory
+        Stream stream(options.cache.geometry, kPrompt + kSteps, 11);
+        if (narrow == 0) stream.RoundTo(format);
+        World world(options);
+        {
+          auto sequence = Open(world);
+          ASSERT_OK(PrefillAll(*sequence, stream, kPrompt, 128));
+          out[narrow] = Decode(*sequence, stream, kSteps);
+          report[narrow] = sequence->Report();
+        }
+        ASSERT_OK(world.cache().Flush());
+        auto restored = world.cache().OpenWithPrefix({.max_tokens = kPrompt + kSteps}, stream.ids(0, kPrompt));
+        ASSERT_TRUE(restored.ok()) << restored.status();
+        EXPECT_EQ((*restored)->restored(), kPrompt / 64 * 64);
+        ASSERT_OK(PrefillAll(**restored, stream, kPrompt, 128));
+        again[narrow] = Decode(**restored, stream, kSteps);
+        ASSERT_OK((*restored)->CheckInvariants());
+      }
+      EXPECT_EQ(out[1], out[0]);
+      EXPECT_EQ(again[1], again[0]);
+      EXPECT_EQ(report[1].rows_host + report[1].rows_disk, report[0].rows_host + report[0].rows_disk);
+      EXPECT_GT(report[1].rows_host + report[1].rows_disk + report[1].rows_behind, 0);
+      if (format == RowFormat::kE4m3) {
+        EXPECT_EQ(2 * report[1].bytes_from_host, report[0].bytes_from_host);
+      }
+    }
+  }
+}
+
+TEST(PipelineTiers, CopiesBehindTheStepsAreOfRowsAsTheyAre) {
+  WorldOptions options = WorldOptions::Default();
+  options.cache.geometry.rows = RowFormat::kInt8;
+  options.cache.selector.kind = SelectorKind::kTwoClock;
+  options.cache.selector.tc.lag = 2;
+  HostDeviceMemory device(1 << 20);
+  ManualExecutor executor;
+  EXPECT_STATUS(StatusCode::kUnsupported, "a lag of 2 with rows of int8", KvCache::Create(options.cache, {.executor = &executor, .device = &device}));
+}
+
 TEST(PipelineTiers, WithoutAStoreAFullHostTierSaysSo) {
   WorldOptions options = WorldOptions::Default();
   options.with_store = false;
@@ -155,6 +211,15 @@ TEST(PipelineTiers, NothingOfAnotherTenantModelVariantOrMethodIsRestored) {
   other.cache.selector.kind = SelectorKind::kEtf;
   EXPECT_EQ(restored(other, ""), 0);
   EXPECT_EQ(restored(base, "rope=8192"), 0);
+  // Rows of another format have keys of their own; a store of such rows is refused where its records are of another size.
+  other = base;
+  other.cache.geometry.rows = RowFormat::kE4m3;
+  const ChunkKeyRoot f16{.dtype = "f16", .layout = "l"}, e4m3{.dtype = "e4m3", .layout = "l"};
+  EXPECT_NE(ChainOf(f16, stream.ids(0, 64), 64).Key(ChunkIndex(0), LayerId(0)), ChainOf(e4m3, stream.ids(0, 64), 64).Key(ChunkIndex(0), LayerId(0)));
+  HostDeviceMemory device(1 << 20);
+  ManualExecutor executor;
+  EXPECT_STATUS(StatusCode::kInvalid, "this geometry has blocks of",
+                KvCache::Create(other.cache, {.executor = &executor, .device = &device, .store = &owner.store()}));
 }
 
 TEST(PipelineTiers, RowsWrittenUnderSparseAttentionAreNeverShared) {

@@ -12,6 +12,7 @@
 #include "base/half.h"
 #include "base/rng.h"
 #include "cache/kv_cache.h"
+#include "kernels/row_codec.h"
 #include "tests/support/status_matchers.h"
 #include "transfer/memory_chunk_store.h"
 
@@ -56,6 +57,22 @@ class Stream {
   void SetKeys(int64_t t, float value) {
     for (std::vector<float>& k : k_) {
       for (int32_t h = 0; h < geometry_.kv_heads; ++h) k[static_cast<size_t>((t * geometry_.kv_heads + h) * geometry_.head_dim)] = value;
+    }
+  }
+  // K and V become what rows of `format` hold of them.
+  void RoundTo(RowFormat format) {
+    const auto dim = static_cast<size_t>(geometry_.head_dim);
+    std::vector<Half> row(2 * dim);
+    std::vector<std::byte> stored(RowBytes(format, geometry_.head_dim));
+    for (size_t l = 0; l < k_.size(); ++l) {
+      for (size_t at = 0; at < k_[l].size(); at += dim) {
+        float* const k = k_[l].data() + at;
+        float* const v = v_[l].data() + at;
+        for (size_t c = 0; c < dim; ++c) row[c] = FloatToHalf(k[c]), row[dim + c] = FloatToHalf(v[c]);
+        NarrowRow(row.data(), format, geometry_.head_dim, stored.data());
+        WidenRow(stored.data(), format, geometry_.head_dim, row.data());
+        for (size_t c = 0; c < dim; ++c) k[c] = HalfToFloat(row[c]), v[c] = HalfToFloat(row[dim + c]);
+      }
     }
   }
   int64_t tokens() const { return tokens_; }
@@ -105,6 +122,7 @@ class World {
     MemoryChunkStore::Options store;
     store.chunk_bytes = options.cache.geometry.block_bytes();
     store.identity.layout = options.cache.geometry.LayoutName();
+    store.identity.dtype = RowFormatName(options.cache.geometry.rows);
     store.budget = options.store_budget;
     store_ = MemoryChunkStore::Create(store).value();
     ChunkStore* used = other_store ? other_store : store_.get();
