@@ -119,7 +119,7 @@ class AnswerJob {
     figures_.lora = paths.lora;
     figures_.architecture = loaded_.model->config.architecture;
     figures_.fingerprint = loaded_.fingerprint;
-    figures_.geometry = GeometryOf(loaded_.model->config);
+    figures_.geometry = GeometryOf(loaded_.model->config, options_.rows);
     figures_.weight_bytes = loaded_.model->weight_bytes;
     figures_.cpu = CpuName();
     figures_.load_seconds = loaded_.seconds;

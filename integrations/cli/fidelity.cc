@@ -167,6 +167,7 @@ class FidelityJob {
     for (const ordered_json& old : kept_) {
       if (!old.is_object() || old.value("label", "") != run.label) continue;
       if (old.value("knobs", ordered_json()) != ordered_json(run.selector.Describe())) continue;
+      if (old.value("rows", "f16") != RowFormatName(run.rows)) continue;
       const std::string codes = old.value("codes", "");
       if (codes == "none" || codes == CodesToString(run.codes)) return &old;
     }
@@ -182,7 +183,7 @@ class FidelityJob {
       err_ << "prehoc: " << options_.json << " has " << runs_.size() - open.size() << " of " << runs_.size() << " runs; the others follow" << std::endl;
     }
     if (!open.empty() || options_.calibrate) {
-      if (!open.empty() && open.front().selector.kind != SelectorKind::kDense) open.insert(open.begin(), runs_.front());  // the reference is not kept in the file
+      if (!open.empty() && !open.front().is_reference()) open.insert(open.begin(), runs_.front());  // the reference is not kept in the file
       PREHOC_RETURN_IF_ERROR(CheckTime(lab, open));
     }
     size_t number = 0;

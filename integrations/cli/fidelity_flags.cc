@@ -101,7 +101,7 @@ void AddFidelityFlags(CLI::App& app, RawFidelity& raw) {
   const char* method = "How positions are chosen";
   AddText(app, "--selectors", raw.selectors, "LIST", "default dense,window,oracle,cis,tc; dense is always run, as the reference", method);
   AddText(app, "--budgets", raw.budgets, "LIST", "positions per KV head and step; default 1/16", method);
-  app.add_option("--sweep", raw.sweep, "one knob at several values, such as cis.tau=0.5:0.9:0.1 or codes=2/16|4/64; may be repeated")
+  app.add_option("--sweep", raw.sweep, "one knob at several values, such as cis.tau=0.5:0.9:0.1, codes=2/16|4/64 or rows=int8|e4m3; may be repeated")
       ->type_name("KNOB=VALUES")->group(method)->allow_extra_args(false);
   app.add_option("--set", raw.set, "any knob, for every selector that uses it; may be repeated")
       ->type_name("KNOB=VALUE")->group(method)->allow_extra_args(false);

@@ -22,7 +22,7 @@ constexpr int64_t kGenerationAudits = 32;  // at most so many of a generation's 
 const char* RoleOf(const FidelityRun& run) {
   if (run.selector.kind != SelectorKind::kDense && run.budget.empty()) return "unbudgeted";
   switch (run.selector.kind) {
-    case SelectorKind::kDense: return "reference";
+    case SelectorKind::kDense: return run.is_reference() ? "reference" : "";
     case SelectorKind::kOracle: return "ceiling";
     case SelectorKind::kWindow: return "floor";
     default: return "";
@@ -107,6 +107,7 @@ SessionOptions LabSession(const LabTask& task, const FidelityRun& run, int64_t p
   session.selector = run.selector;
   if (run.selector.tc.dense_below == TwoClockOptions::kAuto) session.selector.tc.dense_below = 0;  // the method is what is measured
   session.codes = run.codes;
+  session.rows = run.rows;
   session.max_tokens = prompt_tokens + new_tokens;
   session.prompt_tokens = prompt_tokens;
   const uint64_t kv = GeometryOf(task.loaded.model->config).token_bytes() * static_cast<uint64_t>(session.max_tokens);
@@ -115,6 +116,7 @@ SessionOptions LabSession(const LabTask& task, const FidelityRun& run, int64_t p
   session.host_budget = kv + kv / 4 + 64 * kMiB;
   session.device_slots = DeviceSlots(run.selector, task.options.device_factor, session.max_tokens);
   session.store = task.store;
+  if (run.rows != RowFormat::kF16 && !task.store.empty()) session.store.append("-").append(RowFormatName(run.rows));  // a store has rows of one format
   session.store_budget = task.options.store_budget;
   session.persist_decode = false;
   session.audit_every = 0;
@@ -133,7 +135,7 @@ SessionOptions FidelityLab::OptionsFor(const FidelityRun& run, const Pass& pass)
 }
 
 Result<std::optional<FidelityLab::Passed>> FidelityLab::RunPass(const FidelityRun& run, const Pass& pass, const std::string& label) {
-  const bool dense = run.selector.kind == SelectorKind::kDense;
+  const bool is_reference = run.is_reference();
   PREHOC_ASSIGN_OR_RETURN(const std::unique_ptr<Session> session, Session::Create(task_.loaded.model, OptionsFor(run, pass)));
   threads_ = session->threads();
   PREHOC_RETURN_IF_ERROR(session->Open(pass.prompt));
@@ -141,7 +143,7 @@ Result<std::optional<FidelityLab::Passed>> FidelityLab::RunPass(const FidelityRu
   const int64_t decisions = pass.forced.empty() ? pass.new_tokens : static_cast<int64_t>(pass.forced.size());
   ProgressBar bar(task_.err, task_.environment.stderr_terminal, label, task_.clock);
   Reference& reference = references_[pass.id];
-  if (dense) reference = {};
+  if (is_reference) reference = {};
   Passed passed;
   ResidencyByStep residency;
   GenerateRequest request;
@@ -160,8 +162,8 @@ Result<std::optional<FidelityLab::Passed>> FidelityLab::RunPass(const FidelityRu
     std::vector<float> log_p = LogSoftmax(logits);
     if (!pass.forced.empty()) {
       passed.nll.push_back(-static_cast<double>(log_p[static_cast<size_t>(pass.forced[i])]));
-      if (!dense && i < reference.log_p.size()) passed.kl.push_back(KlDivergence(reference.log_p[i], log_p));
-      if (dense) {
+      if (!is_reference && i < reference.log_p.size()) passed.kl.push_back(KlDivergence(reference.log_p[i], log_p));
+      if (is_reference) {
         passed.kl.push_back(0);
         reference.log_p.push_back(std::move(log_p));
       }
@@ -171,7 +173,7 @@ Result<std::optional<FidelityLab::Passed>> FidelityLab::RunPass(const FidelityRu
   };
   PREHOC_ASSIGN_OR_RETURN(const Generated generated, Generate(request, session->forward(), hooks, task_.clock));
   if (generated.stop == StopReason::kInterrupted) return std::optional<Passed>();
-  if (dense) reference.decisions = passed.decisions;
+  if (is_reference) reference.decisions = passed.decisions;
   passed.report = session->sequence().Report();
   passed.steps = generated.decode_steps;
   passed.decode_seconds = generated.decode_seconds;
@@ -192,6 +194,7 @@ Result<std::optional<ordered_json>> FidelityLab::Run(const FidelityRun& run, siz
   json["selector"] = SelectorKindName(run.selector.kind);
   json["budget"] = run.budget;
   json["codes"] = selector->NeedsCodes() ? CodesToString(run.codes) : "none";
+  json["rows"] = RowFormatName(run.rows);
   json["knobs"] = run.selector.Describe();
   json["swept"] = run.swept ? ordered_json{{"knob", run.swept->first}, {"value", run.swept->second}} : ordered_json(nullptr);
   json["role"] = RoleOf(run);
@@ -213,7 +216,7 @@ Result<bool> FidelityLab::RunText(const FidelityRun& run, const std::string& lab
   PREHOC_ASSIGN_OR_RETURN(const std::optional<Passed> passed,
                           RunPass(run, {"text", text_.prompt, text_.forced, 0, dense ? 1 : task_.options.audit_every, observer}, label + ", text"));
   if (!passed) return false;
-  if (dense) query_cosine_ = queries.ToJson();
+  if (run.is_reference()) query_cosine_ = queries.ToJson();
   (*json)["model"] = ModelFigures(*passed, text_.forced);
   (*json)["heads"] = heads.Heads();
   (*json)["cost"] = CostFigures(*passed);

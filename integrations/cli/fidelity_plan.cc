@@ -100,6 +100,9 @@ bool UsesCodes(const SelectorOptions& options) {
   const auto selector = Selector::Create(options);
   return selector.ok() && (*selector)->NeedsCodes();
 }
+bool UsesSwept(const SelectorOptions& options, const std::string& knob) {
+  return knob == "rows" || (knob == "codes" ? UsesCodes(options) : UsesKnob(options, knob));
+}
 
 class Planner {
  public:
@@ -111,6 +114,7 @@ class Planner {
     dense.selector.kind = SelectorKind::kDense;
     dense.codes = options_.codes;
     runs_.push_back(dense);
+    PREHOC_RETURN_IF_ERROR(AddSweepsOf(dense));
     for (const SelectorKind kind : options_.selectors) {
       if (kind == SelectorKind::kDense) continue;
       SelectorOptions selector;
@@ -144,10 +148,13 @@ class Planner {
       set_used_[i] = set_used_[i] || UsesKnob(run.selector, knob);
     }
     PREHOC_RETURN_IF_ERROR(Add(run));
+    return AddSweepsOf(run);
+  }
+
+  Status AddSweepsOf(const FidelityRun& run) {
     for (size_t i = 0; i < options_.sweeps.size(); ++i) {
       const Sweep& sweep = options_.sweeps[i];
-      const bool codes = sweep.knob == "codes";
-      if (codes ? !UsesCodes(run.selector) : !UsesKnob(run.selector, sweep.knob)) continue;
+      if (!UsesSwept(run.selector, sweep.knob)) continue;
       swept_[i] = true;
       for (const std::string& value : sweep.values) PREHOC_RETURN_IF_ERROR(AddSwept(run, sweep.knob, value));
     }
@@ -159,6 +166,8 @@ class Planner {
       const Result<CodeFormat> codes = ParseCodes(value);
       if (!codes.ok()) return UsageError("--sweep codes: " + codes.status().message());
       run.codes = *codes;
+    } else if (knob == "rows") {
+      PREHOC_ASSIGN_OR_RETURN(run.rows, ParseRows("--sweep rows", value));
     } else {
       const Status set = run.selector.Set(knob, value);
       if (!set.ok()) return UsageError("--sweep: " + set.message());
@@ -173,7 +182,7 @@ class Planner {
     if (!valid.ok()) return UsageError(run.label + ": " + valid.message());
     const auto same = [&](const FidelityRun& other) {
       return other.selector.kind == run.selector.kind && other.selector.Describe() == run.selector.Describe() &&
-             CodesToString(other.codes) == CodesToString(run.codes);
+             CodesToString(other.codes) == CodesToString(run.codes) && other.rows == run.rows;
     };
     if (std::none_of(runs_.begin(), runs_.end(), same)) runs_.push_back(run);
     return {};
@@ -190,7 +199,7 @@ class Planner {
     for (size_t i = 0; i < options_.sweeps.size(); ++i) {
       if (swept_[i]) continue;
       const std::string& knob = options_.sweeps[i].knob;
-      const Status known = knob == "codes" ? Status() : scratch.Set(knob, options_.sweeps[i].values.front());
+      const Status known = knob == "codes" || knob == "rows" ? Status() : scratch.Set(knob, options_.sweeps[i].values.front());
       return UsageError("--sweep: " + (known.ok() ? "no selector of --selectors uses " + knob : known.message()));
     }
     return {};

@@ -17,7 +17,7 @@ namespace prehoc::cli {
 enum class FidelityTask : uint8_t { kNeedle, kMultiKey, kMultiValue, kExtract };
 std::string_view FidelityTaskName(FidelityTask task);  // "needle", "multikey", "multivalue", "extract"
 
-// One knob and the values it takes in turn, the others at their defaults. "codes" counts as a knob.
+// One knob and the values it takes in turn, the others at their defaults. "codes" counts as a knob, and so does "rows", of every selector.
 struct Sweep {
   std::string knob;
   std::vector<std::string> values;
@@ -57,8 +57,10 @@ struct FidelityRun {
   std::string label;           // unique: "tc 1/16", "cis 1/16 cis.tau=0.7"
   SelectorOptions selector;
   CodeFormat codes;
+  RowFormat rows = RowFormat::kF16;
   std::string budget;          // as asked for; empty for dense
   std::optional<std::pair<std::string, std::string>> swept;
+  bool is_reference() const { return selector.kind == SelectorKind::kDense && rows == RowFormat::kF16; }
 };
 
 // Dense first, whether it was asked for or not; then as listed, budgets inside selectors, swept values after the run

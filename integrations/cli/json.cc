@@ -95,7 +95,7 @@ std::string FormatJson(const AnswerFigures& f) {
   json["machine"] = {{"cpu", f.cpu}, {"threads", f.threads}};
   json["model"] = {{"name", f.model_name}, {"path", f.model_path}, {"lora", f.lora}, {"architecture", f.architecture},
                    {"fingerprint", f.fingerprint}, {"layout", f.geometry.LayoutName()},
-                   {"kv_bytes_per_token", f.geometry.token_bytes()}, {"weight_bytes", f.weight_bytes}, {"load_seconds", f.load_seconds}};
+                   {"kv_rows", RowFormatName(f.geometry.rows)}, {"kv_bytes_per_token", f.geometry.token_bytes()}, {"weight_bytes", f.weight_bytes}, {"load_seconds", f.load_seconds}};
   json["document"] = {{"path", f.document_path}, {"tokens", f.document_tokens}, {"context", f.context}};
   json["prompt_tokens"] = f.prompt_tokens;
   json["store"] = f.store.empty() ? ordered_json(nullptr) : ordered_json(f.store);

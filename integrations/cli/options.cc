@@ -23,7 +23,7 @@ struct RawAnswer {
   std::string model, lora, random_weights, positions, document, context, question, max_new_tokens;
   std::string selector, budget, max_dropped_mass, codes, audit_every, calibration;
   std::vector<std::string> set;
-  std::string device_budget, host_budget, store, store_budget, store_deadline, tenant;
+  std::string device_budget, host_budget, rows, store, store_budget, store_deadline, tenant;
   std::string threads, kernels, device, compare, json, trace, metrics, log;
   bool show_knobs = false;
 };
@@ -64,6 +64,7 @@ void AddAnswerFlags(CLI::App& app, RawAnswer& raw) {
   const char* tiers = "Where the KV cache lies";
   AddText(app, "--device-budget", raw.device_budget, "SIZE", "default 256MiB", tiers);
   AddText(app, "--host-budget", raw.host_budget, "SIZE", "default 1GiB", tiers);
+  AddText(app, "--rows", raw.rows, "FORMAT", "f16 (default), int8 or e4m3: how K and V lie in host memory and on disk; 8 bits hold twice as much", tiers);
   AddText(app, "--store", raw.store, "DIR", "disk tier, kept between runs; default: none", tiers);
   AddText(app, "--store-budget", raw.store_budget, "SIZE", "default 8GiB", tiers);
   AddText(app, "--store-deadline", raw.store_deadline, "MS", "what a read of the disk may take before its rows are computed anew; default 2000, 0 = any time", tiers);
@@ -190,6 +191,9 @@ Result<AnswerOptions> ReadAnswer(const Flags& flags, const RawAnswer& raw) {
     options.kernels = raw.kernels;
     options.cuda = false;
   }
+  if (flags.Given("--rows")) {
+    PREHOC_ASSIGN_OR_RETURN(options.rows, ParseRows("--rows", raw.rows));
+  }
   if (flags.Given("--codes")) {
     const Result<CodeFormat> codes = ParseCodes(raw.codes);
     if (!codes.ok()) return codes.status();
@@ -292,6 +296,12 @@ Result<CodeFormat> ParseCodes(std::string_view text) {
     }
   }
   return Bad("--codes", text, "2, 3, 4, 5 or 8 bits over 16 or 64 tokens, such as 4/64, 8/16+norms or 4/64+dither");
+}
+
+Result<RowFormat> ParseRows(const std::string& flag, std::string_view text) {
+  const std::optional<RowFormat> rows = FindRowFormat(text);
+  if (!rows) return Bad(flag.c_str(), std::string(text), "f16, int8 or e4m3");
+  return *rows;
 }
 
 std::string CodesToString(const CodeFormat& format) {

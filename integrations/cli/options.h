@@ -40,6 +40,7 @@ struct AnswerOptions {
   int64_t audit_every = 64;
   uint64_t device_budget = uint64_t{256} << 20;
   uint64_t host_budget = uint64_t{1} << 30;
+  RowFormat rows = RowFormat::kF16;  // in host memory and in the store
   std::string store;           // directory of the disk tier; empty = none
   uint64_t store_budget = uint64_t{8} << 30;
   int64_t store_deadline_ms = 2000;  // of one read; 0 = none
@@ -99,6 +100,9 @@ bool UsesKnob(const SelectorOptions& options, std::string_view knob);
 
 // kInvalid if `name` is no --kernels at all; whether this CPU runs them is another question.
 Status CheckKernelsName(const std::string& name);
+
+// "f16", "int8" or "e4m3". kInvalid that begins with `flag`.
+Result<RowFormat> ParseRows(const std::string& flag, std::string_view text);
 
 // "4/64", "2/16+norms", "4/64+dither": bits, tokens of a group, error norms, dither. kInvalid with what is accepted.
 Result<CodeFormat> ParseCodes(std::string_view text);

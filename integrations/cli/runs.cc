@@ -36,6 +36,7 @@ class Runs {
     SessionOptions session;
     session.selector = task_.options.selector;
     session.codes = task_.options.codes;
+    session.rows = task_.options.rows;
     session.device_budget = task_.options.device_budget;
     session.host_budget = task_.options.host_budget;
     session.store = task_.options.store;
@@ -57,7 +58,10 @@ class Runs {
     SessionOptions session = SelectedSession();
     session.selector = {};
     session.selector.kind = SelectorKind::kDense;
-    const uint64_t kv = figures_.geometry.token_bytes() * static_cast<uint64_t>(session.max_tokens);
+    session.rows = RowFormat::kF16;  // what 8 bits cost is part of the comparison
+    KvGeometry geometry = figures_.geometry;
+    geometry.rows = session.rows;
+    const uint64_t kv = geometry.token_bytes() * static_cast<uint64_t>(session.max_tokens);
     session.device_budget = session.host_budget = kv + kv / 4 + 64 * kMiB;
     session.store.clear();
     session.store_budget = 0;

@@ -75,8 +75,9 @@ Status OpenError(const Status& status, const SessionOptions& options) {
 
 }  // namespace
 
-KvGeometry GeometryOf(const reference::ModelConfig& config) {
+KvGeometry GeometryOf(const reference::ModelConfig& config, RowFormat rows) {
   KvGeometry geometry;
+  geometry.rows = rows;
   geometry.layers = config.layers;
   geometry.heads = config.heads;
   geometry.kv_heads = config.kv_heads;
@@ -85,7 +86,7 @@ KvGeometry GeometryOf(const reference::ModelConfig& config) {
 }
 
 Session::Session(std::shared_ptr<const reference::Model> model, const SessionOptions& options)
-    : model_(std::move(model)), options_(options), geometry_(GeometryOf(model_->config)) {}
+    : model_(std::move(model)), options_(options), geometry_(GeometryOf(model_->config, options.rows)) {}
 
 Session::~Session() = default;
 

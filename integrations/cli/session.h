@@ -26,6 +26,7 @@ inline constexpr int64_t kPieceTokens = 512, kGpuPieceTokens = 2048;
 struct SessionOptions {
   SelectorOptions selector;
   CodeFormat codes;
+  RowFormat rows = RowFormat::kF16;
   uint64_t device_budget = 0, host_budget = 0;  // [bytes]
   std::string store;            // directory, or empty
   uint64_t store_budget = 0;
@@ -43,7 +44,7 @@ struct SessionOptions {
   AuditObserver* observer = nullptr;  // then the engine keeps queries before RoPE, too
 };
 
-KvGeometry GeometryOf(const reference::ModelConfig& config);
+KvGeometry GeometryOf(const reference::ModelConfig& config, RowFormat rows = RowFormat::kF16);
 
 class Session {
  public:

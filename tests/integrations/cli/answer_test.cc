@@ -127,6 +127,26 @@ TEST_F(AnswerTest, ASecondRunRestoresThePrefixAndAnswersTheSame) {
   EXPECT_NE(second.out.find("restored from " + options_.store), std::string::npos) << second.out;
 }
 
+TEST_F(AnswerTest, RowsOf8BitsTakeHalfTheRoomAndComeBackAsTheyWere) {
+  options_.compare_dense = true;
+  const Outcome f16 = Run();
+  for (const RowFormat rows : {RowFormat::kInt8, RowFormat::kE4m3}) {
+    options_.rows = rows;
+    ExpectRefused(options_, kExitRuntime, {options_.store, "dtype", std::string(RowFormatName(rows))});
+    AnswerOptions options = options_;
+    options.store = path(std::string(RowFormatName(rows)));
+    const Outcome first = Run(options), second = Run(options);
+    ASSERT_EQ(second.exit_code, kExitOk) << second.err;
+    EXPECT_EQ(first.figures["model"]["kv_rows"], RowFormatName(rows));
+    const int64_t bytes = first.figures["model"]["kv_bytes_per_token"], of_f16 = f16.figures["model"]["kv_bytes_per_token"];
+    EXPECT_LT(bytes * 100, of_f16 * (rows == RowFormat::kInt8 ? 76 : 51));  // with scales: 48 bytes of 64 at head_dim 16
+    EXPECT_GE(second.figures["run"]["prompt"]["restored_tokens"], 768);
+    EXPECT_EQ(second.figures["decisions"], first.figures["decisions"]);
+    EXPECT_LT(first.figures["comparison"]["kl_mean"], 0.05) << "against dense attention over rows of fp16";
+    EXPECT_GT(first.figures["comparison"]["kl_mean"], 0);
+  }
+}
+
 // Every span lies within the one that its thread began before and has not ended.
 void ExpectNested(const std::vector<json>& spans) {
   std::map<int, std::vector<json>> by_thread;

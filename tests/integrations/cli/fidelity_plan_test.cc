@@ -35,6 +35,20 @@ TEST(FidelityPlanTest, ASweepMovesOneKnobOfThoseThatUseItAndRepeatsNoRun) {
   EXPECT_EQ(*runs[2].swept, std::make_pair(std::string("cis.tau"), std::string("0.7")));
 }
 
+// Rows are the cache's: every method has them, the dense one too, which is compared with that of fp16 rows.
+TEST(FidelityPlanTest, RowsAreSweptForEveryMethod) {
+  FidelityOptions options;
+  options.selectors = {SelectorKind::kTwoClock};
+  options.sweeps = *ParseSweeps("rows=f16|int8");
+  EXPECT_EQ(Labels(options), (std::vector<std::string>{"dense", "dense rows=int8", "tc 1/16", "tc 1/16 rows=int8"}));
+  const auto runs = *PlanRuns(options);
+  EXPECT_TRUE(runs[0].is_reference());
+  EXPECT_FALSE(runs[1].is_reference());
+  EXPECT_EQ(runs[3].rows, RowFormat::kInt8);
+  options.sweeps = *ParseSweeps("rows=fp8");
+  EXPECT_STATUS(StatusCode::kInvalid, "f16, int8 or e4m3", PlanRuns(options).status());
+}
+
 TEST(FidelityPlanTest, WhatNoRunCanTakeIsRefused) {
   FidelityOptions options;
   options.set = {{"cis.tua", "0.7"}};

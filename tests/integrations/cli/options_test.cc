@@ -57,7 +57,7 @@ TEST(OptionsTest, EveryFlagArrivesWhereItBelongs) {
        "--max-new-tokens", "7", "--selector", "cis", "--budget", "1/32", "--max-dropped-mass", "0.05", "--set", "cis.tau=0.5",
        "--set", "budget.local=64", "--codes", "8/16+norms", "--audit-every", "0", "--device-budget", "64MiB", "--host-budget=2GB",
        "--store", "kv", "--store-budget", "1GiB", "--tenant", "t", "--threads", "3", "--kernels", "reference", "--compare", "dense",
-       "--json", "out.json", "--positions", "9000"});
+       "--json", "out.json", "--positions", "9000", "--rows", "int8"});
   EXPECT_EQ(o.model, "m.gguf");
   EXPECT_EQ(o.positions, 9000);
   EXPECT_EQ(o.lora, "ad");
@@ -71,6 +71,7 @@ TEST(OptionsTest, EveryFlagArrivesWhereItBelongs) {
   EXPECT_EQ(o.selector.max_dropped_mass, 0.05);
   EXPECT_EQ(o.selector.cis.tau, 0.5);
   EXPECT_EQ(o.codes, (CodeFormat{8, 16, true}));
+  EXPECT_EQ(o.rows, RowFormat::kInt8);
   EXPECT_EQ(o.audit_every, 0);
   EXPECT_EQ(o.device_budget, 64 * kMiB);
   EXPECT_EQ(o.host_budget, 2'000'000'000u);
@@ -116,7 +117,7 @@ TEST(OptionsTest, HelpTeachesByExampleAndNamesEveryFlag) {
   const std::string help = Parse({"answer", "--help"})->text;
   for (const char* flag : {"--model", "--lora", "--random-weights", "--positions", "--document", "--context", "--question", "--max-new-tokens", "--selector",
                            "--budget", "--max-dropped-mass", "--set", "--show-knobs", "--codes", "--audit-every",
-                           "--device-budget", "--host-budget", "--store", "--store-budget", "--tenant", "--threads",
+                           "--device-budget", "--host-budget", "--rows", "--store", "--store-budget", "--tenant", "--threads",
                            "--kernels", "--compare", "--json"}) {
     EXPECT_NE(help.find(flag), std::string::npos) << flag;
   }
@@ -206,6 +207,7 @@ INSTANTIATE_TEST_SUITE_P(
         BadLine{{"answer", "--set", "cis.tau=0.5"}, {"--set", "tc does not use cis.tau"}},
         BadLine{{"answer", "--set", "selector=cis"}, {"--selector"}},
         BadLine{{"answer", "--selector", "cis", "--set", "cis.gate=certified", "--set", "budget.local=4"}, {"--selector cis", "budget.local=4"}},
+        BadLine{{"answer", "--rows", "fp8"}, {"--rows \"fp8\"", "f16, int8 or e4m3"}},
         BadLine{{"answer", "--codes", "6/64"}, {"--codes \"6/64\"", "4/64"}},
         BadLine{{"answer", "--codes", "4"}, {"--codes"}},
         BadLine{{"answer", "--codes", "4/64+dither+dither"}, {"--codes", "4/64+dither"}},
