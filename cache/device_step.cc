@@ -77,7 +77,6 @@ bool Sequence::Impl::ShapeSteps(const CacheShared& cache, int64_t max_tokens, in
   const CodeFormat& codes = cache.options.codes;
   const bool two_clock = options.kind == SelectorKind::kTwoClock;
   if (steps == nullptr || (!two_clock && options.kind != SelectorKind::kDense) || cache.options.verify_pins) return false;
-  if (geometry.rows != RowFormat::kF16) return false;  // not what these kernels write and read
   if (two_clock && (options.tc.scorer != Scorer::kCodes || options.tc.gate != TwoClockOptions::Gate::kCosine ||
                     options.tc.cos_stage != CisOptions::CosStage::kPostRope || options.tc.gate_scope != CisOptions::GateScope::kKvHead ||
                     options.BoundInForce() != BoundKind::kNone || options.budget.mass > 0 || codes.dither ||
@@ -95,7 +94,7 @@ bool Sequence::Impl::ShapeSteps(const CacheShared& cache, int64_t max_tokens, in
     if (bytes.ok()) *most_bytes = std::max(*most_bytes, *bytes);
     return bytes.ok();
   };
-  step::AttendParams attend{.num_tasks = shape->kv_heads, .group = shape->group, .head_dim = shape->head_dim};
+  step::AttendParams attend{.num_tasks = shape->kv_heads, .host_format = geometry.rows, .group = shape->group, .head_dim = shape->head_dim};
   for (int64_t rows = 256; rows < 2 * max_tokens; rows += std::max<int64_t>(256, rows / 8)) {
     attend.max_rows = RowsBucket(rows);
     if (!add(steps->attend_workspace(attend), &shape->attend_space)) return false;
@@ -187,7 +186,7 @@ Result<Sequence::StepPlan> Sequence::Impl::PlanStep(const LayerInput& io) {
 Result<bool> Sequence::Impl::MapHostRows() {
   DeviceStep& d = *device_step;
   const auto chunks = static_cast<size_t>(d.shape.chunks());
-  const auto row_bytes = static_cast<int64_t>(geometry().row_bytes());
+  const auto row_bytes = static_cast<int64_t>(geometry().stored_row_bytes());
   const std::span<std::byte> range = cache->host->range();
   if (static_cast<int64_t>(range.size()) / row_bytes > std::numeric_limits<int32_t>::max()) return false;
   for (int32_t l = 0; l < geometry().layers; ++l) {
@@ -357,7 +356,7 @@ void Sequence::Impl::WriteFixedTasks() {
   const auto most = static_cast<size_t>(shape.most), slots = static_cast<size_t>(layout.slots);
   const int64_t floats = int64_t{shape.group} * shape.head_dim;
   const std::span<std::byte> range = cache->host->range();
-  const auto host_rows = static_cast<int64_t>(range.size() / geometry().row_bytes());
+  const auto host_rows = static_cast<int64_t>(range.size() / geometry().stored_row_bytes());
   const bool everything = d.way == DeviceStep::Way::kEverything;
   for (size_t u = 0; u < static_cast<size_t>(shape.units()); ++u) {
     const HeadState& head = HeadAt(u);
@@ -478,7 +477,7 @@ void Sequence::Impl::WriteTurns() {
     const bool arrives = i < d.turning[1 - parity].size();
     if (!arrives) land.count = at.zero;
     step::GatherTask& gather = d.Here(at.gather)[i] = {.from = range.data(), .from_piece = land.from_piece, .to_piece = land.to_piece, .count = land.count,
-                                                       .from_limit = static_cast<int64_t>(range.size() / geometry().row_bytes())};
+                                                       .from_limit = static_cast<int64_t>(range.size() / geometry().stored_row_bytes())};
     if (arrives) {
       gather.to = reinterpret_cast<std::byte*>(HeadAt(static_cast<size_t>(d.turning[1 - parity][i])).slots);
       gather.to_limit = layout.slots;
@@ -507,7 +506,8 @@ Status Sequence::Impl::EnqueueBehind(void* stream) {
   if (d.way != DeviceStep::Way::kChoose || layout.slots == 0 || d.shape.turns == 0) return {};
   constexpr int32_t kBlocks = 8;  // enough for what the link gives; the others compute
   return cache->resources.step_kernels->gather({.tasks = d.at.gather, .num_tasks = d.shape.turns,
-                                                .piece_bytes = static_cast<int32_t>(geometry().row_bytes()), .max_blocks = kBlocks}, stream);
+                                                .piece_bytes = static_cast<int32_t>(geometry().stored_row_bytes()), .rows = geometry().rows,
+                                                .head_dim = geometry().head_dim, .max_blocks = kBlocks}, stream);
 }
 
 Status Sequence::Impl::EnqueueLayer(int32_t layer, void* stream) {
@@ -524,7 +524,7 @@ Status Sequence::Impl::EnqueueLayer(int32_t layer, void* stream) {
              .max_age = d.rule.max_age > 0 ? d.rule.max_age : kOldChoice};
   }
   PREHOC_RETURN_IF_ERROR(kernels.append({.tasks = d.at.append + from, .num_tasks = shape.kv_heads, .max_count = 1, .format = format,
-                                         .head_dim = shape.head_dim, .gate = gates}, stream));
+                                         .head_dim = shape.head_dim, .host_format = geometry().rows, .gate = gates}, stream));
   if (d.way == DeviceStep::Way::kChoose) {
     const bool within = shape.kv_heads <= kMostResolvedWithin;
     PREHOC_RETURN_IF_ERROR(kernels.select({.tasks = d.at.select + from, .num_tasks = shape.kv_heads, .max_n = shape.max_tokens, .format = format,
@@ -536,8 +536,8 @@ Status Sequence::Impl::EnqueueLayer(int32_t layer, void* stream) {
                                               .head_dim = shape.head_dim}, stream));
     }
   }
-  return kernels.attend({.tasks = d.at.attend + from, .num_tasks = shape.kv_heads, .max_rows = d.max_rows, .group = shape.group,
-                         .head_dim = shape.head_dim, .workspace = d.at.attend_space, .workspace_bytes = shape.attend_space}, stream);
+  return kernels.attend({.tasks = d.at.attend + from, .num_tasks = shape.kv_heads, .max_rows = d.max_rows, .host_format = geometry().rows,
+                         .group = shape.group, .head_dim = shape.head_dim, .workspace = d.at.attend_space, .workspace_bytes = shape.attend_space}, stream);
 }
 
 Status Sequence::Impl::EnqueueLast(void* stream) {
@@ -602,7 +602,7 @@ Status Sequence::Impl::TakeLayer(int32_t layer_index) {
       step_report.triples_in_step += missed > 0;
       step_report.rows_host += missed;
       step_report.rows_device -= missed;  // Account() counts every attended row there first
-      step_report.bytes_from_host += missed * row_bytes;
+      step_report.bytes_from_host += missed * static_cast<int64_t>(geometry().stored_row_bytes());
     }
     step_report.bytes_attended += unit.attended.size() * row_bytes;
   }
@@ -669,7 +669,7 @@ Status Sequence::Impl::TakeStep() {
       Unit& unit = UnitAt(u);
       const int64_t fetched = d.Here(d.at.fetched)[parity * static_cast<size_t>(d.shape.turns) + i];
       step_report.rows_behind += fetched;
-      step_report.bytes_from_host += fetched * static_cast<int64_t>(geometry().row_bytes());
+      step_report.bytes_from_host += fetched * static_cast<int64_t>(geometry().stored_row_bytes());
       unit.pool_restart = true;
       unit.pooled_scans = 0;
     }

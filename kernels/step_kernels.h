@@ -19,6 +19,8 @@ namespace prehoc::step {
 
 enum class RowType : uint8_t { kF16 = 0, kBF16 = 1 };
 
+// Rows in host memory may be of another format (row_codec.h): each is then the name of one fp16 row, which is what the device has and uses.
+//
 // Where a head's rows lie in host memory that the device reads: position p in row chunk_row[p / chunk_tokens] + head_row + p % chunk_tokens of
 // whatever base the task names. A chunk that is not there has -1.
 struct HostRows {
@@ -57,7 +59,7 @@ struct AppendTask {
   std::byte* blocks = nullptr;     // block g is of positions g * group_tokens ..; null = no codes
   Half* page_lo = nullptr;         // [positions / 16, head_dim] bounds of each page of 16 in whole groups; or null
   Half* page_hi = nullptr;
-  void* host_rows = nullptr;       // base of `host`: the rows are written there, too, but for chunks that are not there; or null
+  void* host_rows = nullptr;       // base of `host`: the rows are written there, too, in host_format, but for chunks that are not there; or null
   int64_t host_limit = 0;          // [rows]
   HostRows host;
 };
@@ -68,6 +70,7 @@ struct AppendParams {
   CodeFormat format;
   RowType type = RowType::kF16;
   int32_t head_dim = 0;
+  RowFormat host_format = RowFormat::kF16;  // another one needs rows of kF16: `rows` get what rows of that format stand for
   GateParams gate;  // done beside, by the same launch; nothing that it reads or writes is of the append tasks
 };
 
@@ -164,7 +167,7 @@ struct AttendTask {
   const int32_t* refs = nullptr;      // [refs_room] readable, the first *num_refs count; or null
   const int32_t* num_refs = nullptr;  // [1]; outside [0, refs_room] as one row that does not exist
   int32_t refs_room = 0;
-  const void* host_rows = nullptr;    // [host_limit, 2, head_dim]; or null
+  const void* host_rows = nullptr;    // [host_limit] rows of host_format; or null
   int64_t host_limit = 0;
 };
 struct AttendParams {
@@ -172,6 +175,7 @@ struct AttendParams {
   int32_t num_tasks = 0;
   int32_t max_rows = 0;  // about as many as a task attends to: how far the keys are split. Any number of rows is right
   RowType type = RowType::kF16;
+  RowFormat host_format = RowFormat::kF16;  // another one needs rows of kF16
   int32_t group = 0, head_dim = 0;
   std::byte* workspace = nullptr;  // as for choose
   size_t workspace_bytes = 0;
@@ -240,6 +244,7 @@ struct RefreshParams {
 };
 
 // --- gather: pieces of pinned host memory (or device memory) to slots ---------------------------------------------------
+// With rows of another format than kF16 a piece of `from` is one of them, and a piece of `to` the fp16 row that it stands for.
 struct GatherTask {
   const std::byte* from = nullptr;     // [from_limit] pieces
   std::byte* to = nullptr;             // [to_limit] pieces
@@ -252,7 +257,9 @@ struct GatherTask {
 struct GatherParams {
   const GatherTask* tasks = nullptr;
   int32_t num_tasks = 0;
-  int32_t piece_bytes = 0;  // a multiple of 16
+  int32_t piece_bytes = 0;  // of `from`; a multiple of 16
+  RowFormat rows = RowFormat::kF16;
+  int32_t head_dim = 0;     // only with other rows, whose bytes piece_bytes then are
   int32_t max_blocks = 16;  // of 512 threads, over all tasks: the SMs that this may take from others
 };
 

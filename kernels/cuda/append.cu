@@ -233,7 +233,7 @@ Status Append(const AppendParams& params, cudaStream_t stream) {
   const CodeFormat& format = params.format;
   PREHOC_RETURN_IF_ERROR(
       Check("append").Tasks(params.tasks, params.num_tasks).HeadDim(params.head_dim).Type(params.type)
-          .That(params.max_count >= 0, "max_count", params.max_count, "use 0 or more")
+          .That(params.max_count >= 0, "max_count", params.max_count, "use 0 or more").OnlyF16("host_format", params.host_format)
           .That(IsCodeFormat({.bits = format.bits, .group_tokens = 64}, 64), "bits", format.bits, "use 2, 3, 4, 5 or 8",
                 StatusCode::kUnsupported)
           .That(!format.dither, "dither", format.dither, "use codes without dither on a device", StatusCode::kUnsupported)

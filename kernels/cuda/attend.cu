@@ -61,7 +61,8 @@ void ChooseBlocks(int64_t tiles, int64_t rows, const SharedBytes& shared, const 
 
 Result<Plan> PlanOf(const AttendParams& params) {
   PREHOC_RETURN_IF_ERROR(Check("attend").Count(params.num_tasks).HeadDim(params.head_dim).Group(params.group)
-                             .Type(params.type).That(params.max_rows >= 0, "max_rows", params.max_rows, "use 0 or more").Take());
+                             .Type(params.type).That(params.max_rows >= 0, "max_rows", params.max_rows, "use 0 or more")
+                             .OnlyF16("host_format", params.host_format).Take());
   PREHOC_ASSIGN_OR_RETURN(const DeviceLimits limits, CurrentLimits());
   Plan plan;
   plan.heads = params.group <= 4 ? 4 : 8;

@@ -49,6 +49,9 @@ class Check {
   Check& Group(int32_t group) {
     return That(group >= 1 && group <= 256, "group", group, "use 1 to 256 query heads per KV head", StatusCode::kUnsupported);
   }
+  Check& OnlyF16(const char* field, RowFormat format) {
+    return That(format == RowFormat::kF16, field, static_cast<int64_t>(format), "use 1 (f16) on a device", StatusCode::kUnsupported);
+  }
   Check& Type(RowType type) {
     return That(type <= RowType::kBF16, "type", static_cast<int64_t>(type), "use kF16 or kBF16", StatusCode::kUnsupported);
   }

@@ -74,7 +74,7 @@ Status Gather(const GatherParams& params, cudaStream_t stream) {
   PREHOC_RETURN_IF_ERROR(
       Check("gather").Tasks(params.tasks, params.num_tasks)
           .That(params.piece_bytes > 0 && params.piece_bytes % 16 == 0, "piece_bytes", params.piece_bytes, "use a multiple of 16")
-          .That(params.max_blocks > 0, "max_blocks", params.max_blocks, "use 1 or more").Take());
+          .That(params.max_blocks > 0, "max_blocks", params.max_blocks, "use 1 or more").OnlyF16("rows", params.rows).Take());
   if (params.num_tasks == 0) return {};
   const GatherArgs args{params.tasks, params.num_tasks, params.piece_bytes / 16};
   const Shape shape{.grid = dim3(static_cast<unsigned>(params.max_blocks)), .threads = kGatherThreads};

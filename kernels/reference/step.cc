@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernels/code_block.h"
+#include "kernels/reference/half_rows.h"
 #include "kernels/step_kernels.h"
 
 namespace prehoc::step {
@@ -34,6 +35,9 @@ class Check {
   }
   Check& Type(RowType type) {
     return That(type == RowType::kF16, "type", static_cast<int64_t>(type), "use kF16 here", StatusCode::kUnsupported);
+  }
+  Check& Rows(const char* field, RowFormat format) {
+    return That(IsRowFormat(format), field, static_cast<int64_t>(format), "use 1 (f16), 2 (int8) or 3 (e4m3)");
   }
   Check& Format(const CodeFormat& format) {
     That(!format.dither, "dither", format.dither, "use codes without dither", StatusCode::kUnsupported);
@@ -87,10 +91,12 @@ Status AppendOne(const AppendParams& params, const AppendTask& task) {
   for (int64_t p = first; p < first + task.count; ++p) {
     const int64_t from = (p - first) * task.stride;
     Half* const to = ring + p % task.ring_rows * row;
-    const prehoc::AppendTask one[] = {{.k = task.k + from, .v = task.v + from, .stride = d, .rows = to, .count = 1}};
-    PREHOC_RETURN_IF_ERROR(ReferenceKernels().append({.tasks = one, .head_dim = params.head_dim}, {}));
     const int64_t host_row = task.host_rows != nullptr ? HostRowOf(task.host, p) : -1;
-    if (host_row >= 0 && host_row < task.host_limit) std::copy_n(to, row, static_cast<Half*>(task.host_rows) + host_row * row);
+    const bool on_host = host_row >= 0 && host_row < task.host_limit;
+    std::byte* const stored = on_host ? static_cast<std::byte*>(task.host_rows) + static_cast<size_t>(host_row) * RowBytes(params.host_format, params.head_dim) : nullptr;
+    const prehoc::AppendTask both[] = {{.k = task.k + from, .v = task.v + from, .stride = d, .rows = to, .count = 1, .widened = true},
+                                       {.k = task.k + from, .v = task.v + from, .stride = d, .rows = stored, .count = on_host ? 1 : 0}};
+    PREHOC_RETURN_IF_ERROR(ReferenceKernels().append({.tasks = both, .head_dim = params.head_dim, .format = params.host_format}, {}));
     if ((p + 1) % tokens != 0 || task.blocks == nullptr) continue;
     const int64_t group = p / tokens;
     for (int64_t t = 0; t < tokens; ++t) std::copy_n(ring + (group * tokens + t) % task.ring_rows * row, row, group_rows.data() + t * row);
@@ -106,6 +112,7 @@ Status AppendOne(const AppendParams& params, const AppendTask& task) {
 
 Status Append(const AppendParams& params, void*) {
   PREHOC_RETURN_IF_ERROR(Check("append", params.tasks, params.num_tasks).HeadDim(params.head_dim).Type(params.type).Format(params.format)
+                             .Rows("host_format", params.host_format)
                              .That(params.max_count >= 0, "max_count", params.max_count, "use 0 or more").Take());
   for (int32_t i = 0; i < params.num_tasks; ++i) PREHOC_RETURN_IF_ERROR(AppendOne(params, params.tasks[i]));
   return params.gate.num_tasks != 0 ? Gate(params.gate, nullptr) : Status();
@@ -267,38 +274,38 @@ Status Select(const SelectParams& params, void*) {
 
 // --- attend ------------------------------------------------------------------------------------------------------------------------
 // The rows that a task attends to; false if one of them does not exist.
-bool RowsOf(const AttendTask& task, int64_t d, std::vector<RowRun>* runs) {
+bool RowsOf(const AttendTask& task, RowFormat host_format, int32_t d, std::vector<RowRun>* runs) {
   const int32_t n = std::max(0, *task.n), sinks = std::clamp(task.sinks, 0, n), local = std::clamp(task.local, 0, n - sinks);
   const int32_t num_refs = task.refs != nullptr ? *task.num_refs : 0;
   if (num_refs < 0 || num_refs > task.refs_room) return false;
   bool exist = true;
-  const auto add = [&](const void* rows, int64_t row, int64_t limit) {
+  const auto add = [&](const void* rows, int64_t row, int64_t limit, RowFormat format = RowFormat::kF16) {
     if (rows == nullptr || row < 0 || row >= limit) {
       exist = false;
     } else {
-      runs->push_back({static_cast<const Half*>(rows) + row * 2 * d, 1});
+      runs->push_back({static_cast<const std::byte*>(rows) + static_cast<size_t>(row) * RowBytes(format, d), 1, format});
     }
   };
   for (int32_t p = 0; p < sinks; ++p) add(task.rows, int64_t{task.sink_row} + p, task.row_limit);
   for (int32_t i = 0; i < num_refs; ++i) {
     const int32_t ref = task.refs[i];
     if (ref >= 0) add(task.rows, ref, task.row_limit);
-    else add(task.host_rows, ~ref, task.host_limit);
+    else add(task.host_rows, ~ref, task.host_limit, host_format);
   }
   for (int32_t p = n - local; p < n; ++p) add(task.rows, int64_t{task.ring_row} + p % std::max(task.ring_rows, 1), task.row_limit);
   return exist;
 }
 
-bool KeysAreFinite(const std::vector<RowRun>& runs, int64_t d) {
-  return std::ranges::all_of(runs, [&](const RowRun& run) {
-    const auto* const key = static_cast<const Half*>(run.rows);
+bool KeysAreFinite(const std::vector<RowRun>& runs, int32_t d) {
+  const reference::HalfRows rows(runs, d);
+  return std::ranges::all_of(rows.rows(), [&](const Half* key) {
     return std::all_of(key, key + d, [](Half k) { return std::isfinite(HalfToFloat(k)); });
   });
 }
 
 Status CheckAttend(const AttendParams& params) {
   return Check("attend", params.tasks, params.num_tasks).HeadDim(params.head_dim).Group(params.group).Type(params.type)
-      .That(params.max_rows >= 0, "max_rows", params.max_rows, "use 0 or more").Take();
+      .Rows("host_format", params.host_format).That(params.max_rows >= 0, "max_rows", params.max_rows, "use 0 or more").Take();
 }
 
 Status Attend(const AttendParams& params, void*) {
@@ -309,7 +316,7 @@ Status Attend(const AttendParams& params, void*) {
     std::vector<RowRun> runs;
     std::vector<float> lse(static_cast<size_t>(params.group));
     float* const to = task.lse != nullptr ? task.lse : lse.data();
-    if (!RowsOf(task, d, &runs) || !KeysAreFinite(runs, d)) {
+    if (!RowsOf(task, params.host_format, params.head_dim, &runs) || !KeysAreFinite(runs, params.head_dim)) {
       std::fill_n(task.out, params.group * d, kNan);
       std::fill_n(to, params.group, kNan);
       continue;
@@ -380,13 +387,23 @@ Status Gather(const GatherParams& params, void*) {
   PREHOC_RETURN_IF_ERROR(
       Check("gather", params.tasks, params.num_tasks)
           .That(params.piece_bytes > 0 && params.piece_bytes % 16 == 0, "piece_bytes", params.piece_bytes, "use a multiple of 16")
-          .That(params.max_blocks > 0, "max_blocks", params.max_blocks, "use 1 or more").Take());
+          .That(params.max_blocks > 0, "max_blocks", params.max_blocks, "use 1 or more").Rows("rows", params.rows).Take());
+  const bool widens = params.rows != RowFormat::kF16;
+  if (widens) {
+    PREHOC_RETURN_IF_ERROR(Check("gather", params.tasks, params.num_tasks).HeadDim(params.head_dim)
+                               .That(params.piece_bytes == static_cast<int64_t>(RowBytes(params.rows, params.head_dim)), "piece_bytes",
+                                     params.piece_bytes, "use the bytes of a row").Take());
+  }
+  const auto to_bytes = widens ? static_cast<int64_t>(RowBytes(RowFormat::kF16, params.head_dim)) : params.piece_bytes;
   for (int32_t t = 0; t < params.num_tasks; ++t) {
     const GatherTask& task = params.tasks[t];
     for (int32_t i = 0; i < *task.count; ++i) {
       const int64_t from = task.from_piece[i], to = task.to_piece[i];
       if (from >= 0 && from < task.from_limit && to >= 0 && to < task.to_limit) {
-        std::memcpy(task.to + to * params.piece_bytes, task.from + from * params.piece_bytes, static_cast<size_t>(params.piece_bytes));
+        const std::byte* const piece = task.from + from * params.piece_bytes;
+        std::byte* const slot = task.to + to * to_bytes;
+        if (widens) WidenRow(piece, params.rows, params.head_dim, reinterpret_cast<Half*>(slot));
+        else std::memcpy(slot, piece, static_cast<size_t>(to_bytes));
       } else if (task.refused != nullptr) {
         ++*task.refused;
       }

@@ -11,6 +11,7 @@
 #include <set>
 #include <vector>
 
+#include "kernels/row_codec.h"
 #include "kernels/step_kernels.h"
 #include "tests/kernels/choose_model.h"
 #include "tests/kernels/kernel_test_util.h"
@@ -527,6 +528,91 @@ void AttendSeesRowsOfBothMemories(World world) {
   attend();
   EXPECT_EQ(out.Read(), std::vector<float>(query.size(), 0.0f)) << "no row at all";
   EXPECT_EQ(lse.Read()[0], -std::numeric_limits<float>::infinity());
+}
+
+// Rows of 8 bits in host memory: append writes them, gather and attend take them for the fp16 rows that they stand for, which the ring has.
+template <class World>
+void HostRowsOfOtherFormatsAreTheRowsOfTheDevice(World world) {
+  SeededRng rng;
+  constexpr int32_t kTokens = 100, kRing = 192, kGroup = 3, kRow = 2 * kStoryDim;
+  const CodeFormat format{4, 64, false};
+  for (const RowFormat rows_of : {RowFormat::kInt8, RowFormat::kE4m3}) {
+    const std::string name(RowFormatName(rows_of));
+    const size_t bytes = RowBytes(rows_of, kStoryDim);
+    const StoryChunks chunks(rng, kTokens, 0);
+    std::vector<Half> want(size_t{kTokens} * kRow);
+    std::vector<std::byte> want_host(static_cast<size_t>(chunks.rows()) * bytes);
+    std::vector<float> k, v;
+    for (int32_t p = 0; p < kTokens; ++p) {
+      std::vector<Half> row;
+      for (const float x : rng.Normals(kRow)) row.push_back(FloatToHalf(x));
+      for (int32_t c = 0; c < kRow; ++c) (c < kStoryDim ? k : v).push_back(HalfToFloat(row[static_cast<size_t>(c)]));
+      std::byte* const stored = want_host.data() + static_cast<size_t>(chunks.RowOf(p)) * bytes;
+      NarrowRow(row.data(), rows_of, kStoryDim, stored);
+      WidenRow(stored, rows_of, kStoryDim, want.data() + int64_t{p} * kRow);
+    }
+    const Of<World, float> keys(k), values(v);
+    const Of<World, int32_t> chunk_row(chunks.first_row);
+    Of<World, Half> ring(size_t{kRing} * kRow);
+    Of<World, std::byte> host(want_host.size(), World::kHostMemory), blocks(LayoutOf(format, kStoryDim).bytes);
+    const Of<World, int32_t> first(std::vector<int32_t>{0});
+    const Of<World, step::AppendTask> append(std::vector<step::AppendTask>{
+        {.k = keys.data(), .v = values.data(), .stride = kStoryDim, .first = first.data(), .rows = ring.data(), .ring_rows = kRing, .count = kTokens,
+         .blocks = blocks.data(), .host_rows = host.data(), .host_limit = chunks.rows(), .host = chunks.Table(chunk_row.data())}});
+    world.Run(world.kernels().append({.tasks = append.data(), .num_tasks = 1, .max_count = kTokens, .format = format, .head_dim = kStoryDim,
+                                      .host_format = rows_of}, world.stream()));
+    const std::vector<Half> in_ring = ring.Read();
+    EXPECT_TRUE(AllEqual(std::span(in_ring).first(want.size()), want, {kTokens, 2, kStoryDim})) << name;
+    const std::vector<std::byte> written = host.Read();
+    for (int32_t p = 0; p < kTokens; ++p) {
+      const auto at = static_cast<std::ptrdiff_t>(static_cast<size_t>(chunks.RowOf(p)) * bytes);
+      ASSERT_TRUE(std::equal(written.begin() + at, written.begin() + at + static_cast<std::ptrdiff_t>(bytes), want_host.begin() + at)) << name << ", position " << p;
+    }
+    std::vector<std::byte> want_block(blocks.size());
+    const EncodeTask encode[] = {{.rows = want.data(), .block = want_block.data()}};
+    ASSERT_OK(ReferenceKernels().encode({.tasks = encode, .format = format, .head_dim = kStoryDim}, {}));
+    EXPECT_EQ(blocks.Read(), want_block) << name << ": codes of what the rows stand for";
+
+    // To slots.
+    constexpr int32_t kSlots = 40;
+    std::vector<int32_t> from, to;
+    std::vector<Half> slots_want(size_t{kSlots} * kRow);
+    for (int32_t i = 0; i < kSlots; ++i) {
+      const auto p = static_cast<int32_t>(rng.Int(0, kTokens - 1));
+      from.push_back(chunks.RowOf(p)), to.push_back(kSlots - 1 - i);
+      std::copy_n(want.begin() + int64_t{p} * kRow, kRow, slots_want.begin() + int64_t{kSlots - 1 - i} * kRow);
+    }
+    Of<World, Half> slots(slots_want.size());
+    const Of<World, int32_t> from_piece(from), to_piece(to), count(std::vector<int32_t>{kSlots});
+    const Of<World, step::GatherTask> gather(std::vector<step::GatherTask>{
+        {.from = host.data(), .to = reinterpret_cast<std::byte*>(slots.data()), .from_piece = from_piece.data(), .to_piece = to_piece.data(),
+         .count = count.data(), .from_limit = chunks.rows(), .to_limit = kSlots}});
+    world.Run(world.kernels().gather({.tasks = gather.data(), .num_tasks = 1, .piece_bytes = static_cast<int32_t>(bytes), .rows = rows_of,
+                                      .head_dim = kStoryDim}, world.stream()));
+    EXPECT_TRUE(AllEqual(slots.Read(), slots_want, {kSlots, 2, kStoryDim})) << name;
+
+    // Where they lie, beside rows of the device.
+    const Of<World, float> q(rng.Normals(kGroup * kStoryDim));
+    const Of<World, int32_t> n(std::vector<int32_t>{kTokens}), num(std::vector<int32_t>{3});
+    std::vector<float> out[2];
+    for (const bool stored : {false, true}) {
+      std::vector<int32_t> refs;
+      for (const int32_t p : {40, 41, 77}) refs.push_back(stored ? ~chunks.RowOf(p) : p);
+      refs.push_back(0);
+      const Of<World, int32_t> ref(refs);
+      Of<World, float> got(q.size());
+      const Of<World, step::AttendTask> attend(std::vector<step::AttendTask>{
+          {.q = q.data(), .out = got.data(), .rows = ring.data(), .row_limit = kTokens, .ring_rows = kRing, .sinks = 4, .local = 10, .n = n.data(),
+           .refs = ref.data(), .num_refs = num.data(), .refs_room = 3, .host_rows = host.data(), .host_limit = chunks.rows()}});
+      step::AttendParams params{.tasks = attend.data(), .num_tasks = 1, .max_rows = 20, .host_format = rows_of, .group = kGroup, .head_dim = kStoryDim};
+      const auto workspace = StoryWorkspace<World>(world.kernels().attend_workspace(params));
+      params.workspace = workspace.data(), params.workspace_bytes = workspace.size();
+      world.Run(world.kernels().attend(params, world.stream()));
+      out[stored] = got.Read();
+    }
+    EXPECT_EQ(out[1], out[0]) << name;
+    EXPECT_TRUE(std::all_of(out[0].begin(), out[0].end(), [](float x) { return std::isfinite(x); }));
+  }
 }
 
 template <class World>
