@@ -7,6 +7,7 @@
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/residency.cuh"
 #include "kernels/cuda/run_kernels.h"
+#include "kernels/cuda/stored_rows.cuh"
 
 namespace prehoc::cuda {
 namespace {
@@ -21,6 +22,7 @@ struct AppendArgs {
   int32_t head_dim;
   int32_t num_tasks;
   GateArgs gate;
+  RowShape host;
 };
 
 struct Channel {
@@ -142,10 +144,11 @@ __device__ void BoundPages(const AppendArgs& args, const __half* keys, Half* pag
 
 struct EncodeArgs {
   const RunEncodeTask* tasks;
-  AppendArgs append;  // format, layout, head_dim
+  AppendArgs append;  // format, layout, head_dim; host: the rows
 };
 
 // A block takes one group of rows that lie together, on the device or in pinned memory.
+template <bool kNarrow>
 __global__ void __launch_bounds__(kThreads) EncodeKernel(const __grid_constant__ EncodeArgs args) {
   extern __shared__ __align__(16) __half keys[];  // as AppendKernel
   __shared__ bool bounded;
@@ -154,7 +157,12 @@ __global__ void __launch_bounds__(kThreads) EncodeKernel(const __grid_constant__
   const RunEncodeTask task = args.tasks[blockIdx.x];
   const int d = args.append.head_dim, tokens = args.append.format.group_tokens, words = d / 8;
   for (int i = threadIdx.x; i < tokens * words; i += kThreads) {
-    reinterpret_cast<uint4*>(keys)[i] = reinterpret_cast<const uint4*>(task.rows)[i / words * 2 * words + i % words];
+    if constexpr (kNarrow) {
+      const RowShape& shape = args.append.host;
+      reinterpret_cast<uint4*>(keys)[i] = Widened(LoadNarrow(static_cast<const std::byte*>(task.rows) + int64_t{i / words} * shape.bytes, shape, i % words), shape);
+    } else {
+      reinterpret_cast<uint4*>(keys)[i] = static_cast<const uint4*>(task.rows)[i / words * 2 * words + i % words];
+    }
   }
   __syncthreads();
   Channel* const channels = reinterpret_cast<Channel*>(keys + tokens * d);
@@ -163,8 +171,8 @@ __global__ void __launch_bounds__(kThreads) EncodeKernel(const __grid_constant__
 }
 
 // A block takes one group of positions of one task: those of its tokens that are new, and the encoding if it becomes complete. Those behind the
-// tasks take a gate each.
-template <RowType R>
+// tasks take a gate each. kNarrow: rows in host memory are of 8 bits, and those of the ring what they stand for.
+template <RowType R, bool kNarrow>
 __global__ void __launch_bounds__(kThreads) AppendKernel(const __grid_constant__ AppendArgs args) {
   extern __shared__ __align__(16) __half keys[];  // [group_tokens, head_dim], then Channel [head_dim]
   __shared__ bool bounded;
@@ -188,14 +196,26 @@ __global__ void __launch_bounds__(kThreads) AppendKernel(const __grid_constant__
   uint16_t* const rows = static_cast<uint16_t*>(task.rows);
   const auto row_of = [&](int64_t position) { return rows + position % task.ring_rows * (2 * d); };
   const int new_tokens = static_cast<int>(to - from);
-  for (int i = threadIdx.x; i < new_tokens * d; i += kThreads) {
-    const int t = i / d, c = i % d;
-    const int64_t at = (from + t - first) * task.stride + c;
-    uint16_t* const row = row_of(from + t);
-    row[c] = Number<R>::Bits(task.k[at]);
-    row[d + c] = Number<R>::Bits(task.v[at]);
+  if constexpr (kNarrow) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp, parts = d / kWarp;  // of K, and of V
+    for (int i = static_cast<int>(threadIdx.x) / kWarp; i < new_tokens * 2 * parts; i += kThreads / kWarp) {
+      const int t = i / (2 * parts), half = i % (2 * parts) / parts, c = i % parts * kWarp;
+      const int64_t position = from + t;
+      const float x = (half == 0 ? task.k : task.v)[(position - first) * task.stride + c + lane];
+      const int32_t row = task.host_rows != nullptr ? HostRowOf(task.host, static_cast<int32_t>(position)) : -1;
+      std::byte* const stored = row >= 0 && row < task.host_limit ? static_cast<std::byte*>(task.host_rows) + int64_t{row} * args.host.bytes : nullptr;
+      NarrowChannels(__float2half_rn(x), args.host, half, c, lane, stored, row_of(position));
+    }
+  } else {
+    for (int i = threadIdx.x; i < new_tokens * d; i += kThreads) {
+      const int t = i / d, c = i % d;
+      const int64_t at = (from + t - first) * task.stride + c;
+      uint16_t* const row = row_of(from + t);
+      row[c] = Number<R>::Bits(task.k[at]);
+      row[d + c] = Number<R>::Bits(task.v[at]);
+    }
   }
-  if (task.host_rows != nullptr) {
+  if (!kNarrow && task.host_rows != nullptr) {
     __syncthreads();
     const int words = d / 4;  // of 16 bytes in a row: what crosses the link comes in large pieces
     for (int i = threadIdx.x; i < new_tokens * words; i += kThreads) {
@@ -217,23 +237,24 @@ __global__ void __launch_bounds__(kThreads) AppendKernel(const __grid_constant__
 }
 }  // namespace
 
-Status EncodeRuns(const RunEncodeTask* tasks, int32_t num_tasks, const CodeFormat& format, int32_t head_dim, cudaStream_t stream) {
-  PREHOC_RETURN_IF_ERROR(Check("encode").Tasks(tasks, num_tasks).HeadDim(head_dim)
+Status EncodeRuns(const RunEncodeTask* tasks, int32_t num_tasks, const CodeFormat& format, int32_t head_dim, cudaStream_t stream, RowFormat rows) {
+  PREHOC_RETURN_IF_ERROR(Check("encode").Tasks(tasks, num_tasks).HeadDim(head_dim).Rows("rows", rows)
                              .That(!format.dither, "dither", format.dither, "use codes without dither on a device", StatusCode::kUnsupported)
                              .That(IsCodeFormat(format, head_dim), "bits", format.bits, "is no code format").Take());
   if (num_tasks == 0) return {};
-  const EncodeArgs args{tasks, {nullptr, format, LayoutOf(format, head_dim), 0, head_dim, 0, {}}};
+  const EncodeArgs args{tasks, {nullptr, format, LayoutOf(format, head_dim), 0, head_dim, 0, {}, RowShapeOf(rows, head_dim)}};
   const auto d = static_cast<size_t>(head_dim);
   const Shape shape{.grid = dim3(static_cast<unsigned>(num_tasks)), .threads = kThreads,
                     .shared_bytes = d * (static_cast<size_t>(format.group_tokens) * sizeof(__half) + sizeof(Channel))};
-  return LaunchKernel(EncodeKernel, "encode", args, shape, stream);
+  return rows == RowFormat::kF16 ? LaunchKernel(EncodeKernel<false>, "encode", args, shape, stream)
+                                 : LaunchKernel(EncodeKernel<true>, "encode", args, shape, stream);
 }
 
 Status Append(const AppendParams& params, cudaStream_t stream) {
   const CodeFormat& format = params.format;
   PREHOC_RETURN_IF_ERROR(
       Check("append").Tasks(params.tasks, params.num_tasks).HeadDim(params.head_dim).Type(params.type)
-          .That(params.max_count >= 0, "max_count", params.max_count, "use 0 or more").OnlyF16("host_format", params.host_format)
+          .That(params.max_count >= 0, "max_count", params.max_count, "use 0 or more").RowsOfType("host_format", params.host_format, params.type)
           .That(IsCodeFormat({.bits = format.bits, .group_tokens = 64}, 64), "bits", format.bits, "use 2, 3, 4, 5 or 8",
                 StatusCode::kUnsupported)
           .That(!format.dither, "dither", format.dither, "use codes without dither on a device", StatusCode::kUnsupported)
@@ -248,13 +269,14 @@ Status Append(const AppendParams& params, cudaStream_t stream) {
   const int32_t num_tasks = params.max_count > 0 ? params.num_tasks : 0, blocks = num_tasks + gate.num_tasks;
   if (blocks == 0) return {};
   const AppendArgs args{params.tasks, format, LayoutOf(format, params.head_dim), params.max_count, params.head_dim, num_tasks,
-                        {gate.tasks, gate.group, gate.head_dim, gate.tau, gate.max_age}};
+                        {gate.tasks, gate.group, gate.head_dim, gate.tau, gate.max_age}, RowShapeOf(params.host_format, params.head_dim)};
   const auto groups = num_tasks > 0 ? CeilDiv(params.max_count - 1, format.group_tokens) + 1 : 1;  // wherever the first one starts
   const auto d = static_cast<size_t>(params.head_dim);
   const Shape shape{.grid = dim3(static_cast<unsigned>(groups), static_cast<unsigned>(blocks)), .threads = kThreads,
                     .shared_bytes = d * (static_cast<size_t>(format.group_tokens) * sizeof(__half) + sizeof(Channel))};
-  return params.type == RowType::kF16 ? LaunchKernel(AppendKernel<RowType::kF16>, "append", args, shape, stream)
-                                      : LaunchKernel(AppendKernel<RowType::kBF16>, "append", args, shape, stream);
+  if (params.host_format != RowFormat::kF16) return LaunchKernel(AppendKernel<RowType::kF16, true>, "append", args, shape, stream);
+  return params.type == RowType::kF16 ? LaunchKernel(AppendKernel<RowType::kF16, false>, "append", args, shape, stream)
+                                      : LaunchKernel(AppendKernel<RowType::kBF16, false>, "append", args, shape, stream);
 }
 
 }  // namespace prehoc::cuda

@@ -5,7 +5,7 @@
 #include <cmath>
 
 #include "base/units.h"
-#include "kernels/cuda/launch.h"
+#include "kernels/cuda/attend_narrow.h"
 
 namespace prehoc::cuda {
 namespace {
@@ -34,7 +34,7 @@ int PlacesOf(bool two, int log, size_t room) {
   static ClusterPlaces places[2];
   const SharedBytes bytes{AttendShape<128, 4>::SharedBytes, room};
   const int warps = two || !bytes.wide() ? 4 : 8;
-  return places[two].Of(reinterpret_cast<const void*>(AttendKernel<RowType::kF16, 128, 4>),
+  return places[two].Of(reinterpret_cast<const void*>(AttendKernel<RowType::kF16, 128, 4, false>),
                         {.threads = warps * kWarp, .shared_bytes = bytes.of(warps), .most_shared_bytes = bytes.most()}, log);
 }
 
@@ -62,7 +62,7 @@ void ChooseBlocks(int64_t tiles, int64_t rows, const SharedBytes& shared, const 
 Result<Plan> PlanOf(const AttendParams& params) {
   PREHOC_RETURN_IF_ERROR(Check("attend").Count(params.num_tasks).HeadDim(params.head_dim).Group(params.group)
                              .Type(params.type).That(params.max_rows >= 0, "max_rows", params.max_rows, "use 0 or more")
-                             .OnlyF16("host_format", params.host_format).Take());
+                             .RowsOfType("host_format", params.host_format, params.type).Take());
   PREHOC_ASSIGN_OR_RETURN(const DeviceLimits limits, CurrentLimits());
   Plan plan;
   plan.heads = params.group <= 4 ? 4 : 8;
@@ -102,13 +102,15 @@ Status Attend(const AttendParams& params, cudaStream_t stream) {
   args.cluster = plan.cluster;
   args.group = params.group;
   args.scale = 1.4426950408889634f / std::sqrt(static_cast<float>(params.head_dim));
+  args.host = RowShapeOf(params.host_format, params.head_dim);
   const dim3 grid(static_cast<unsigned>(plan.splits), static_cast<unsigned>(params.num_tasks), static_cast<unsigned>(plan.head_tiles));
   return DispatchHeadDim(params.head_dim, [&](auto d) {
     return Dispatch<4, 8>(plan.heads, [&](auto heads) {
       const Shape shape{.grid = grid, .threads = plan.warps * kWarp, .shared_bytes = plan.shared_bytes,
                         .most_shared_bytes = plan.most_shared_bytes, .cluster = plan.cluster ? plan.splits : 1};
-      return params.type == RowType::kF16 ? LaunchKernel(AttendKernel<RowType::kF16, d(), heads()>, "attend", args, shape, stream)
-                                          : LaunchKernel(AttendKernel<RowType::kBF16, d(), heads()>, "attend", args, shape, stream);
+      if (params.host_format != RowFormat::kF16) return AttendNarrow<d(), heads()>(args, shape, stream);
+      return params.type == RowType::kF16 ? LaunchKernel(AttendKernel<RowType::kF16, d(), heads(), false>, "attend", args, shape, stream)
+                                          : LaunchKernel(AttendKernel<RowType::kBF16, d(), heads(), false>, "attend", args, shape, stream);
     });
   });
 }

@@ -3,13 +3,14 @@
 // A block takes a part of the keys of one task (KV head), for a tile of 4 or 8 query heads; its warps take tiles of 16 keys in turn. A warp has
 // a ring of tiles in shared memory, which it fills by asynchronous copies a few tiles ahead of what it works on, from wherever rows lie: what
 // limits a device of some TB/s is how many bytes are on their way. Sixteen rows of the device come by a bulk copy each (sm_90); the last tile,
-// and any with a row of pinned memory, in pieces of 16 bytes. Warps do not wait for each other before all keys are done.
+// and any with a row of pinned memory, in pieces of 16 bytes; rows of 8 bits through registers. Warps do not wait for each other before all keys are done.
 // Keys (then channels of V) are the 16 rows of the tensor cores' product and heads its columns, two each: one for q (then the softmax weights)
 // rounded to the row type, one for what rounding took. So both products are nearly exact, at no cost.
 // Parts are merged by log-sum-exp: the warps of a block in shared memory; the blocks of a task in each other's shared memory where they form a
 // cluster, else by the one that ends last.
 #pragma once
 #include "kernels/cuda/common.cuh"
+#include "kernels/cuda/stored_rows.cuh"
 
 namespace prehoc::cuda {
 
@@ -73,6 +74,7 @@ struct AttendArgs {
   int32_t group;
   bool cluster;        // the blocks of a task are one; a power of two of them
   float scale;         // log2(e) / sqrt(head_dim)
+  RowShape host;       // rows in host memory
 };
 
 // H heads a tile: 4 or 8.
@@ -183,8 +185,8 @@ struct Query {
   }
 };
 
-// The ring of one warp: tile after tile, `stride` keys apart, each to the place of the one before it by kStages.
-template <int D, int H>
+// The ring of one warp: tile after tile, `stride` keys apart, each to the place of the one before it by kStages. kNarrow: rows of the host are of 8 bits.
+template <int D, int H, bool kNarrow>
 class TileRing {
   using S = AttendShape<D, H>;
 
@@ -209,17 +211,17 @@ class TileRing {
     }
   }
   // Asks for the first tiles.
-  __device__ void Start(const AttendRows& rows) {
+  __device__ void Start(const AttendRows& rows, const RowShape& host) {
 #pragma unroll
-    for (int s = 0; s < S::kStages; ++s) Ask(rows, s, listed_[s]);
+    for (int s = 0; s < S::kStages; ++s) Ask(rows, host, s, listed_[s]);
     listed_[0] = listed_[S::kStages];
   }
   // The next tile is there.
   __device__ void Wait() { WaitBarrier(arrived_ + 8 * stage_, parity_); }
   // It has been used.
-  __device__ void Next(const AttendRows& rows) {
+  __device__ void Next(const AttendRows& rows, const RowShape& host) {
     __syncwarp();
-    Ask(rows, stage_, listed_[0]);
+    Ask(rows, host, stage_, listed_[0]);
     const int64_t i = next_ + lane_;
     listed_[0] = lane_ < kKeyTile && i < rows.chosen ? refs_[i] : 0;  // long before it is needed
     if (++stage_ == S::kStages) stage_ = 0, parity_ ^= 1;
@@ -233,7 +235,7 @@ class TileRing {
  private:
   // Lane k < 16 names the row of key k. A row that does not exist is zeros; so are those after the last, for no number may meet the weight 0
   // that makes it NaN.
-  __device__ void Ask(const AttendRows& rows, int stage, int32_t listed) {
+  __device__ void Ask(const AttendRows& rows, [[maybe_unused]] const RowShape& host, int stage, int32_t listed) {
     const int64_t i = next_ + lane_;
     next_ += stride_;
     if (i - lane_ >= rows.total()) return;
@@ -241,7 +243,8 @@ class TileRing {
     const int32_t ref = exists ? rows.Ref(static_cast<int32_t>(i), listed) : 0;
     const bool loads = exists && rows.Exists(ref);
     missing_ |= exists && !loads;
-    const std::byte* const row = ref >= 0 ? rows.rows + int64_t{ref} * S::kRowBytes : rows.host_rows + int64_t{~ref} * S::kRowBytes;
+    const int64_t host_bytes = kNarrow ? host.bytes : S::kRowBytes;
+    const std::byte* const row = ref >= 0 ? rows.rows + int64_t{ref} * S::kRowBytes : rows.host_rows + int64_t{~ref} * host_bytes;
     const uint32_t to = ring_ + stage * S::kTileBytes, arrived = arrived_ + 8 * stage;
     const uint32_t valid = __ballot_sync(kAllLanes, loads), near = __ballot_sync(kAllLanes, loads && ref >= 0);
     if (kBulkCopies && near == (1u << kKeyTile) - 1) {
@@ -252,15 +255,41 @@ class TileRing {
       return;
     }
     mixed_ = true;
+    const uint32_t narrow = kNarrow ? valid & ~near : 0;
 #pragma unroll 8  // all of them would cost too many registers
     for (int p = 0; p < kKeyTile * S::kRowPieces / kWarp; ++p) {
       const int piece = p * kWarp + lane_, key = piece / S::kRowPieces, c = piece % S::kRowPieces;
       const uint64_t from = __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(row), key) + 16 * c;
+      if (kNarrow && (narrow >> key & 1) != 0) continue;
       CopyAsync16(to + key * S::kRowStride + 16 * c, reinterpret_cast<const void*>(from), (valid >> key & 1) != 0);
     }
+    if constexpr (kNarrow) Widen(row, host, to, narrow);
     ArriveAfterCopies(arrived);
     __syncwarp();
     if (lane_ == 0) Arrive(arrived);
+  }
+
+  // The keys of `narrow`, a few pieces of each lane on their way at a time. What is written here is seen by whoever waits for the barrier: lane 0
+  // arrives there behind __syncwarp().
+  __device__ void Widen(const std::byte* row, const RowShape& host, uint32_t to, uint32_t narrow) {
+    constexpr int kPieces = kKeyTile * S::kRowPieces / kWarp, kAtOnce = 4;
+    static_assert(kPieces % kAtOnce == 0);
+    if (narrow == 0) return;
+#pragma unroll 1
+    for (int first = 0; first < kPieces; first += kAtOnce) {
+      NarrowPiece loaded[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int piece = (first + i) * kWarp + lane_, key = piece / S::kRowPieces;
+        const uint64_t from = __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(row), key);
+        if ((narrow >> key & 1) != 0) loaded[i] = LoadNarrow(reinterpret_cast<const std::byte*>(from), host, piece % S::kRowPieces);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int piece = (first + i) * kWarp + lane_, key = piece / S::kRowPieces;
+        if ((narrow >> key & 1) != 0) StoreShared16(to + key * S::kRowStride + 16 * (piece % S::kRowPieces), Widened(loaded[i], host));
+      }
+    }
   }
 
   const uint32_t ring_, arrived_;
@@ -290,7 +319,8 @@ struct Softmax {
     for (int t = 0; t < S::kColumns; ++t) most[t] = -Infinity();
   }
   // Of the tile in use, of which `keys` exist.
-  __device__ void Add(const Query<R, D, H>& q, const TileRing<D, H>& ring, int keys, int g) {
+  template <bool kNarrow>
+  __device__ void Add(const Query<R, D, H>& q, const TileRing<D, H, kNarrow>& ring, int keys, int g) {
     float z[S::kColumns][2][4] = {};  // two sums, so that one does not wait for the other
 #pragma unroll
     for (int s = 0; s < S::kSteps; ++s) {
@@ -422,7 +452,7 @@ __device__ inline float4 JoinParts(const float* parts, int64_t stride, int count
   return out;
 }
 
-template <RowType R, int D, int H>
+template <RowType R, int D, int H, bool kNarrow>
 __global__ void __launch_bounds__(AttendShape<D, H>::kMostWarps * kWarp, 1) AttendKernel(const __grid_constant__ AttendArgs args) {
   using S = AttendShape<D, H>;
   extern __shared__ float4 shared_[];
@@ -435,7 +465,7 @@ __global__ void __launch_bounds__(AttendShape<D, H>::kMostWarps * kWarp, 1) Atte
   float* const rings = reinterpret_cast<float*>(shared_);
   float* const ring_part = rings + warp * (S::kRingBytes / 4);
   const int64_t first = (int64_t{split} * warps + warp) * kKeyTile, stride = int64_t{splits} * warps * kKeyTile;
-  TileRing<D, H> ring(reinterpret_cast<std::byte*>(ring_part), arrived[warp], first, stride, lane);
+  TileRing<D, H, kNarrow> ring(reinterpret_cast<std::byte*>(ring_part), arrived[warp], first, stride, lane);
   if (args.cluster) ClusterArrive();
   WaitForEarlierWork();
   LetLaterWorkLaunch();
@@ -446,14 +476,14 @@ __global__ void __launch_bounds__(AttendShape<D, H>::kMostWarps * kWarp, 1) Atte
   Query<R, D, H> q;
   q.Load(task.q, first_head, args.group, g, j);
   const AttendRows rows = RowsOf(task, visible, num_refs);
-  ring.Start(rows);
+  ring.Start(rows, args.host);
   q.Prepare(args.scale, g, j);
   Softmax<R, D, H> softmax;
 #pragma unroll 1
   for (int64_t at = first; at < rows.total(); at += stride) {
     ring.Wait();
     softmax.Add(q, ring, static_cast<int>(min(rows.total() - at, int64_t{kKeyTile})), g);
-    ring.Next(rows);
+    ring.Next(rows, args.host);
   }
   if (ring.Missing()) softmax.Spoil();
   __syncwarp();

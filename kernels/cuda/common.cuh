@@ -81,6 +81,9 @@ __device__ inline float PowerBelow(float x) {
 
 // --- shared memory: copies that run beside the thread that asked for them, and operands of products --------------------------------------
 __device__ inline uint32_t SharedAddress(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+__device__ inline void StoreShared16(uint32_t to, uint4 x) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
 // 16 bytes from anywhere, pinned memory included; or zeros, and `from` is not read.
 __device__ inline void CopyAsync16(uint32_t to, const void* from, bool exists) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exists ? 16 : 0) : "memory");

@@ -30,13 +30,26 @@ constexpr size_t kAlign = 64;
 Status Unsupported(const char* kernel, const char* field, const char* instead) {
   return {StatusCode::kUnsupported, std::string(kernel) + " on CUDA: " + field + " is not offered; " + instead};
 }
-Status OnlyF16(const char* kernel, RowFormat format) {
-  return format == RowFormat::kF16 ? Status() : Unsupported(kernel, "rows of int8 or e4m3", "use rows of f16");
-}
-Status OnlyF16(const char* kernel, std::span<const RowRun> runs) {
-  for (const RowRun& run : runs) PREHOC_RETURN_IF_ERROR(OnlyF16(kernel, run.format));
-  return {};
-}
+// The one format, beside fp16, of a call's rows.
+class OneFormat {
+ public:
+  explicit OneFormat(const char* kernel) : kernel_(kernel) {}
+  Status Add(RowFormat format) {
+    if (format == RowFormat::kF16 || format == found_) return {};
+    if (found_ != RowFormat::kF16) return Unsupported(kernel_, "rows of int8 and of e4m3 in one call", "split the call");
+    found_ = format;
+    return {};
+  }
+  Status Add(std::span<const RowRun> runs) {
+    for (const RowRun& run : runs) PREHOC_RETURN_IF_ERROR(Add(run.format));
+    return {};
+  }
+  RowFormat found() const { return found_; }
+
+ private:
+  const char* kernel_;
+  RowFormat found_ = RowFormat::kF16;
+};
 
 // Where one part of a call lies on both sides.
 template <class T>
@@ -157,23 +170,24 @@ struct DeviceKernels::Impl {
   Status Append(const prehoc::AppendParams& params, const Launch& launch) PREHOC_REQUIRES(mutex);
   Status AppendHere(const prehoc::AppendParams& params) PREHOC_REQUIRES(mutex);
   Status Encode(const prehoc::EncodeParams& params) PREHOC_REQUIRES(mutex);
-  Result<const Half*> RowsOnTheirWay(const Half* at, size_t bytes) PREHOC_REQUIRES(mutex);
+  Result<const std::byte*> RowsOnTheirWay(const std::byte* at, size_t bytes) PREHOC_REQUIRES(mutex);
   Status Scan(const prehoc::ScanParams& params) PREHOC_REQUIRES(mutex);
   Status Score(const prehoc::ScoreParams& params) PREHOC_REQUIRES(mutex);
   Status Choose(const prehoc::ChooseParams& params) PREHOC_REQUIRES(mutex);
   Status TopK(const prehoc::TopKParams& params, const Launch& launch) PREHOC_REQUIRES(mutex);
   Status Gather(const prehoc::GatherParams& params) PREHOC_REQUIRES(mutex);
+  Status Move(std::span<const RowCopy> rows, int32_t head_dim) PREHOC_REQUIRES(mutex);
+  Status Widen(std::span<const RowCopy> rows, int32_t head_dim, RowFormat format) PREHOC_REQUIRES(mutex);
   Status Attend(const prehoc::AttendParams& params) PREHOC_REQUIRES(mutex);
   Status Prefill(const prehoc::PrefillParams& params) PREHOC_REQUIRES(mutex);
   Status Settle(const SettleParams& params) PREHOC_REQUIRES(mutex);
   Status ReadAhead(const ReadAheadParams& params) PREHOC_REQUIRES(mutex);
   // The rows of `task` as row numbers from the lowest one of each kind of memory.
-  Status NameRows(const prehoc::AttendTask& task, int64_t row, int32_t* refs, cuda::AttendTask* to) const;
+  Status NameRows(const prehoc::AttendTask& task, int32_t head_dim, RowFormat host_format, int32_t* refs, cuda::AttendTask* to) const;
 };
 
 Status DeviceKernels::Impl::Append(const prehoc::AppendParams& params, const Launch& launch) {
   PREHOC_RETURN_IF_ERROR(Validate(params));
-  PREHOC_RETURN_IF_ERROR(OnlyF16("append", params.format));
   if (params.on_device) return AppendHere(params);
   std::vector<prehoc::AppendTask> of_host;
   std::vector<const prehoc::AppendTask*> of_device;
@@ -188,7 +202,7 @@ Status DeviceKernels::Impl::Append(const prehoc::AppendParams& params, const Lau
     in += 2 * Room<float>(static_cast<size_t>(task.count) * static_cast<size_t>(params.head_dim));
   }
   if (!of_host.empty()) {
-    PREHOC_RETURN_IF_ERROR(BestCpuKernels().append({.tasks = of_host, .head_dim = params.head_dim}, {.executor = launch.executor}));
+    PREHOC_RETURN_IF_ERROR(BestCpuKernels().append({.tasks = of_host, .head_dim = params.head_dim, .format = params.format}, {.executor = launch.executor}));
   }
   if (of_device.empty()) return {};
   PREHOC_RETURN_IF_ERROR(Begin(in + Room<RunAppendTask>(of_device.size()), 0));
@@ -203,19 +217,20 @@ Status DeviceKernels::Impl::Append(const prehoc::AppendParams& params, const Lau
       return vectors.device;
     };
     const float* const k = copy(task.k);
-    tasks.host[i] = {k, copy(task.v), params.head_dim, static_cast<Half*>(task.rows), task.count};
+    tasks.host[i] = {k, copy(task.v), params.head_dim, task.rows, task.count, task.widened};
     most = std::max(most, task.count);
   }
   PREHOC_RETURN_IF_ERROR(Send());
-  return Sent(AppendRuns(tasks.device, static_cast<int32_t>(of_device.size()), most, params.head_dim, stream.get()));
+  return Sent(AppendRuns(tasks.device, static_cast<int32_t>(of_device.size()), most, params.head_dim, stream.get(), params.format));
 }
 
 // K and V are on the device, and so are all rows at first: those of host memory follow from there.
 Status DeviceKernels::Impl::AppendHere(const prehoc::AppendParams& params) {
-  const size_t row = static_cast<size_t>(params.head_dim) * 2 * sizeof(Half), num = params.tasks.size();
+  const size_t num = params.tasks.size();
+  const auto row_of = [&](const prehoc::AppendTask& task) { return RowBytes(task.widened ? RowFormat::kF16 : params.format, params.head_dim); };
   size_t to_host = 0;
   for (const prehoc::AppendTask& task : params.tasks) {
-    if (task.count > 0 && !OnDevice(task.rows)) to_host += static_cast<size_t>(task.count) * row;
+    if (task.count > 0 && !OnDevice(task.rows)) to_host += static_cast<size_t>(task.count) * row_of(task);
   }
   if (num == 0) return {};
   PREHOC_RETURN_IF_ERROR(Begin(Room<RunAppendTask>(num), 0));
@@ -225,28 +240,27 @@ Status DeviceKernels::Impl::AppendHere(const prehoc::AppendParams& params) {
   const prehoc::AppendTask* last = nullptr;  // of those to host memory
   for (const prehoc::AppendTask& task : params.tasks) {
     if (task.count == 0) continue;
-    auto* to = static_cast<Half*>(task.rows);
+    void* to = task.rows;
     if (!OnDevice(to)) {
       // Another head of the same tokens: the heads of a host block lie together.
       const bool joins = last != nullptr && task.k > last->k && task.k < last->k + task.stride && task.count == last->count;
-      to = reinterpret_cast<Half*>(behind.Add(reinterpret_cast<std::byte*>(to), static_cast<size_t>(task.count) * row, joins));
+      to = behind.Add(static_cast<std::byte*>(to), static_cast<size_t>(task.count) * row_of(task), joins);
       last = &task;
     }
-    tasks.host[used++] = {task.k, task.v, task.stride, to, task.count};
+    tasks.host[used++] = {task.k, task.v, task.stride, to, task.count, task.widened};
     most = std::max(most, task.count);
   }
   PREHOC_RETURN_IF_ERROR(Send());
-  PREHOC_RETURN_IF_ERROR(Sent(AppendRuns(tasks.device, used, most, params.head_dim, stream.get())));
+  PREHOC_RETURN_IF_ERROR(Sent(AppendRuns(tasks.device, used, most, params.head_dim, stream.get(), params.format)));
   return behind.Send();
 }
 
 Status DeviceKernels::Impl::Encode(const prehoc::EncodeParams& params) {
   PREHOC_RETURN_IF_ERROR(Validate(params));
-  PREHOC_RETURN_IF_ERROR(OnlyF16("encode", params.rows));
   if (params.format.dither) return Unsupported("encode", "dither", "use codes without it");
   if (params.tasks.empty()) return {};
   constexpr size_t kAtOnce = 32768;
-  const size_t group = static_cast<size_t>(params.format.group_tokens) * static_cast<size_t>(params.head_dim) * 2 * sizeof(Half);
+  const size_t group = static_cast<size_t>(params.format.group_tokens) * RowBytes(params.rows, params.head_dim);
   bool must_wait = false;
   for (size_t first = 0; first < params.tasks.size(); first += kAtOnce) {
     const auto part = params.tasks.subspan(first, std::min(kAtOnce, params.tasks.size() - first));
@@ -254,8 +268,8 @@ Status DeviceKernels::Impl::Encode(const prehoc::EncodeParams& params) {
     const Staged<RunEncodeTask> tasks = In<RunEncodeTask>(part.size());
     bool checked = false;
     for (size_t i = 0; i < part.size(); ++i) {
-      const auto* const rows = static_cast<const Half*>(part[i].rows);
-      const Half* source = rows;
+      const auto* const rows = static_cast<const std::byte*>(part[i].rows);
+      const std::byte* source = rows;
       if (!OnDevice(source)) {
         PREHOC_ASSIGN_OR_RETURN(source, RowsOnTheirWay(rows, group));
         if (source == rows) {
@@ -269,18 +283,17 @@ Status DeviceKernels::Impl::Encode(const prehoc::EncodeParams& params) {
       tasks.host[i] = {source, part[i].block, part[i].page_lo, part[i].page_hi};
     }
     PREHOC_RETURN_IF_ERROR(Send());
-    PREHOC_RETURN_IF_ERROR(Sent(EncodeRuns(tasks.device, static_cast<int32_t>(part.size()), params.format, params.head_dim, stream.get())));
+    PREHOC_RETURN_IF_ERROR(Sent(EncodeRuns(tasks.device, static_cast<int32_t>(part.size()), params.format, params.head_dim, stream.get(), params.rows)));
     if (must_wait) PREHOC_RETURN_IF_ERROR(Wait());
   }
   return {};
 }
 
 // The device's copy of rows that an append sends to host memory; `rows` themselves where they have arrived.
-Result<const Half*> DeviceKernels::Impl::RowsOnTheirWay(const Half* at, size_t bytes) {
-  const auto* const host = reinterpret_cast<const std::byte*>(at);
+Result<const std::byte*> DeviceKernels::Impl::RowsOnTheirWay(const std::byte* at, size_t bytes) {
   size_t size = bytes;
-  const std::byte* const copy = behind.Find(host, &size);
-  if (size == bytes) return copy != nullptr ? reinterpret_cast<const Half*>(copy) : at;
+  const std::byte* const copy = behind.Find(at, &size);
+  if (size == bytes) return copy != nullptr ? copy : at;
   PREHOC_RETURN_IF_ERROR(behind.Arrive(0));  // partly here, partly there: rare, a piece of a prompt ends within
   return at;
 }
@@ -315,8 +328,9 @@ Status DeviceKernels::Impl::Score(const prehoc::ScoreParams& params) {
   const auto group = static_cast<size_t>(params.group), queries = group * static_cast<size_t>(params.head_dim);
   const size_t num = params.tasks.size();
   size_t in = Room<RunScoreTask>(num), results = 0;
+  OneFormat format("score");
   for (const prehoc::ScoreTask& task : params.tasks) {
-    PREHOC_RETURN_IF_ERROR(OnlyF16("score", task.runs));
+    PREHOC_RETURN_IF_ERROR(format.Add(task.runs));
     in += Room<float>(queries) + Room<DeviceRun>(task.runs.size());
     if (!OnDevice(task.z)) results += Room<float>(group * static_cast<size_t>(RowCount(task.runs)));
   }
@@ -334,7 +348,7 @@ Status DeviceKernels::Impl::Score(const prehoc::ScoreParams& params) {
         PREHOC_RETURN_IF_ERROR(CheckPinned("score", task.runs[r].rows));
         checked = true;
       }
-      runs.host[r] = {static_cast<const Half*>(task.runs[r].rows), total, task.runs[r].count};
+      runs.host[r] = {task.runs[r].rows, total, task.runs[r].count, task.runs[r].format != RowFormat::kF16};
       total += task.runs[r].count;
     }
     const bool here = OnDevice(task.z);
@@ -344,7 +358,7 @@ Status DeviceKernels::Impl::Score(const prehoc::ScoreParams& params) {
     most = std::max(most, total);
   }
   PREHOC_RETURN_IF_ERROR(Send());
-  PREHOC_RETURN_IF_ERROR(Sent(ScoreRuns(tasks.device, static_cast<int32_t>(num), most, params.group, params.head_dim, stream.get())));
+  PREHOC_RETURN_IF_ERROR(Sent(ScoreRuns(tasks.device, static_cast<int32_t>(num), most, params.group, params.head_dim, stream.get(), format.found())));
   if (!waits_for_z) return {};
   const RunScoreTask* const sent = tasks.host;  // stays as it is until something else is staged
   PREHOC_RETURN_IF_ERROR(Wait());
@@ -446,28 +460,40 @@ Status DeviceKernels::Impl::TopK(const prehoc::TopKParams& params, const Launch&
 Status DeviceKernels::Impl::Gather(const prehoc::GatherParams& params) {
   PREHOC_RETURN_IF_ERROR(Validate(params));
   if (params.rows.empty()) return {};
+  OneFormat format("gather");
+  for (const RowCopy& copy : params.rows) PREHOC_RETURN_IF_ERROR(format.Add(copy.format));
   constexpr size_t kAtOnce = size_t{1} << 18;
   for (size_t first = 0; first < params.rows.size(); first += kAtOnce) {
     const auto part = params.rows.subspan(first, std::min(kAtOnce, params.rows.size() - first));
-    PREHOC_RETURN_IF_ERROR(Begin(Room<RowMove>(part.size()), 0));
-    const Staged<RowMove> moves = In<RowMove>(part.size());
-    for (size_t i = 0; i < part.size(); ++i) {
-      if (i == 0) {
-        PREHOC_RETURN_IF_ERROR(CheckOnDevice("gather", "to", part[i].to));
-        if (!OnDevice(part[i].from)) PREHOC_RETURN_IF_ERROR(CheckPinned("gather", part[i].from));
-      }
-      PREHOC_RETURN_IF_ERROR(OnlyF16("gather", part[i].format));
-      moves.host[i] = {static_cast<const Half*>(part[i].from), part[i].to};
-    }
-    PREHOC_RETURN_IF_ERROR(Send());
-    PREHOC_RETURN_IF_ERROR(Sent(MoveRows(moves.device, static_cast<int32_t>(part.size()), params.head_dim, stream.get())));
+    PREHOC_RETURN_IF_ERROR(CheckOnDevice("gather", "to", part.front().to));
+    if (!OnDevice(part.front().from)) PREHOC_RETURN_IF_ERROR(CheckPinned("gather", part.front().from));
+    PREHOC_RETURN_IF_ERROR(format.found() == RowFormat::kF16 ? Move(part, params.head_dim) : Widen(part, params.head_dim, format.found()));
     PREHOC_RETURN_IF_ERROR(Wait());
   }
   return {};
 }
 
-Status DeviceKernels::Impl::NameRows(const prehoc::AttendTask& task, int64_t row, int32_t* refs, cuda::AttendTask* to) const {
-  const Half *low[2] = {nullptr, nullptr}, *high[2] = {nullptr, nullptr};  // of device and host memory
+Status DeviceKernels::Impl::Move(std::span<const RowCopy> rows, int32_t head_dim) {
+  PREHOC_RETURN_IF_ERROR(Begin(Room<RowMove>(rows.size()), 0));
+  const Staged<RowMove> moves = In<RowMove>(rows.size());
+  for (size_t i = 0; i < rows.size(); ++i) moves.host[i] = {static_cast<const Half*>(rows[i].from), rows[i].to};
+  PREHOC_RETURN_IF_ERROR(Send());
+  return Sent(MoveRows(moves.device, static_cast<int32_t>(rows.size()), head_dim, stream.get()));
+}
+
+Status DeviceKernels::Impl::Widen(std::span<const RowCopy> rows, int32_t head_dim, RowFormat format) {
+  PREHOC_RETURN_IF_ERROR(Begin(Room<RowWiden>(rows.size()), 0));
+  const Staged<RowWiden> moves = In<RowWiden>(rows.size());
+  for (size_t i = 0; i < rows.size(); ++i) moves.host[i] = {rows[i].from, rows[i].to, rows[i].format == RowFormat::kF16};
+  PREHOC_RETURN_IF_ERROR(Send());
+  return Sent(WidenRows(moves.device, static_cast<int32_t>(rows.size()), head_dim, format, stream.get()));
+}
+
+Status DeviceKernels::Impl::NameRows(const prehoc::AttendTask& task, int32_t head_dim, RowFormat host_format, int32_t* refs, cuda::AttendTask* to) const {
+  // Of device and host memory.
+  const RowFormat formats[2] = {RowFormat::kF16, host_format};
+  const int64_t bytes[2] = {static_cast<int64_t>(RowBytes(formats[0], head_dim)), static_cast<int64_t>(RowBytes(formats[1], head_dim))};
+  const std::byte *low[2] = {nullptr, nullptr}, *high[2] = {nullptr, nullptr};
   std::vector<bool> here(task.runs.size());
   CudaDeviceMemory::Range last;  // rows of a task lie in one buffer: few look-ups, however many runs
   for (size_t r = 0; r < task.runs.size(); ++r) {
@@ -476,14 +502,15 @@ Status DeviceKernels::Impl::NameRows(const prehoc::AttendTask& task, int64_t row
     if (!last.Has(run.rows)) last = memory->RangeOf(run.rows);
     here[r] = last.size > 0;
     const int kind = here[r] ? 0 : 1;
-    const auto* const begin = static_cast<const Half*>(run.rows);
-    const Half* const end = begin + run.count * row;
+    if (run.format != formats[kind]) return Unsupported("attend", "rows of several formats in one memory", "keep fp16 rows on the device");
+    const auto* const begin = static_cast<const std::byte*>(run.rows);
+    const std::byte* const end = begin + run.count * bytes[kind];
     if (low[kind] == nullptr || begin < low[kind]) low[kind] = begin;
     if (high[kind] == nullptr || end > high[kind]) high[kind] = end;
   }
   if (low[1] != nullptr) PREHOC_RETURN_IF_ERROR(CheckPinned("attend", low[1]));
   for (const int kind : {0, 1}) {
-    if (low[kind] != nullptr && (high[kind] - low[kind]) / row > std::numeric_limits<int32_t>::max()) {
+    if (low[kind] != nullptr && (high[kind] - low[kind]) / bytes[kind] > std::numeric_limits<int32_t>::max()) {
       return {StatusCode::kUnsupported, "attend on CUDA: the rows of a task lie more than 2^31 rows apart"};
     }
   }
@@ -491,15 +518,15 @@ Status DeviceKernels::Impl::NameRows(const prehoc::AttendTask& task, int64_t row
     const RowRun& run = task.runs[r];
     if (run.count == 0) continue;
     const int kind = here[r] ? 0 : 1;
-    const int64_t at = static_cast<const Half*>(run.rows) - low[kind];
-    if (at % row != 0) return {StatusCode::kInvalid, "attend on CUDA: rows do not lie whole rows apart"};
-    const auto first = static_cast<int32_t>(at / row);
+    const int64_t at = static_cast<const std::byte*>(run.rows) - low[kind];
+    if (at % bytes[kind] != 0) return {StatusCode::kInvalid, "attend on CUDA: rows do not lie whole rows apart"};
+    const auto first = static_cast<int32_t>(at / bytes[kind]);
     for (int32_t i = 0; i < run.count; ++i) *refs++ = kind == 0 ? first + i : ~(first + i);
   }
   to->rows = low[0];
-  to->row_limit = low[0] == nullptr ? 0 : (high[0] - low[0]) / row;
+  to->row_limit = low[0] == nullptr ? 0 : (high[0] - low[0]) / bytes[0];
   to->host_rows = low[1];
-  to->host_limit = low[1] == nullptr ? 0 : (high[1] - low[1]) / row;
+  to->host_limit = low[1] == nullptr ? 0 : (high[1] - low[1]) / bytes[1];
   return {};
 }
 
@@ -508,12 +535,14 @@ Status DeviceKernels::Impl::Attend(const prehoc::AttendParams& params) {
   const size_t num = params.tasks.size(), group = static_cast<size_t>(params.group), queries = group * static_cast<size_t>(params.head_dim);
   cuda::AttendParams call{.num_tasks = static_cast<int32_t>(num), .group = params.group, .head_dim = params.head_dim};
   size_t in = Room<cuda::AttendTask>(num) + num * (Room<float>(queries) + 2 * Room<int32_t>(1));
+  OneFormat format("attend");
   for (const prehoc::AttendTask& task : params.tasks) {
-    PREHOC_RETURN_IF_ERROR(OnlyF16("attend", task.runs));
+    PREHOC_RETURN_IF_ERROR(format.Add(task.runs));
     const int64_t rows = RowCount(task.runs);
     call.max_rows = std::max(call.max_rows, static_cast<int32_t>(rows));
     in += Room<int32_t>(static_cast<size_t>(rows) + 4);
   }
+  call.host_format = format.found();
   // The plan splits keys by this: rounded up, it and the use of the workspace change seldom.
   constexpr int32_t kStep = 256;
   call.max_rows = static_cast<int32_t>(CeilDiv(call.max_rows, kStep)) * kStep;
@@ -527,7 +556,7 @@ Status DeviceKernels::Impl::Attend(const prehoc::AttendParams& params) {
     cuda::AttendTask& to = tasks.host[i] = {.q = In(task.q, queries), .out = Out<float>(queries), .lse = Out<float>(group)};
     const Staged<int32_t> refs = In<int32_t>(static_cast<size_t>(rows) + 4);
     std::fill_n(refs.host + rows, 4, 0);
-    PREHOC_RETURN_IF_ERROR(NameRows(task, int64_t{params.head_dim} * 2, refs.host, &to));
+    PREHOC_RETURN_IF_ERROR(NameRows(task, params.head_dim, call.host_format, refs.host, &to));
     to.refs = refs.device;
     to.num_refs = In(&rows, 1);
     to.refs_room = rows;
@@ -556,11 +585,12 @@ Status DeviceKernels::Impl::Prefill(const prehoc::PrefillParams& params) {
   PREHOC_RETURN_IF_ERROR(Validate(params));
   const size_t num = params.tasks.size();
   if (num == 0 || params.queries == 0) return {};
-  for (const prehoc::PrefillTask& task : params.tasks) PREHOC_RETURN_IF_ERROR(OnlyF16("prefill", task.runs));
+  OneFormat format("prefill");
+  for (const prehoc::PrefillTask& task : params.tasks) PREHOC_RETURN_IF_ERROR(format.Add(task.runs));
   const auto width = static_cast<size_t>(params.group) * static_cast<size_t>(params.head_dim);
   const auto queries = static_cast<size_t>(params.queries);
   const int64_t keys = int64_t{params.first} + params.queries;
-  const size_t row = static_cast<size_t>(params.head_dim) * 2 * sizeof(Half);
+  const size_t row = RowBytes(format.found(), params.head_dim);
   const size_t vectors = params.on_device ? 0 : num * Room<float>(queries * width);
   PREHOC_RETURN_IF_ERROR(Begin(Room<RunPrefillTask>(num) + vectors + num * Room<int32_t>(queries), vectors));
   // Rows of a task that lie together on the device, each task's as far from the last one's, are read there.
@@ -568,14 +598,23 @@ Status DeviceKernels::Impl::Prefill(const prehoc::PrefillParams& params) {
   const std::ptrdiff_t gap = num > 1 ? rows_of(1) - rows_of(0) : 0;
   bool together = num == 1 || gap >= keys * params.head_dim * 2;  // apart, and in order
   for (size_t i = 0; i < num; ++i) {
-    const bool here = params.tasks[i].runs.front().count >= keys && OnDevice(rows_of(i));
+    const RowRun& run = params.tasks[i].runs.front();
+    const bool here = run.count >= keys && run.format == RowFormat::kF16 && OnDevice(rows_of(i));
     together = together && here && rows_of(i) - rows_of(0) == static_cast<std::ptrdiff_t>(i) * gap;
   }
   PrefillRows::Rows gathered;
   if (!together) {
     std::vector<std::span<const RowRun>> runs;
-    for (const prehoc::PrefillTask& task : params.tasks) runs.push_back(task.runs);
+    for (const prehoc::PrefillTask& task : params.tasks) {
+      for (const RowRun& run : task.runs) {
+        if (run.count > 0 && run.format != format.found()) return Unsupported("prefill", "rows of several formats", "give all in one");
+      }
+      runs.push_back(task.runs);
+    }
     PREHOC_ASSIGN_OR_RETURN(gathered, behind.Gather(runs, keys, row));
+    if (format.found() != RowFormat::kF16) {
+      PREHOC_ASSIGN_OR_RETURN(gathered, behind.Widen(gathered, num, keys, params.head_dim, format.found()));
+    }
   }
   const Staged<RunPrefillTask> tasks = In<RunPrefillTask>(num);
   for (size_t i = 0; i < num; ++i) {
@@ -619,20 +658,20 @@ Status DeviceKernels::Impl::Settle(const SettleParams& params) {
 }
 
 Status DeviceKernels::Impl::ReadAhead(const ReadAheadParams& params) {
-  const size_t row = static_cast<size_t>(params.head_dim) * 2 * sizeof(Half);
+  OneFormat format("read_ahead");
   if (params.head_dim <= 0 || params.rows < 0 || params.total < params.rows) {
     return {StatusCode::kInvalid, "read_ahead: " + std::to_string(params.rows) + " rows of " + std::to_string(params.total) + ", head_dim " +
                                       std::to_string(params.head_dim)};
   }
   for (const auto& runs : params.tasks) {
-    PREHOC_RETURN_IF_ERROR(OnlyF16("read_ahead", runs));
+    PREHOC_RETURN_IF_ERROR(format.Add(runs));
     if (RowCount(runs) < params.rows) {
       return {StatusCode::kInvalid, "read_ahead: " + std::to_string(RowCount(runs)) + " rows of all runs, " + std::to_string(params.rows) +
                                         " are wanted"};
     }
   }
   if (params.tasks.empty() || params.rows == 0) return {};
-  return behind.ReadAhead(params.tasks, params.rows, params.total, row);
+  return behind.ReadAhead(params.tasks, params.rows, params.total, RowBytes(format.found(), params.head_dim));
 }
 
 namespace {

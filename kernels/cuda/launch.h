@@ -49,8 +49,13 @@ class Check {
   Check& Group(int32_t group) {
     return That(group >= 1 && group <= 256, "group", group, "use 1 to 256 query heads per KV head", StatusCode::kUnsupported);
   }
-  Check& OnlyF16(const char* field, RowFormat format) {
-    return That(format == RowFormat::kF16, field, static_cast<int64_t>(format), "use 1 (f16) on a device", StatusCode::kUnsupported);
+  Check& Rows(const char* field, RowFormat format) {
+    return That(IsRowFormat(format), field, static_cast<int64_t>(format), "use 1 (f16), 2 (int8) or 3 (e4m3)");
+  }
+  // Rows of 8 bits stand for fp16 rows, and no others.
+  Check& RowsOfType(const char* field, RowFormat format, RowType type) {
+    return Rows(field, format).That(format == RowFormat::kF16 || type == RowType::kF16, "type", static_cast<int64_t>(type),
+                                    "use kF16 beside rows of int8 or e4m3", StatusCode::kUnsupported);
   }
   Check& Type(RowType type) {
     return That(type <= RowType::kBF16, "type", static_cast<int64_t>(type), "use kF16 or kBF16", StatusCode::kUnsupported);

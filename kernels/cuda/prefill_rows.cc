@@ -6,6 +6,7 @@
 #include "base/check.h"
 #include "base/cuda/error.h"
 #include "base/units.h"
+#include "kernels/cuda/run_kernels.h"
 
 namespace prehoc::cuda {
 namespace {
@@ -202,6 +203,19 @@ Result<PrefillRows::Rows> PrefillRows::Gather(std::span<const std::span<const Ro
   return Rows{buffer.bytes->data(), pitch};
 }
 
+Result<PrefillRows::Rows> PrefillRows::Widen(const Rows& gathered, size_t num_tasks, int64_t rows, int32_t head_dim, RowFormat format) {
+  const size_t pitch = static_cast<size_t>(rows) * RowBytes(RowFormat::kF16, head_dim);
+  Status status = Grow(num_tasks * pitch, &wide_);  // memory that goes is given back when what was enqueued is done
+  if (status.ok()) {
+    status = WidenTasks(gathered.data, gathered.pitch, wide_->data(), pitch, static_cast<int32_t>(num_tasks), rows, head_dim, format, kernels_);
+  }
+  if (!status.ok()) {
+    Stop().IgnoreError();  // the first error is told
+    return status;
+  }
+  return Rows{wide_->data(), pitch};
+}
+
 Status PrefillRows::Used() { return buffers_[reading_].used->Record(kernels_); }
 
 Status PrefillRows::ReadAhead(std::span<const std::span<const RowRun>> tasks, int64_t rows, int64_t total, size_t row) {
@@ -242,10 +256,11 @@ Status PrefillRows::Stop() {
 void PrefillRows::Release() {
   for (Set& set : sets_) set.bytes.reset();
   for (Buffer& buffer : buffers_) buffer.bytes.reset();
+  wide_.reset();
 }
 
 size_t PrefillRows::held_bytes() const {
-  size_t held = 0;
+  size_t held = wide_ ? wide_->size() : 0;
   for (const int i : {0, 1}) {
     if (sets_[i].bytes) held += sets_[i].bytes->size();
     if (buffers_[i].bytes) held += buffers_[i].bytes->size();

@@ -48,6 +48,8 @@ class PrefillRows {
   // Positions [0, rows) of every task, each of `row` bytes, for kernels enqueued from here on: what was read ahead, and copies of the rest.
   // Used() follows those kernels.
   Result<Rows> Gather(std::span<const std::span<const RowRun>> tasks, int64_t rows, size_t row);
+  // Rows of 8 bits of a Gather(), as fp16 rows, for the kernels enqueued from here on; until the next call.
+  Result<Rows> Widen(const Rows& gathered, size_t num_tasks, int64_t rows, int32_t head_dim, RowFormat format);
   Status Used();
   // Begins to copy positions [0, rows) for a Gather() of `total`.
   Status ReadAhead(std::span<const std::span<const RowRun>> tasks, int64_t rows, int64_t total, size_t row);
@@ -93,6 +95,7 @@ class PrefillRows {
   // What the other buffer holds, or will: the runs of each task as far as they were read.
   std::vector<std::vector<RowRun>> ahead_;
   int64_t ahead_rows_ = 0;
+  std::optional<CudaBytes> wide_;  // of Widen(): kernels use it in their order
   size_t ahead_pitch_ = 0;
   int64_t copied_ = 0;
 };

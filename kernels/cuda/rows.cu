@@ -5,6 +5,7 @@
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/gate.cuh"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/stored_rows.cuh"
 
 namespace prehoc::cuda {
 namespace {
@@ -60,6 +61,47 @@ __global__ void __launch_bounds__(kGatherThreads) GatherKernel(const __grid_cons
     }
   }
 }
+
+struct GatherRowsArgs {
+  const GatherTask* tasks;
+  int32_t num_tasks;
+  RowShape from;
+};
+
+// The same with rows of 8 bits, which become fp16 rows.
+__global__ void __launch_bounds__(kGatherThreads) GatherRowsKernel(const __grid_constant__ GatherRowsArgs args) {
+  WaitForEarlierWork();
+  LetLaterWorkLaunch();
+  const int pieces = args.from.head_dim / 4;
+  const int64_t threads = int64_t{gridDim.x} * kGatherThreads, me = int64_t{blockIdx.x} * kGatherThreads + threadIdx.x;
+  for (int t = 0; t < args.num_tasks; ++t) {
+    const GatherTask& task = args.tasks[t];
+    const int64_t all = int64_t{max(0, *task.count)} * pieces;
+    for (int64_t base = me; base < all; base += threads * kInFlight) {
+      NarrowPiece piece[kInFlight];
+      int64_t to[kInFlight];
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const int64_t at = base + i * threads;
+        to[i] = -1;
+        if (at >= all) continue;
+        const int64_t row = at / pieces;
+        const int p = static_cast<int>(at % pieces);
+        const int64_t from = task.from_piece[row], into = task.to_piece[row];
+        if (from < 0 || from >= task.from_limit || into < 0 || into >= task.to_limit) {
+          if (p == 0 && task.refused != nullptr) atomicAdd(task.refused, 1);
+          continue;
+        }
+        to[i] = into * pieces + p;
+        piece[i] = LoadNarrow(task.from + from * args.from.bytes, args.from, p);
+      }
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        if (to[i] >= 0) reinterpret_cast<uint4*>(task.to)[to[i]] = Widened(piece[i], args.from);
+      }
+    }
+  }
+}
 }  // namespace
 
 Status Gate(const GateParams& params, cudaStream_t stream) {
@@ -74,10 +116,17 @@ Status Gather(const GatherParams& params, cudaStream_t stream) {
   PREHOC_RETURN_IF_ERROR(
       Check("gather").Tasks(params.tasks, params.num_tasks)
           .That(params.piece_bytes > 0 && params.piece_bytes % 16 == 0, "piece_bytes", params.piece_bytes, "use a multiple of 16")
-          .That(params.max_blocks > 0, "max_blocks", params.max_blocks, "use 1 or more").OnlyF16("rows", params.rows).Take());
+          .That(params.max_blocks > 0, "max_blocks", params.max_blocks, "use 1 or more").Rows("rows", params.rows).Take());
+  const bool widens = params.rows != RowFormat::kF16;
+  if (widens) {
+    PREHOC_RETURN_IF_ERROR(Check("gather").HeadDim(params.head_dim)
+                               .That(params.piece_bytes == static_cast<int64_t>(RowBytes(params.rows, params.head_dim)), "piece_bytes",
+                                     params.piece_bytes, "use the bytes of a row").Take());
+  }
   if (params.num_tasks == 0) return {};
   const GatherArgs args{params.tasks, params.num_tasks, params.piece_bytes / 16};
   const Shape shape{.grid = dim3(static_cast<unsigned>(params.max_blocks)), .threads = kGatherThreads};
+  if (widens) return LaunchKernel(GatherRowsKernel, "gather", GatherRowsArgs{params.tasks, params.num_tasks, RowShapeOf(params.rows, params.head_dim)}, shape, stream);
   return LaunchKernel(GatherKernel, "gather", args, shape, stream);
 }
 

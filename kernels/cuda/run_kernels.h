@@ -1,4 +1,5 @@
-// Kernels over lists of rows: what the function table needs beside device_kernels.h. fp16 rows; tasks and what they point to as there.
+// Kernels over lists of rows: what the function table needs beside device_kernels.h. Rows of fp16, or of another format where a call names one;
+// tasks and what they point to as there.
 // For kernels/cuda, and for transfers of rows.
 #pragma once
 #include <cuda_runtime_api.h>
@@ -14,8 +15,9 @@ namespace prehoc::cuda {
 
 // Rows that lie together, with how many rows of the task come before them.
 struct DeviceRun {
-  const Half* rows = nullptr;
+  const void* rows = nullptr;
   int32_t first = 0, count = 0;
+  bool stored = false;  // of the call's format; else of fp16
 };
 
 // Each enqueues on `stream` and returns at once: kInvalid or kUnsupported (shapes), kCuda (launch).
@@ -24,17 +26,20 @@ struct DeviceRun {
 struct RunAppendTask {
   const float *k = nullptr, *v = nullptr;  // [count] vectors, `stride` floats apart
   int64_t stride = 0;
-  Half* rows = nullptr;                    // [count, 2, head_dim]
+  void* rows = nullptr;                    // [count] rows
   int32_t count = 0;
+  bool widened = false;                    // fp16 rows, of what those of the format stand for
 };
-Status AppendRuns(const RunAppendTask* tasks, int32_t num_tasks, int32_t max_count, int32_t head_dim, cudaStream_t stream);
+Status AppendRuns(const RunAppendTask* tasks, int32_t num_tasks, int32_t max_count, int32_t head_dim, cudaStream_t stream,
+                  RowFormat format = RowFormat::kF16);
 
 struct RunEncodeTask {
-  const Half* rows = nullptr;  // [group_tokens, 2, head_dim]
+  const void* rows = nullptr;  // [group_tokens] rows
   std::byte* block = nullptr;
   Half *page_lo = nullptr, *page_hi = nullptr;
 };
-Status EncodeRuns(const RunEncodeTask* tasks, int32_t num_tasks, const CodeFormat& format, int32_t head_dim, cudaStream_t stream);
+Status EncodeRuns(const RunEncodeTask* tasks, int32_t num_tasks, const CodeFormat& format, int32_t head_dim, cudaStream_t stream,
+                  RowFormat rows = RowFormat::kF16);
 
 // Exact logits.
 struct RunScoreTask {
@@ -44,13 +49,24 @@ struct RunScoreTask {
   float* z = nullptr;               // [group] rows of `total`, `z_stride` floats apart
   int64_t z_stride = 0;
 };
-Status ScoreRuns(const RunScoreTask* tasks, int32_t num_tasks, int32_t max_total, int32_t group, int32_t head_dim, cudaStream_t stream);
+Status ScoreRuns(const RunScoreTask* tasks, int32_t num_tasks, int32_t max_total, int32_t group, int32_t head_dim, cudaStream_t stream,
+                 RowFormat stored = RowFormat::kF16);
 
 struct RowMove {
   const Half* from = nullptr;
   Half* to = nullptr;
 };
 Status MoveRows(const RowMove* moves, int32_t count, int32_t head_dim, cudaStream_t stream);
+// Rows of `format` become fp16 rows; those that are `wide` are such already.
+struct RowWiden {
+  const void* from = nullptr;
+  Half* to = nullptr;
+  bool wide = false;
+};
+Status WidenRows(const RowWiden* moves, int32_t count, int32_t head_dim, RowFormat format, cudaStream_t stream);
+// The same of `num` tasks with `rows` rows each, which lie together, each task's `from_pitch` and `to_pitch` bytes after the one before.
+Status WidenTasks(const std::byte* from, size_t from_pitch, std::byte* to, size_t to_pitch, int32_t num, int64_t rows, int32_t head_dim, RowFormat format,
+                  cudaStream_t stream);
 
 // Causal attention of many queries, as PrefillTask of function_table.h, over rows that lie together.
 struct RunPrefillTask {

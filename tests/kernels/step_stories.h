@@ -818,6 +818,7 @@ void StepCallsThatAreRefused(World world) {
   PREHOC_STEP_STORY(SUITE, RefreshTakesNoMoreThanThereIs)       \
   PREHOC_STEP_STORY(SUITE, AttendSeesRowsOfBothMemories)        \
   PREHOC_STEP_STORY(SUITE, GatherCopiesAndRefuses)              \
+  PREHOC_STEP_STORY(SUITE, HostRowsOfOtherFormatsAreTheRowsOfTheDevice) \
   PREHOC_STEP_STORY(SUITE, FusedStepsAreThoseOfSeparateCalls)   \
   PREHOC_STEP_STORY(SUITE, AStateWithoutSlotsIsNone)            \
   PREHOC_STEP_STORY(SUITE, StepCallsThatAreRefused)

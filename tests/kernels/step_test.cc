@@ -42,7 +42,6 @@ class ReferenceStepTest : public testing::Test {
   ReferenceWorld world() const { return {}; }
 };
 PREHOC_STEP_STORIES(ReferenceStepTest)
-PREHOC_STEP_STORY(ReferenceStepTest, HostRowsOfOtherFormatsAreTheRowsOfTheDevice)
 
 TEST_F(ReferenceStepTest, RowsAreFp16) {
   EXPECT_STATUS(StatusCode::kUnsupported, "type=1", world().kernels().append({.type = step::RowType::kBF16, .head_dim = 64}, nullptr));

@@ -79,7 +79,7 @@ class AttendCudaTest : public CudaKernelTest {
     ASSERT_OK(ReferenceKernels().attend({.tasks = tasks, .group = group, .head_dim = d}, {}));
     double size = 0;  // of the largest logit's parts
     for (const RowRun& run : s.runs) {
-      for (int32_t h = 0; h < group; ++h) size = std::max(size, NaiveMagnitude(s.q.data() + int64_t{h} * d, run.rows, d));
+      for (int32_t h = 0; h < group; ++h) size = std::max(size, NaiveMagnitude(s.q.data() + int64_t{h} * d, static_cast<const Half*>(run.rows), d));
     }
     const double allowed = 2e-5 + size * (type == cuda::RowType::kF16 ? 0x1p-20 : 0x1p-15);
     EXPECT_TRUE(AllClose(s.out.Read(), out, {.absolute = allowed, .relative = allowed}, {group, d}));

@@ -5,12 +5,21 @@
 
 #include "base/cuda/device_memory.h"
 #include "kernels/cuda/kernel_table.h"
+#include "kernels/row_codec.h"
 #include "tests/kernels/cuda/cuda_kernel_test.h"
 
 namespace prehoc {
 namespace {
 
 constexpr float kPoison = -12345.0f;
+
+std::vector<std::pair<int32_t, RowFormat>> FormatsOfHeadDims() {
+  std::vector<std::pair<int32_t, RowFormat>> all;
+  for (const int32_t d : CudaHeadDims()) {
+    for (const RowFormat format : {RowFormat::kF16, RowFormat::kInt8, RowFormat::kE4m3}) all.emplace_back(d, format);
+  }
+  return all;
+}
 
 class CudaTableTest : public CudaTest {
  protected:
@@ -54,7 +63,7 @@ class CudaTableTest : public CudaTest {
     Scattered out;
     for (const RowRun& run : SplitIntoRuns(rng, rows, d)) {
       out.same.push_back(run);
-      out.runs.push_back({(rng.Chance(0.5) ? device : pinned) + (run.rows - rows.data()), run.count});
+      out.runs.push_back({(rng.Chance(0.5) ? device : pinned) + (static_cast<const Half*>(run.rows) - rows.data()), run.count});
     }
     return out;
   }
@@ -263,46 +272,48 @@ TEST_F(CudaTableTest, PrefillAgreesWithWindowsAndSinks) {
 TEST_F(CudaTableTest, PrefillOnTheDeviceIsThatOfTheHost) {
   Rng rng = SeededRng();
   const int32_t heads = 4, kv_heads = 2, group = heads / kv_heads, block = 64;
-  for (const int32_t d : CudaHeadDims()) {
+  for (const auto& [d, rows_of] : FormatsOfHeadDims()) {
     const CodeFormat format{.bits = 4, .group_tokens = 16};
-    const size_t row = static_cast<size_t>(2 * d), code_bytes = table().code_block_bytes(format, d);
+    const size_t row = static_cast<size_t>(2 * d), bytes = RowBytes(rows_of, d), code_bytes = table().code_block_bytes(format, d);
     for (const auto& [first, count] : {std::pair{0, 200}, {64, 150}, {130, 70}, {100, 1}}) {
       const int32_t total = first + count, blocks = (total + block - 1) / block, codes = total / 16;
       const int64_t kv = int64_t{kv_heads} * d, all = int64_t{heads} * d;
       const std::vector<float> k = rng.Normals(static_cast<size_t>(total * kv)), v = rng.Normals(k.size()), q = rng.Normals(static_cast<size_t>(count * all));
       const float *device_k = OnDevice(k), *device_v = OnDevice(v), *device_q = OnDevice(q);
       // Blocks of all heads, as the host tier has them.
-      std::vector<Half> want(static_cast<size_t>(blocks * kv_heads * block) * row, Half{0x5a5a});
-      Half* const host = Pinned(want);
+      std::vector<std::byte> want(static_cast<size_t>(blocks * kv_heads * block) * bytes, std::byte{0x5a});
+      std::byte* const host = Pinned(want);
       Half* const ring = OnDevice(std::vector<Half>(static_cast<size_t>(kv_heads * total) * row, Half{0x5a5a}));
       std::byte* const code = OnDevice(std::vector<std::byte>(static_cast<size_t>(kv_heads * codes) * code_bytes));
-      const auto row_at = [&](Half* base, int32_t h, int32_t p) { return base + (static_cast<size_t>((p / block * kv_heads + h) * block + p % block)) * row; };
-      const auto append = [&](Half* base, const float* from_k, const float* from_v, int32_t begin, int32_t end, bool ring_too) {
+      const auto row_at = [&, bytes = bytes](std::byte* base, int32_t h, int32_t p) {
+        return base + (static_cast<size_t>((p / block * kv_heads + h) * block + p % block)) * bytes;
+      };
+      const auto append = [&, d = d](std::byte* base, const float* from_k, const float* from_v, int32_t begin, int32_t end, bool ring_too) {
         std::vector<AppendTask> tasks;
         for (int32_t at = begin; at < end;) {
           const int32_t run = std::min((at / block + 1) * block, end) - at;
           for (int32_t h = 0; h < kv_heads; ++h) {
             tasks.push_back({.k = from_k + at * kv + h * d, .v = from_v + at * kv + h * d, .stride = kv, .rows = row_at(base, h, at), .count = run});
-            if (ring_too) tasks.push_back(tasks.back()), tasks.back().rows = ring + static_cast<size_t>(h * total + at) * row;
+            if (ring_too) tasks.push_back(tasks.back()), tasks.back().rows = ring + static_cast<size_t>(h * total + at) * row, tasks.back().widened = true;
           }
           at += run;
         }
         return tasks;
       };
-      const auto runs = [&](Half* base, int32_t end) {
+      const auto runs = [&, rows_of = rows_of](std::byte* base, int32_t end) {
         std::vector<std::vector<RowRun>> of_heads(kv_heads);
         for (int32_t h = 0; h < kv_heads; ++h) {
-          for (int32_t at = 0; at < end; at += block) of_heads[static_cast<size_t>(h)].push_back({row_at(base, h, at), std::min(block, end - at)});
+          for (int32_t at = 0; at < end; at += block) of_heads[static_cast<size_t>(h)].push_back({row_at(base, h, at), std::min(block, end - at), rows_of});
         }
         return of_heads;
       };
-      const auto prefill = [&](const std::vector<std::vector<RowRun>>& of_heads, const float* from, float* to, std::vector<PrefillTask>* tasks) {
+      const auto prefill = [&, d = d](const std::vector<std::vector<RowRun>>& of_heads, const float* from, float* to, std::vector<PrefillTask>* tasks) {
         for (int32_t h = 0; h < kv_heads; ++h) {
           tasks->push_back({.q = from + h * group * d, .q_stride = all, .out = to + h * group * d, .out_stride = all, .runs = of_heads[static_cast<size_t>(h)]});
         }
         return PrefillParams{.tasks = *tasks, .queries = count, .first = first, .group = group, .head_dim = d};
       };
-      ASSERT_OK(ReferenceKernels().append({.tasks = append(want.data(), k.data(), v.data(), 0, total, false), .head_dim = d}, {}));
+      ASSERT_OK(ReferenceKernels().append({.tasks = append(want.data(), k.data(), v.data(), 0, total, false), .head_dim = d, .format = rows_of}, {}));
       std::vector<float> attended(q.size(), kPoison);
       std::vector<PrefillTask> reference;
       const auto of_want = runs(want.data(), total);
@@ -311,7 +322,7 @@ TEST_F(CudaTableTest, PrefillOnTheDeviceIsThatOfTheHost) {
       for (const bool ahead : {false, true}) {
         // The earlier rows have arrived, those of this piece are under way.
         std::vector<AppendTask> earlier = append(host, device_k, device_v, 0, first, true);
-        ASSERT_OK(table().append({.tasks = earlier, .head_dim = d, .on_device = true}, launch()));
+        ASSERT_OK(table().append({.tasks = earlier, .head_dim = d, .format = rows_of, .on_device = true}, launch()));
         ASSERT_OK(table().settle({}, launch()));
         float* const out = OnDevice(std::vector<float>(q.size(), kPoison));
         if (ahead && first > 0) {
@@ -319,34 +330,36 @@ TEST_F(CudaTableTest, PrefillOnTheDeviceIsThatOfTheHost) {
           const std::vector<std::span<const RowRun>> tasks(of_heads.begin(), of_heads.end());
           ASSERT_OK(table().read_ahead({.tasks = tasks, .rows = first, .total = total, .head_dim = d}, launch()));
         }
-        ASSERT_OK(table().append({.tasks = append(host, device_k, device_v, first, total, true), .head_dim = d, .on_device = true}, launch()));
+        ASSERT_OK(table().append({.tasks = append(host, device_k, device_v, first, total, true), .head_dim = d, .format = rows_of, .on_device = true}, launch()));
         std::vector<EncodeTask> encode;
         for (int32_t h = 0; h < kv_heads; ++h) {
           for (int32_t g = first / 16; g < codes; ++g) encode.push_back({.rows = row_at(host, h, g * 16), .block = code + static_cast<size_t>(h * codes + g) * code_bytes});
         }
-        ASSERT_OK(table().encode({.tasks = encode, .format = format, .head_dim = d}, launch()));
+        ASSERT_OK(table().encode({.tasks = encode, .format = format, .head_dim = d, .rows = rows_of}, launch()));
         std::vector<PrefillTask> tasks;
         const auto of_host = runs(host, total);
         PrefillParams params = prefill(of_host, device_q, out, &tasks);
         params.on_device = true;
         ASSERT_OK(table().prefill(params, launch()));
         ASSERT_OK(table().settle({.results = true, .rows_but = 1}, launch()));
-        EXPECT_TRUE(AllClose(Read(out, q.size()), attended, {1e-4, 1e-4}, {count, heads, d})) << "d " << d << " first " << first << " ahead " << ahead;
+        EXPECT_TRUE(AllClose(Read(out, q.size()), attended, {1e-4, 1e-4}, {count, heads, d})) << "d " << d << ' ' << RowFormatName(rows_of) << " first " << first << " ahead " << ahead;
         ASSERT_OK(table().settle({}, launch()));
-        EXPECT_EQ(std::vector<Half>(host, host + want.size()), want) << "d " << d << " first " << first;
+        EXPECT_EQ(std::vector<std::byte>(host, host + want.size()), want) << "d " << d << " first " << first;
         for (int32_t h = 0; h < kv_heads; ++h) {
           const std::vector<Half> here = Read(ring + static_cast<size_t>(h * total) * row, static_cast<size_t>(total) * row);
           for (int32_t p = 0; p < total; ++p) {
-            ASSERT_TRUE(std::equal(row_at(want.data(), h, p), row_at(want.data(), h, p) + row, here.data() + static_cast<size_t>(p) * row)) << "position " << p;
+            std::vector<Half> wide(row);
+            WidenRow(row_at(want.data(), h, p), rows_of, d, wide.data());
+            ASSERT_TRUE(std::equal(wide.begin(), wide.end(), here.data() + static_cast<size_t>(p) * row)) << "position " << p;
           }
           for (int32_t g = first / 16; g < codes; ++g) {
             std::vector<std::byte> wanted(code_bytes);
             const std::vector<EncodeTask> one{{.rows = row_at(want.data(), h, g * 16), .block = wanted.data()}};
-            ASSERT_OK(ReferenceKernels().encode({.tasks = one, .format = format, .head_dim = d}, {}));
+            ASSERT_OK(ReferenceKernels().encode({.tasks = one, .format = format, .head_dim = d, .rows = rows_of}, {}));
             ASSERT_EQ(Read(code + static_cast<size_t>(h * codes + g) * code_bytes, code_bytes), wanted) << "group " << g;
           }
         }
-        std::fill_n(host, want.size(), Half{0x5a5a});
+        std::fill_n(host, want.size(), std::byte{0x5a});
       }
     }
   }
@@ -405,6 +418,95 @@ TEST_F(CudaTableTest, GatherAndTopKAgree) {
   ASSERT_OK(table().top_k({.tasks = y}, launch()));
   EXPECT_EQ(in_b, in_a);
   EXPECT_EQ(b, a);
+}
+
+// Rows of 8 bits in pinned memory, fp16 rows on the device: what every entry gives is what the reference gives for the fp16 rows.
+TEST_F(CudaTableTest, RowsOfOtherFormatsAreTheRowsThatTheyStandFor) {
+  Rng rng = SeededRng();
+  for (const RowFormat format : {RowFormat::kInt8, RowFormat::kE4m3}) {
+    for (const int32_t d : CudaHeadDims()) {
+      SCOPED_TRACE(std::string(RowFormatName(format)) + ", head_dim " + std::to_string(d));
+      constexpr int32_t kCount = 150, kGroup = 3;
+      const auto width = static_cast<size_t>(2 * d);
+      const size_t bytes = RowBytes(format, d);
+      std::vector<float> k = rng.Normals(static_cast<size_t>(kCount * d)), v = rng.Normals(k.size());
+      std::vector<Half> wide(kCount * width);
+      std::vector<std::byte> stored(kCount * bytes);
+      const auto append = [&](void* narrow, void* wide_rows) {
+        return std::vector<AppendTask>{{.k = k.data(), .v = v.data(), .stride = d, .rows = narrow, .count = kCount},
+                                       {.k = k.data(), .v = v.data(), .stride = d, .rows = wide_rows, .count = kCount, .widened = true}};
+      };
+      const auto want_tasks = append(stored.data(), wide.data());
+      ASSERT_OK(ReferenceKernels().append({.tasks = want_tasks, .head_dim = d, .format = format}, {}));
+      std::byte* const stored_here = OnDevice(std::vector<std::byte>(stored.size()));
+      Half* const wide_here = OnDevice(std::vector<Half>(wide.size()));
+      const auto tasks_here = append(stored_here, wide_here);
+      ASSERT_OK(table().append({.tasks = tasks_here, .head_dim = d, .format = format}, launch()));
+      EXPECT_EQ(Read(stored_here, stored.size()), stored);
+      EXPECT_EQ(Read(wide_here, wide.size()), wide);
+
+      // Runs that take turns between the memories.
+      const std::byte* const pinned = Pinned(stored);
+      std::vector<RowRun> runs, of_host, same;
+      for (const RowRun& run : SplitIntoRuns(rng, wide, d)) {
+        const auto at = run.rows == nullptr ? 0 : static_cast<size_t>(static_cast<const Half*>(run.rows) - wide.data()) / width;
+        same.push_back(run);
+        of_host.push_back({pinned + at * bytes, run.count, format});
+        runs.push_back(rng.Chance(0.5) ? of_host.back() : RowRun{wide_here + at * width, run.count});
+      }
+      const std::vector<float> q = rng.Normals(static_cast<size_t>(kCount * kGroup * d));
+      std::vector<float> z(kGroup * kCount, kPoison), want_z = z;
+      const auto score = [&](const std::vector<RowRun>& of, std::vector<float>& to) {
+        return std::vector<ScoreTask>{{.q = q.data(), .runs = of, .z = to.data(), .z_stride = kCount}};
+      };
+      const auto score_want = score(same, want_z), score_got = score(runs, z);
+      ASSERT_OK(ReferenceKernels().score({.tasks = score_want, .group = kGroup, .head_dim = d}, {}));
+      ASSERT_OK(table().score({.tasks = score_got, .group = kGroup, .head_dim = d}, launch()));
+      EXPECT_TRUE(AllClose(z, want_z, {2e-4, 1e-5}, {kGroup, kCount}));
+
+      std::vector<float> out(static_cast<size_t>(kGroup * d), kPoison), want = out, lse(kGroup, kPoison), want_lse = lse;
+      const auto attend = [&](const std::vector<RowRun>& of, std::vector<float>& to, std::vector<float>& to_lse) {
+        return std::vector<AttendTask>{{.q = q.data(), .runs = of, .out = to.data(), .lse = to_lse.data()}};
+      };
+      const auto attend_want = attend(same, want, want_lse);
+      ASSERT_OK(ReferenceKernels().attend({.tasks = attend_want, .group = kGroup, .head_dim = d}, {}));
+      for (const auto* of : {&runs, &of_host}) {
+        const auto attend_got = attend(*of, out, lse);
+        ASSERT_OK(table().attend({.tasks = attend_got, .group = kGroup, .head_dim = d}, launch()));
+        EXPECT_TRUE(AllClose(out, want, {1e-4, 1e-4}, {kGroup, d}));
+        EXPECT_TRUE(AllClose(lse, want_lse, {1e-4, 1e-5}));
+      }
+
+      std::vector<float> seen(q.size(), kPoison), want_seen = seen;
+      const auto prefill = [&](const std::vector<RowRun>& of, std::vector<float>& to) {
+        return std::vector<PrefillTask>{{.q = q.data(), .q_stride = kGroup * d, .out = to.data(), .out_stride = kGroup * d, .runs = of}};
+      };
+      const auto prefill_want = prefill(same, want_seen), prefill_got = prefill(of_host, seen);
+      ASSERT_OK(ReferenceKernels().prefill({.tasks = prefill_want, .queries = kCount, .group = kGroup, .head_dim = d}, {}));
+      ASSERT_OK(table().prefill({.tasks = prefill_got, .queries = kCount, .group = kGroup, .head_dim = d}, launch()));
+      EXPECT_TRUE(AllClose(seen, want_seen, {1e-4, 1e-4}, {kCount, kGroup, d}));
+
+      std::vector<Half> slots(wide.size(), Half{0x5a5a});
+      Half* const to = OnDevice(slots);
+      std::vector<RowCopy> copies;
+      for (size_t i = 0; i < kCount; i += 2) {
+        const size_t from = kCount - 1 - i;
+        if (i % 4 == 0) copies.push_back({pinned + from * bytes, to + i * width, format});
+        else copies.push_back({wide_here + from * width, to + i * width});
+        std::copy_n(wide.begin() + static_cast<std::ptrdiff_t>(from * width), width, slots.begin() + static_cast<std::ptrdiff_t>(i * width));
+      }
+      ASSERT_OK(table().gather({.rows = copies, .head_dim = d}, launch()));
+      EXPECT_EQ(Read(to, slots.size()), slots);
+
+      const CodeFormat codes{.bits = 4, .group_tokens = 64, .error_norms = true};
+      std::vector<std::byte> block(table().code_block_bytes(codes, d));
+      std::byte* const block_here = OnDevice(block);
+      const std::vector<EncodeTask> encode_want{{.rows = wide.data() + 7 * width, .block = block.data()}}, encode_got{{.rows = pinned + 7 * bytes, .block = block_here}};
+      ASSERT_OK(ReferenceKernels().encode({.tasks = encode_want, .format = codes, .head_dim = d}, {}));
+      ASSERT_OK(table().encode({.tasks = encode_got, .format = codes, .head_dim = d, .rows = format}, launch()));
+      EXPECT_EQ(Read(block_here, block.size()), block);
+    }
+  }
 }
 
 TEST_F(CudaTableTest, RefusesWhatItDoesNotOfferByName) {
