@@ -22,6 +22,7 @@
 #include "base/device_memory.h"
 #include "base/executor.h"
 #include "kernels/function_table.h"
+#include "kernels/row_codec.h"
 
 namespace prehoc {
 namespace {
@@ -146,6 +147,33 @@ void AttendDense(benchmark::State& state, const KernelTable* table) {
     calls[i].Bind(layers[i]);
   }
   Time(state, layers.size(), kHeads * n * kRowBytes, "attention over every row of a layer", [&](size_t i) {
+    Require(table->attend({calls[i].tasks, kGroup, kDim}, OnPool()));
+  });
+}
+
+// The rows of the layers in another format, narrowed row by row.
+struct StoredLayer {
+  StoredLayer(const Layer& layer, int64_t n, RowFormat format) : bytes(RowBytes(format, kDim)), memory(Memory(static_cast<size_t>(kHeads * n) * bytes)) {
+    for (int64_t i = 0; i < kHeads * n; ++i) {
+      NarrowRow(layer.rows.data() + i * kRowHalves, format, kDim, memory.data() + static_cast<size_t>(i) * bytes);
+    }
+  }
+  const std::byte* head(int h, int64_t n) const { return memory.data() + static_cast<size_t>(h * n) * bytes; }
+  size_t bytes;
+  DeviceBuffer memory;
+};
+
+void AttendStored(benchmark::State& state, const KernelTable* table, RowFormat format) {
+  const int64_t n = state.range(0);
+  std::vector<Layer>& layers = LayersOf(n);
+  std::vector<StoredLayer> stored;
+  std::vector<AttendCall> calls(layers.size());
+  for (size_t i = 0; i < layers.size(); ++i) {
+    stored.emplace_back(layers[i], n, format);
+    for (int h = 0; h < kHeads; ++h) calls[i].runs[static_cast<size_t>(h)] = {{stored[i].head(h, n), static_cast<int32_t>(n), format}};
+    calls[i].Bind(layers[i]);
+  }
+  Time(state, layers.size(), kHeads * n * static_cast<int64_t>(RowBytes(format, kDim)), "attention over every row of a layer, of 8 bits", [&](size_t i) {
     Require(table->attend({calls[i].tasks, kGroup, kDim}, OnPool()));
   });
 }
@@ -425,6 +453,8 @@ void Register(const KernelTable* table, int64_t n) {
     benchmark::RegisterBenchmark(full.c_str(), fn, table, args...)->Arg(n)->Unit(benchmark::kMicrosecond)->UseRealTime();
   };
   add("attend_dense", AttendDense);
+  add("attend_int8", AttendStored, RowFormat::kInt8);
+  add("attend_e4m3", AttendStored, RowFormat::kE4m3);
   add("attend_chosen", AttendChosen);
   add("score", ScoreRows);
   add("scan_4bit_64", ScanCodes, CodeFormat{4, 64, false}, false);
