@@ -16,8 +16,9 @@
 namespace prehoc {
 
 struct CudaTransferEngine::Impl {
-  explicit Impl(CudaStream own_stream) : stream(std::move(own_stream)) {}
+  Impl(CudaStream own_stream, const Options& own_options) : stream(std::move(own_stream)), options(own_options) {}
   const CudaStream stream;
+  const Options options;
   mutable Mutex mutex;
   std::vector<CudaBytes> lists PREHOC_GUARDED_BY(mutex);  // pinned, not in use
   uint64_t requests PREHOC_GUARDED_BY(mutex) = 0, failed PREHOC_GUARDED_BY(mutex) = 0, pieces PREHOC_GUARDED_BY(mutex) = 0,
@@ -79,9 +80,6 @@ class CudaTransferEngine::CopyOperation final : public TransferEngine::Operation
 };
 
 namespace {
-// From here on the copy engine is as fast as a kernel, and takes no multiprocessor: it starts 0.3 million copies a second, and a kernel reads
-// scattered pieces of 2 KiB at 51 GB/s (bench/results/h200/, transfer).
-constexpr size_t kCopyEngineBytes = size_t{256} << 10;
 constexpr size_t kMostRowBytes = 1024;  // that a kernel moves as one; larger pieces are several
 
 bool Reachable(const std::byte* at) {
@@ -92,10 +90,10 @@ bool Reachable(const std::byte* at) {
 bool Aligned(const std::byte* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; }
 
 // Pieces of one size that a kernel can read and write, as rows of the size returned; 0 if they are not.
-size_t RowBytesOf(std::span<const TransferPiece> pieces) {
+size_t RowBytesOf(std::span<const TransferPiece> pieces, size_t copy_engine_bytes) {
   if (pieces.empty()) return 0;
   const size_t bytes = pieces.front().bytes;
-  if (bytes == 0 || bytes >= kCopyEngineBytes || bytes % 64 != 0) return 0;
+  if (bytes == 0 || bytes >= copy_engine_bytes || bytes % 64 != 0) return 0;
   size_t row = bytes <= kMostRowBytes ? bytes : kMostRowBytes;
   while (bytes % row != 0) row /= 2;
   const bool alike = std::all_of(pieces.begin(), pieces.end(), [&](const TransferPiece& piece) {
@@ -109,18 +107,32 @@ size_t RowBytesOf(std::span<const TransferPiece> pieces) {
 CudaTransferEngine::CudaTransferEngine(std::shared_ptr<Impl> impl) : impl_(std::move(impl)) {}
 CudaTransferEngine::~CudaTransferEngine() { impl_->stream.Synchronize().IgnoreError(); }
 
-Result<std::unique_ptr<CudaTransferEngine>> CudaTransferEngine::Create() {
+Result<std::unique_ptr<CudaTransferEngine>> CudaTransferEngine::Create(const Options& options) {
   PREHOC_RETURN_IF_ERROR(CurrentCudaDevice().status());
   PREHOC_ASSIGN_OR_RETURN(CudaStream stream, CudaStream::Create());
-  return std::unique_ptr<CudaTransferEngine>(new CudaTransferEngine(std::make_shared<Impl>(std::move(stream))));
+  return std::unique_ptr<CudaTransferEngine>(new CudaTransferEngine(std::make_shared<Impl>(std::move(stream), options)));
 }
+
+Result<CudaTransferEngine::Calibration> CudaTransferEngine::Calibrate(const Clock& clock) {
+  constexpr size_t kBytes = size_t{16} << 20, kSizes[] = {size_t{4} << 10, size_t{16} << 10, size_t{64} << 10, size_t{256} << 10, size_t{1} << 20};
+  PREHOC_ASSIGN_OR_RETURN(const auto copies, Create(Options{.copy_engine_bytes = 0}));
+  PREHOC_ASSIGN_OR_RETURN(const auto kernel, Create(Options{.copy_engine_bytes = SIZE_MAX}));
+  PREHOC_ASSIGN_OR_RETURN(const CudaBytes host, CudaBytes::Create(CudaPlace::kPinned, kBytes));
+  PREHOC_ASSIGN_OR_RETURN(const CudaBytes device, CudaBytes::Create(CudaPlace::kDevice, kBytes));
+  Calibration made;
+  PREHOC_ASSIGN_OR_RETURN(made.rates, MeasurePieces(*copies, *kernel, {host.data(), kBytes}, {device.data(), kBytes}, kSizes, clock));
+  if (const size_t from = FewFrom(made.rates); from != SIZE_MAX) made.options.copy_engine_bytes = from;
+  return made;
+}
+
+const CudaTransferEngine::Options& CudaTransferEngine::options() const { return impl_->options; }
 
 Result<std::unique_ptr<TransferEngine::Operation>> CudaTransferEngine::DoPost(std::span<const TransferPiece> pieces) {
   PREHOC_ASSIGN_OR_RETURN(CudaEvent event, CudaEvent::Create());
   auto operation = std::make_unique<CopyOperation>(impl_, std::move(event));
   uint64_t bytes = 0;
   for (const TransferPiece& piece : pieces) bytes += piece.bytes;
-  const size_t row = RowBytesOf(pieces), num_rows = row == 0 ? 0 : pieces.size() * (pieces.front().bytes / row);
+  const size_t row = RowBytesOf(pieces, impl_->options.copy_engine_bytes), num_rows = row == 0 ? 0 : pieces.size() * (pieces.front().bytes / row);
   if (row > 0 && num_rows <= std::numeric_limits<int32_t>::max()) {
     PREHOC_ASSIGN_OR_RETURN(CudaBytes list, impl_->TakeList(num_rows * sizeof(cuda::RowMove)));
     auto* move = reinterpret_cast<cuda::RowMove*>(list.data());
@@ -159,6 +171,7 @@ void CudaTransferEngine::DoVisitCounters(const CounterVisitor& visit) const {
   visit("transfer.pieces", static_cast<double>(impl_->pieces));
   visit("transfer.bytes", static_cast<double>(impl_->bytes));
   visit("transfer.inline", 0);
+  visit("transfer.copy_engine_bytes", static_cast<double>(impl_->options.copy_engine_bytes));
 }
 
 }  // namespace prehoc

@@ -34,7 +34,8 @@ Result<DeviceSide> CudaSide(uint64_t device_budget) {
   side.kernels = &cuda::DeviceKernels::Table();
   side.stream = kernels->launch_stream();
   side.step_kernels = &cuda::DeviceStepKernels();
-  PREHOC_ASSIGN_OR_RETURN(side.transfer, CudaTransferEngine::Create());
+  PREHOC_ASSIGN_OR_RETURN(const CudaTransferEngine::Calibration calibration, CudaTransferEngine::Calibrate(SteadyClock::Get()));
+  PREHOC_ASSIGN_OR_RETURN(side.transfer, CudaTransferEngine::Create(calibration.options));
   side.make_decoder = reference::MakeCudaDecoder;
   side.visit_counters = [kernels](const CounterVisitor& visit) { kernels->VisitCounters(visit); };
   return side;

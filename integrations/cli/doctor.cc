@@ -99,6 +99,11 @@ class Doctor {
                                     Bytes(speed->free_bytes), Bytes(speed->memory_bytes), speed->driver_version / 1000, speed->driver_version % 1000 / 10));
     Line("link", fmt::format("to the GPU {}, to the host {} (copies of 1 MiB, over {})", Rate(speed->to_device_rate), Rate(speed->to_host_rate), Bytes(kGpuProbe)));
     Line("rows", fmt::format("{} through the transfer engine: {:.1f} million rows of 512 bytes a second, in no order", Rate(speed->row_rate), speed->rows_per_second * 1e-6));
+    std::string pieces;
+    for (const PieceRate& rate : speed->pieces) {
+      pieces += fmt::format("{}{} {} / {}", pieces.empty() ? "" : ", ", Bytes(rate.piece_bytes), Rate(rate.few), Rate(rate.many));
+    }
+    Line("calibration", fmt::format("the copy engine from pieces of {} on, a kernel below ({})", Bytes(speed->copy_engine_bytes), pieces));
     Line("GPU pinning", fmt::format("mapped, touched and pinned at {}", Rate(speed->pin_rate)));
   }
 

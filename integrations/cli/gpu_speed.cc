@@ -23,21 +23,7 @@ namespace prehoc::cli {
 #ifdef PREHOC_CUDA
 namespace {
 constexpr size_t kChunkBytes = kMiB, kRowBytes = 512;
-constexpr int kRounds = 3;  // the fastest counts: the first one also warms up
 
-// [bytes/s]
-Result<double> RateOf(CudaTransferEngine& engine, const std::vector<TransferPiece>& pieces, const Clock& clock) {
-  double bytes = 0, best = 0;
-  for (const TransferPiece& piece : pieces) bytes += static_cast<double>(piece.bytes);
-  for (int i = 0; i < kRounds; ++i) {
-    PREHOC_ASSIGN_OR_RETURN(TransferRequest request, engine.Prepare(pieces));
-    const int64_t start = clock.NowNanos();
-    PREHOC_RETURN_IF_ERROR(request.Post());
-    PREHOC_RETURN_IF_ERROR(request.Wait());
-    best = std::max(best, bytes / clock.SecondsSince(start));
-  }
-  return best;
-}
 }  // namespace
 
 bool GpuIsThere() { return CurrentCudaDevice().ok(); }
@@ -46,7 +32,10 @@ Result<GpuSpeed> MeasureGpu(uint64_t bytes, Executor& executor, const Clock& clo
   PREHOC_ASSIGN_OR_RETURN(const CudaDevice device, CurrentCudaDevice());
   GpuSpeed speed{.name = device.name, .major = device.major, .minor = device.minor, .driver_version = device.driver_version,
                  .memory_bytes = device.memory_bytes};
-  PREHOC_ASSIGN_OR_RETURN(auto engine, CudaTransferEngine::Create());
+  PREHOC_ASSIGN_OR_RETURN(const CudaTransferEngine::Calibration calibration, CudaTransferEngine::Calibrate(clock));
+  speed.pieces = calibration.rates;
+  speed.copy_engine_bytes = calibration.options.copy_engine_bytes;
+  PREHOC_ASSIGN_OR_RETURN(auto engine, CudaTransferEngine::Create(calibration.options));
   size_t free_bytes = 0, all_bytes = 0;
   PREHOC_CUDA_TRY(cudaMemGetInfo(&free_bytes, &all_bytes));
   speed.free_bytes = free_bytes;
@@ -79,9 +68,9 @@ Result<GpuSpeed> MeasureGpu(uint64_t bytes, Executor& executor, const Clock& clo
     }
   }
   rng.Shuffle(rows);
-  PREHOC_ASSIGN_OR_RETURN(speed.to_device_rate, RateOf(*engine, up, clock));
-  PREHOC_ASSIGN_OR_RETURN(speed.to_host_rate, RateOf(*engine, down, clock));
-  PREHOC_ASSIGN_OR_RETURN(speed.row_rate, RateOf(*engine, rows, clock));
+  PREHOC_ASSIGN_OR_RETURN(speed.to_device_rate, MeasureRate(*engine, up, clock));
+  PREHOC_ASSIGN_OR_RETURN(speed.to_host_rate, MeasureRate(*engine, down, clock));
+  PREHOC_ASSIGN_OR_RETURN(speed.row_rate, MeasureRate(*engine, rows, clock));
   speed.rows_per_second = speed.row_rate / kRowBytes;
   return speed;
 }

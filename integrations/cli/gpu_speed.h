@@ -2,10 +2,12 @@
 #pragma once
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "base/clock.h"
 #include "base/executor.h"
 #include "base/result.h"
+#include "transfer/transfer_speed.h"
 
 namespace prehoc::cli {
 
@@ -16,6 +18,8 @@ struct GpuSpeed {
   uint64_t memory_bytes = 0, free_bytes = 0;
   double pin_rate = 0;             // [bytes/s] host memory mapped, touched and pinned
   double to_device_rate = 0, to_host_rate = 0;  // [bytes/s] pieces of 1 MiB by the copy engine
+  std::vector<PieceRate> pieces;   // to the device, by piece size: the copy engine and the gather kernel
+  uint64_t copy_engine_bytes = 0;  // from which on the transfer engine takes the first
   double row_rate = 0, rows_per_second = 0;     // [bytes/s] rows of 512 bytes all over the pinned memory, through the transfer engine
 };
 

@@ -26,7 +26,7 @@ std::string MetricName(std::string_view name) {
 
 bool IsLevel(std::string_view name) {
   constexpr auto kLevels = std::to_array<std::string_view>({
-      "blocks", "budget_bytes", "capacity_bytes", "direct_io", "estimate_age_mean", "huge_page_bytes", "mapped_bytes", "max", "mean",
+      "blocks", "budget_bytes", "capacity_bytes", "copy_engine_bytes", "direct_io", "estimate_age_mean", "huge_page_bytes", "mapped_bytes", "max", "mean",
       "mean_attended", "min", "p50", "p99", "peak_bytes", "pinned", "pinned_bytes", "prefill_nanos_per_token", "queued",
       "resident_bytes", "restore_nanos_per_block", "rho", "scratch_bytes", "segments", "state", "tails", "used_bytes", "waiting",
       "weight_bytes"});

@@ -28,8 +28,26 @@ GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(TransferEngineContract);
 
 class CudaTransferTest : public CudaTest {};
 
-TEST_F(CudaTransferTest, PiecesOfEverySizeThereAndBack) {
-  auto engine = CudaTransferEngine::Create();
+TEST_F(CudaTransferTest, CalibrationMeasuresBothWays) {
+  const auto made = CudaTransferEngine::Calibrate(SteadyClock::Get());
+  ASSERT_OK(made);
+  ASSERT_GE(made->rates.size(), 4u);
+  for (const PieceRate& rate : made->rates) {
+    EXPECT_GT(rate.few, 1e7) << rate.piece_bytes;
+    EXPECT_GT(rate.many, 1e7) << rate.piece_bytes;
+  }
+  EXPECT_GT(made->rates.back().few, 4 * made->rates.front().few) << "copies cost a start each";
+  EXPECT_GE(made->options.copy_engine_bytes, made->rates.front().piece_bytes);
+  const auto engine = CudaTransferEngine::Create(made->options);
+  ASSERT_OK(engine);
+  EXPECT_EQ((*engine)->options().copy_engine_bytes, made->options.copy_engine_bytes);
+}
+
+class CudaTransferWaysTest : public CudaTransferTest, public testing::WithParamInterface<size_t> {};
+INSTANTIATE_TEST_SUITE_P(CopyEngineFrom, CudaTransferWaysTest, testing::Values(size_t{0}, size_t{4096}, size_t{256} << 10, SIZE_MAX));
+
+TEST_P(CudaTransferWaysTest, PiecesOfEverySizeThereAndBack) {
+  auto engine = CudaTransferEngine::Create({.copy_engine_bytes = GetParam()});
   ASSERT_OK(engine);
   Rng rng(3);
   for (const size_t bytes : {size_t{1}, size_t{64}, size_t{512}, size_t{1024}, size_t{1088}, size_t{4096}, size_t{16448}, size_t{70000}, size_t{300032}}) {
