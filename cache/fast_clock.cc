@@ -29,7 +29,7 @@ void FastStep::Reset(int32_t of_layer, const std::vector<Unit>& of_units, size_t
     UnitStep& unit = units[i];
     const auto heads = static_cast<size_t>(of_units[i].heads);
     unit.way = Way::kSelect;
-    unit.gated = unit.attended = false;
+    unit.attended = false;
     unit.met = true;
     unit.missed = 0;
     unit.chosen_count = 0;
@@ -168,7 +168,6 @@ void Sequence::Impl::Gate(FastStep& s) {
     float cosine = whole_layer ? layer_cosine : cosine_of(unit);
     if (whole_group && unit.heads < geometry().group()) cosine = GroupCosine(units, unit.kv_head, mean, cosine_of);
     unit.cosine = cosine;
-    s.units[i].gated = true;
     s.units[i].way = Inherits(s.rule, cosine, age) ? Way::kInherit : WayOfFailure(s.rule);
   }
 }

@@ -18,7 +18,6 @@ enum class Way : uint8_t { kInherit, kSelect, kSelectOnce, kEverything, kBorrow 
 
 struct UnitStep {
   Way way = Way::kInherit;
-  bool gated = false;          // a gate was asked
   bool attended = false;       // its output is written
   bool met = true;             // target_drop was reached
   std::vector<int32_t> chosen; // fresh middle positions
