@@ -111,6 +111,11 @@ TEST_F(KvCacheTest, ADeviceOutOfReachRefusesByName) {
     for (const auto& [knob, value] : knobs) ASSERT_OK(options_.selector.Set(knob, value));
     ExpectRefused(StatusCode::kUnsupported, says);
   }
+  for (const RowFormat rows : {RowFormat::kInt8, RowFormat::kE4m3}) {
+    options_ = WorldOptions::Default().cache;
+    options_.geometry.rows = rows;
+    ExpectRefused(StatusCode::kUnsupported, "rows of " + std::string(RowFormatName(rows)));
+  }
   EXPECT_EQ(far.used(), 0u);
 }
 
