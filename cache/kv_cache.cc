@@ -91,11 +91,6 @@ Result<std::unique_ptr<KvCache>> KvCache::Impl::Create(const CacheOptions& optio
   if (impl->selector->NeedsCodes() && options.selector.BoundInForce() == BoundKind::kStatistical && !options.codes.dither) {
     return {StatusCode::kInvalid, "bound=statistical: needs dithered codes (codes.dither, --codes 4/64+dither)"};
   }
-  const RowFormat rows = options.geometry.rows;
-  if (const int32_t lag = impl->selector->Residency().lag; lag > 0 && rows != RowFormat::kF16) {
-    return {StatusCode::kUnsupported, "a lag of " + std::to_string(lag) + " with rows of " + std::string(RowFormatName(rows)) +
-                                          ": copies behind the steps bring rows as they are stored; use a lag of 0, or rows of f16"};
-  }
   PREHOC_RETURN_IF_ERROR(CheckOffered(*impl));
   HostTier::Options host;
   host.block_bytes = options.geometry.block_bytes();

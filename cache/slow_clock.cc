@@ -224,14 +224,16 @@ Status Sequence::Impl::PostBehind(int32_t layer_index, int32_t kv_head, LayerBlo
       PREHOC_ASSIGN_OR_RETURN(BlockPin pin, cache->host->Pin(layer.blocks[static_cast<size_t>(pinned_chunk)]));
       fetch.sources.push_back(std::move(pin));
     }
-    pieces.push_back({source, nullptr, geometry().row_bytes()});
+    pieces.push_back({source, nullptr, geometry().stored_row_bytes()});
   }
   fetch.positions.assign(positions.begin(), positions.end());
   fetch.slots.reserve(pieces.size());
   layer.pending.reserve(layer.pending.size() + 1);
-  for (TransferPiece& piece : pieces) {
+  const bool widens = geometry().rows != RowFormat::kF16;
+  if (widens) fetch.stored.resize(pieces.size() * geometry().stored_row_bytes());
+  for (size_t i = 0; i < pieces.size(); ++i) {
     fetch.slots.push_back(head.residency.Reserve());
-    piece.dst = reinterpret_cast<std::byte*>(head.slots + fetch.slots.back() * row);
+    pieces[i].dst = widens ? fetch.stored.data() + i * geometry().stored_row_bytes() : reinterpret_cast<std::byte*>(head.slots + fetch.slots.back() * row);
   }
   auto request = WithinMemory([&] { return cache->resources.transfer->Prepare(std::move(pieces)); });
   Status status = request.status();
@@ -245,6 +247,15 @@ Status Sequence::Impl::PostBehind(int32_t layer_index, int32_t kv_head, LayerBlo
   return {};
 }
 
+Status Sequence::Impl::WidenStored(const PendingFetch& fetch, const HeadState& head) {
+  std::vector<RowCopy>& copies = scratch->copies;
+  copies.clear();
+  for (size_t i = 0; i < fetch.slots.size(); ++i) {
+    copies.push_back({fetch.stored.data() + i * geometry().stored_row_bytes(), head.slots + static_cast<size_t>(fetch.slots[i]) * row_halfs(), geometry().rows});
+  }
+  return kernels().gather({.rows = copies, .head_dim = geometry().head_dim}, cache->launch());
+}
+
 // Rows whose time has come. A copy that failed brings nothing: its rows stay in the host tier and are fetched when chosen.
 Status Sequence::Impl::LandPending(int32_t layer_index, bool all) {
   LayerState& layer = layers[static_cast<size_t>(layer_index)];
@@ -253,8 +264,10 @@ Status Sequence::Impl::LandPending(int32_t layer_index, bool all) {
       ++fetch;
       continue;
     }
-    HeadResidency& residency = layer.heads[static_cast<size_t>(fetch->kv_head)].residency;
-    const Status status = fetch->request.Wait();
+    HeadState& head = layer.heads[static_cast<size_t>(fetch->kv_head)];
+    HeadResidency& residency = head.residency;
+    Status status = fetch->request.Wait();
+    if (status.ok() && !fetch->stored.empty()) status = WithinMemory([&] { return WidenStored(*fetch, head); });
     // A step may have fetched some of them meanwhile.
     std::vector<int32_t> positions, slots;
     positions.reserve(fetch->positions.size());

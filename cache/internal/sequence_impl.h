@@ -65,6 +65,7 @@ struct PendingFetch {
   int64_t due = 0;  // step
   std::vector<int32_t> positions, slots;
   std::vector<BlockPin> sources;
+  std::vector<std::byte> stored;  // rows of another format than the device's, which are widened when they land
   TransferRequest request;
 };
 
@@ -224,6 +225,7 @@ struct Sequence::Impl {
   Status Refresh(int32_t layer, int32_t kv_head, int64_t lag);
   Status BringMissing(int32_t layer, int32_t kv_head, std::vector<int32_t>& wanted, int64_t lag);
   Status PostBehind(int32_t layer, int32_t kv_head, LayerBlocks& rows, std::span<const int32_t> positions, int64_t lag);
+  Status WidenStored(const PendingFetch& fetch, const HeadState& head);
   Status LandPending(int32_t layer, bool all = false);  // those that are due, or all
   // Frees slots until `wanted` are free, least pooled score first, sparing what a unit has chosen and `spare` (sorted).
   Status MakeRoom(int32_t layer, int32_t kv_head, int32_t wanted, std::span<const int32_t> spare);
