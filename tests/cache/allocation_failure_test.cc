@@ -12,8 +12,9 @@ namespace {
 
 constexpr int64_t kPrompt = 80, kSteps = 5, kMost = 96;
 
-KvGeometry TinyGeometry() {
+KvGeometry TinyGeometry(RowFormat rows = RowFormat::kF16) {
   KvGeometry geometry;
+  geometry.rows = rows;
   geometry.layers = 2;
   geometry.heads = 2;
   geometry.kv_heads = 1;
@@ -28,6 +29,7 @@ struct FailureCase {
   int64_t run = 1;  // so many allocations in a row fail
   uint64_t device_bytes = 12 << 10;
   bool whole_steps = false;  // on the device; all blocks stay in host memory
+  RowFormat rows = RowFormat::kF16;
 };
 void PrintTo(const FailureCase& c, std::ostream* os) { *os << c.name; }
 
@@ -37,10 +39,11 @@ class Life {
  public:
   Life(const FailureCase& c, const Stream& stream) : case_(c), stream_(stream) {
     MemoryChunkStore::Options store;
-    store.chunk_bytes = TinyGeometry().block_bytes();
-    store.identity.layout = TinyGeometry().LayoutName();
+    options_.geometry = TinyGeometry(c.rows);
+    store.chunk_bytes = options_.geometry.block_bytes();
+    store.identity.layout = options_.geometry.LayoutName();
+    store.identity.dtype = RowFormatName(c.rows);
     store_ = MemoryChunkStore::Create(store).value();
-    options_.geometry = TinyGeometry();
     options_.host_budget = (c.whole_steps ? 64 : 9) * 4096;
     options_.huge_pages = false;
     options_.audit_every = 2;
@@ -261,6 +264,8 @@ INSTANTIATE_TEST_SUITE_P(Caches, AllocationFailureTest,
                          testing::Values(FailureCase{"two_clocks", {{"selector", "tc"}, {"tc.scorer", "exact"}, {"tc.theta", "0"}, {"tc.tau", "off"}}},
                                          FailureCase{"three_in_a_row", {{"selector", "tc"}, {"tc.scorer", "exact"}, {"tc.theta", "0"}, {"tc.tau", "off"}}, 3},
                                          FailureCase{"lag", {{"selector", "tc"}, {"tc.scorer", "exact"}, {"tc.theta", "0"}, {"tc.tau", "off"}, {"tc.refresh", "2"}, {"tc.lag", "1"}}},
+                                         FailureCase{"lag_of_int8", {{"selector", "tc"}, {"tc.scorer", "exact"}, {"tc.theta", "0"}, {"tc.tau", "off"}, {"tc.refresh", "2"}, {"tc.lag", "1"}},
+                                                     1, 12 << 10, false, RowFormat::kInt8},
                                          FailureCase{"whole_steps", {{"selector", "tc"}, {"tc.theta", "0"}, {"tc.tau", "off"}, {"tc.refresh", "2"}}, 1, 96 << 10, true},
                                          FailureCase{"bounded", {{"selector", "tc"}, {"tc.theta", "0"}, {"max_dropped_mass", "0.2"}}, 1, 15 << 10},
                                          FailureCase{"certified", {{"selector", "cis"}, {"cis.gate", "certified"}, {"cis.delta_max", "0.9"}, {"cis.local_edge", "held"}}, 1, 16 << 10},
