@@ -31,7 +31,7 @@ Status CheckOffered(const CacheShared& cache) {
   if (cache.resources.device->host_accessible()) return {};
   const SelectorOptions& o = cache.options.selector;
   if (const RowFormat rows = cache.geometry().rows; rows != RowFormat::kF16) {
-    return NotOffered("a host tier with rows of " + std::string(RowFormatName(rows)), "use f16, or a device tier in host memory");
+    return NotOffered("a host tier with rows of " + std::string(RowFormatName(rows)), "use f16");
   }
   const Selector& selector = *cache.selector;
   for (const SelectorKind kind : {SelectorKind::kQuest, SelectorKind::kHShare, SelectorKind::kSharedCandidates}) {
