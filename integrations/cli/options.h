@@ -74,6 +74,7 @@ struct TortureFlags {
   std::string store;   // directory on the disk to use; empty = that of temporary files
   int64_t round = -1;  // only this one; -1 = as many as there is time for
   int threads = 3;
+  RowFormat rows = RowFormat::kF16;
   std::string json;    // file; empty = none
 };
 

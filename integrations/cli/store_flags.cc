@@ -27,6 +27,7 @@ void AddTortureFlags(CLI::App& app, RawTorture& raw) {
   AddText(app, "--store", raw.store, "DIR", "existing directory on the disk to use; default: that of temporary files", "Flags");
   AddText(app, "--round", raw.round, "R", "only this round of the seed", "Flags");
   AddText(app, "--threads", raw.threads, "N", "of rounds on disk; default 3", "Flags");
+  AddText(app, "--rows", raw.rows, "FORMAT", "f16 (default), int8 or e4m3: how K and V lie in host memory and on disk", "Flags");
   AddText(app, "--json", raw.json, "FILE", "write all figures there", "Flags");
 }
 
@@ -46,6 +47,9 @@ Result<TortureFlags> ReadTorture(const Flags& flags, const RawTorture& raw) {
   PREHOC_RETURN_IF_ERROR(ReadText(flags, "--store", raw.store, &options.store));
   PREHOC_RETURN_IF_ERROR(ReadWhole<int64_t>(flags, "--round", raw.round, 0, int64_t{1} << 40, &options.round));
   PREHOC_RETURN_IF_ERROR(ReadWhole<int>(flags, "--threads", raw.threads, 1, 64, &options.threads));
+  if (flags.Given("--rows")) {
+    PREHOC_ASSIGN_OR_RETURN(options.rows, ParseRows("--rows", raw.rows));
+  }
   PREHOC_RETURN_IF_ERROR(ReadText(flags, "--json", raw.json, &options.json));
   return options;
 }

@@ -15,7 +15,7 @@ struct RawInspect {
 };
 
 struct RawTorture {
-  std::string seconds, seed, faults, rate, store, round, threads, json;
+  std::string seconds, seed, faults, rate, store, round, threads, rows, json;
 };
 
 void AddInspectFlags(CLI::App& app, RawInspect& raw);

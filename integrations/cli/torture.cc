@@ -87,6 +87,7 @@ Json JsonOf(const TortureFlags& flags, const TortureResult& result, bool complet
   json["seed"] = flags.seed;
   json["faults"] = flags.faults;
   json["rate"] = flags.rate;
+  json["rows"] = RowFormatName(flags.rows);
   json["complete"] = complete;
   json["seconds"] = result.seconds;
   json["rounds"] = result.rounds;
@@ -145,6 +146,7 @@ Result<TortureResult> Run(const TortureFlags& flags, const Environment& environm
   options.rate = flags.rate;
   options.only_round = flags.round;
   options.threads = flags.threads;
+  options.rows = flags.rows;
   options.clock = &clock;
   options.stop = [] { return InterruptGuard::Requested(); };
   ProgressBar bar(err, environment.stderr_terminal, "faults", clock);

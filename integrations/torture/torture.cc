@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "base/executor.h"
+#include "base/units.h"
 #include "integrations/torture/faulty_medium.h"
 #include "integrations/torture/faulty_seams.h"
 #include "integrations/torture/truth.h"
@@ -198,10 +199,11 @@ class Actor {
   uint64_t digest_ = 0;
 };
 
-CacheOptions OptionsOfCache(const SelectorOptions& selector, int threads) {
+CacheOptions OptionsOfCache(const SelectorOptions& selector, const KvGeometry& geometry, int threads) {
   CacheOptions options;
-  options.geometry = TortureGeometry();
-  options.host_budget = static_cast<uint64_t>(HostBlocks(threads)) * options.geometry.block_bytes();
+  options.geometry = geometry;
+  constexpr uint64_t kPage = 4096;  // of memory: blocks take whole ones
+  options.host_budget = static_cast<uint64_t>(HostBlocks(threads)) * RoundUp(geometry.block_bytes(), kPage);
   options.huge_pages = false;
   options.verify_pins = true;
   options.audit_every = 0;
@@ -213,13 +215,13 @@ CacheOptions OptionsOfCache(const SelectorOptions& selector, int threads) {
 }
 
 // What a sequence needs of the device at least, to 1 KiB, and a little more: rows go up and down.
-Result<uint64_t> DeviceBytes(const SelectorOptions& selector) {
+Result<uint64_t> DeviceBytes(const SelectorOptions& selector, const KvGeometry& geometry) {
   ManualExecutor executor;
   HostDeviceMemory device(64 << 20);
   CacheResources resources;
   resources.executor = &executor;
   resources.device = &device;
-  PREHOC_ASSIGN_OR_RETURN(const auto cache, KvCache::Create(OptionsOfCache(selector, 1), resources));
+  PREHOC_ASSIGN_OR_RETURN(const auto cache, KvCache::Create(OptionsOfCache(selector, geometry, 1), resources));
   for (uint64_t bytes = 8 << 10; bytes < device.budget(); bytes += 1 << 10) {
     const auto opened = cache->Open({.max_tokens = kMaxTokens, .device_bytes = bytes});
     if (opened.ok()) return bytes + (4 << 10);
@@ -237,7 +239,7 @@ class World {
     world->plan_.Pause(true);  // what is tested begins when it stands
     PREHOC_RETURN_IF_ERROR(world->OpenStore(truth));
     world->truth_store_->GiveKnown(std::move(known));
-    PREHOC_ASSIGN_OR_RETURN(world->device_bytes_, DeviceBytes(selector));
+    PREHOC_ASSIGN_OR_RETURN(world->device_bytes_, DeviceBytes(selector, truth->geometry()));
     if (disk) {
       PREHOC_ASSIGN_OR_RETURN(world->pool_, ThreadPool::Create({.loop_threads = 1, .job_threads = 2, .spin_iterations = 0}));
       PREHOC_ASSIGN_OR_RETURN(world->readers_, ThreadPool::Create({.loop_threads = 1, .job_threads = 4, .spin_iterations = 0}));
@@ -253,7 +255,7 @@ class World {
     resources.store = world->truth_store_.get();
     resources.transfer = world->copies_.get();
     resources.clock = &world->clock_;
-    CacheOptions cache = OptionsOfCache(selector, disk ? options.threads : 1);
+    CacheOptions cache = OptionsOfCache(selector, truth->geometry(), disk ? options.threads : 1);
     if (disk) {
       // Time leaps, so reads come late now and then.
       resources.io = world->readers_.get();
@@ -303,9 +305,10 @@ class World {
         memory_(uint64_t{256} << 20), device_(&memory_, &plan_, options.rate / 8) {}
 
   Status OpenStore(const Truth* truth) {
-    const KvGeometry geometry = TortureGeometry();
+    const KvGeometry& geometry = truth->geometry();
     StoreIdentity identity;
     identity.model_name = "torture";
+    identity.dtype = RowFormatName(geometry.rows);
     identity.layout = geometry.LayoutName();
     if (disk_) {
       RocksDbStore::Options store;
@@ -352,7 +355,7 @@ class World {
 class Run {
  public:
   explicit Run(const TortureOptions& options)
-      : options_(options), clock_(options.clock != nullptr ? *options.clock : SteadyClock::Get()), start_(clock_.NowNanos()), truth_(options.seed) {}
+      : options_(options), clock_(options.clock != nullptr ? *options.clock : SteadyClock::Get()), start_(clock_.NowNanos()), truth_(options.seed, options.rows) {}
 
   Result<TortureResult> All() {
     const int64_t first = std::max<int64_t>(0, options_.only_round);

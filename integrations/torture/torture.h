@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "base/clock.h"
+#include "base/row_format.h"
 #include "base/result.h"
 #include "integrations/torture/fault_plan.h"
 
@@ -27,6 +28,7 @@ struct TortureOptions {
   double rate = 0.25;         // share of reads that go wrong; everything else is derived from it
   std::string directory;       // for the disk store; must exist, and be empty. Empty = no disk rounds
   int threads = 3;             // of disk rounds
+  RowFormat rows = RowFormat::kF16;  // in host memory and in the store
   const Clock* clock = nullptr;
   // Asked between steps; true ends the run after the step.
   std::function<bool()> stop = [] { return false; };

@@ -2,11 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "base/device_memory.h"
 #include "base/executor.h"
 #include "base/half.h"
+#include "kernels/row_codec.h"
 #include "transfer/record_format.h"
 
 namespace prehoc::torture {
@@ -26,8 +26,9 @@ bool Same(std::span<const float> a, std::span<const float> b) {
 
 }  // namespace
 
-KvGeometry TortureGeometry() {
+KvGeometry TortureGeometry(RowFormat rows) {
   KvGeometry geometry;
+  geometry.rows = rows;
   geometry.layers = 2;
   geometry.heads = 4;
   geometry.kv_heads = 2;
@@ -69,20 +70,22 @@ LayerInput Stream::Input(int32_t layer, int64_t first, float* out) const {
   return input;
 }
 
-std::vector<std::byte> Stream::Block(int64_t chunk, int32_t layer) const {
-  const KvGeometry geometry = TortureGeometry();
-  std::vector<Half> rows;
+std::vector<std::byte> Stream::Block(int64_t chunk, int32_t layer, RowFormat rows) const {
+  const KvGeometry geometry = TortureGeometry(rows);
+  std::vector<std::byte> bytes(geometry.block_bytes());
+  std::byte* to = bytes.data();
   for (int32_t h = 0; h < geometry.kv_heads; ++h) {
     for (int64_t t = chunk * geometry.chunk_tokens; t < (chunk + 1) * geometry.chunk_tokens; ++t) {
+      std::vector<Half> row;
       for (const auto* part : {&k_, &v_}) {
         const float* values = (*part)[static_cast<size_t>(layer)].data() + static_cast<size_t>(t) * KvWidth(geometry) +
                               static_cast<size_t>(h * geometry.head_dim);
-        for (int32_t c = 0; c < geometry.head_dim; ++c) rows.push_back(FloatToHalf(values[c]));
+        for (int32_t c = 0; c < geometry.head_dim; ++c) row.push_back(FloatToHalf(values[c]));
       }
+      NarrowRow(row.data(), rows, geometry.head_dim, to);
+      to += geometry.stored_row_bytes();
     }
   }
-  std::vector<std::byte> bytes(rows.size() * sizeof(Half));
-  std::memcpy(bytes.data(), rows.data(), bytes.size());
   return bytes;
 }
 
@@ -120,13 +123,12 @@ Status RepairLost(Sequence& sequence, const Stream& stream, uint64_t* repaired) 
   return {};
 }
 
-Truth::Truth(uint64_t seed) {
+Truth::Truth(uint64_t seed, RowFormat rows) : geometry_(TortureGeometry(rows)) {
   Rng random(seed);
-  const KvGeometry geometry = TortureGeometry();
   for (int64_t s = 0; s < kStreams; ++s) {
     streams_.emplace_back(random.Next());
-    for (int64_t chunk = 0; chunk < kMaxTokens / geometry.chunk_tokens; ++chunk) {
-      for (int32_t l = 0; l < geometry.layers; ++l) blocks_[{chunk, l}].push_back(Hash128(streams_.back().Block(chunk, l)));
+    for (int64_t chunk = 0; chunk < kMaxTokens / geometry_.chunk_tokens; ++chunk) {
+      for (int32_t l = 0; l < geometry_.layers; ++l) blocks_[{chunk, l}].push_back(Hash128(streams_.back().Block(chunk, l, rows)));
     }
   }
 }
@@ -139,7 +141,7 @@ Status Truth::Prepare(const SelectorOptions& selector) {
   ManualExecutor executor;
   HostDeviceMemory device(256 << 20);
   CacheOptions options;
-  options.geometry = TortureGeometry();
+  options.geometry = geometry_;
   options.host_budget = 16 << 20;
   options.huge_pages = false;
   options.audit_every = 0;

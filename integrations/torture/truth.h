@@ -21,7 +21,7 @@ inline constexpr std::array<int64_t, 4> kPrompts = {65, 128, 200, 256};  // toke
 inline constexpr int64_t kMaxSteps = 12;                                 // decode steps of one sequence
 inline constexpr int64_t kMaxTokens = kPrompts.back() + kMaxSteps;
 
-KvGeometry TortureGeometry();
+KvGeometry TortureGeometry(RowFormat rows = RowFormat::kF16);
 
 // One endless text, as far as it is needed.
 class Stream {
@@ -32,8 +32,8 @@ class Stream {
   }
   // The input of `layer` for tokens from `first` on.
   LayerInput Input(int32_t layer, int64_t first, float* out) const;
-  // The bytes of one block.
-  std::vector<std::byte> Block(int64_t chunk, int32_t layer) const;
+  // The bytes of one block of rows of a format.
+  std::vector<std::byte> Block(int64_t chunk, int32_t layer, RowFormat rows = RowFormat::kF16) const;
 
  private:
   std::vector<int32_t> tokens_;
@@ -48,7 +48,8 @@ Status RepairLost(Sequence& sequence, const Stream& stream, uint64_t* repaired);
 
 class Truth {
  public:
-  explicit Truth(uint64_t seed);
+  explicit Truth(uint64_t seed, RowFormat rows = RowFormat::kF16);
+  const KvGeometry& geometry() const { return geometry_; }
   const Stream& stream(int64_t i) const { return streams_[static_cast<size_t>(i)]; }
 
   // Runs every prompt once in a cache that holds all of it in memory, unless this selector was prepared before; what is compared
@@ -64,6 +65,7 @@ class Truth {
   bool BlockIsRight(int64_t chunk, int32_t layer, std::span<const std::byte> bytes) const;
 
  private:
+  const KvGeometry geometry_;
   std::vector<Stream> streams_;
   std::map<std::pair<int64_t, int32_t>, std::vector<std::array<uint64_t, 2>>> blocks_;  // hashes by (chunk, layer)
   struct Answers {

@@ -45,9 +45,14 @@ void ExpectAllFound(const TortureResult& result) {
   EXPECT_GT(result.restored, 0u);
 }
 
-TEST(TortureTest, FindsEveryFaultInMemoryAndOnDisk) {
+class TortureOfRowsTest : public testing::TestWithParam<RowFormat> {};
+INSTANTIATE_TEST_SUITE_P(Rows, TortureOfRowsTest, testing::Values(RowFormat::kF16, RowFormat::kInt8),
+                         [](const auto& of) { return std::string(RowFormatName(of.param)); });
+
+TEST_P(TortureOfRowsTest, FindsEveryFaultInMemoryAndOnDisk) {
   TempDir dir;
   TortureOptions options;
+  options.rows = GetParam();
   options.faults = All();
   options.directory = dir.path();
   options.seconds = 1000;
@@ -200,6 +205,10 @@ TEST(TruthTest, KnowsItsBlocksAndNoOthers) {
   EXPECT_FALSE(truth.BlockIsRight(2, 1, block));
   block[100] ^= std::byte{1};
   EXPECT_FALSE(truth.BlockIsRight(3, 1, block));
+  const Truth narrow(5, RowFormat::kInt8);
+  EXPECT_EQ(narrow.geometry().block_bytes(), TortureGeometry().block_bytes() * 48 / 64);
+  EXPECT_TRUE(narrow.BlockIsRight(3, 1, narrow.stream(1).Block(3, 1, RowFormat::kInt8)));
+  EXPECT_FALSE(narrow.BlockIsRight(3, 1, truth.stream(1).Block(3, 1)));
 }
 
 TEST(TruthTest, OneChangedNumberIsAnotherOutput) {
