@@ -222,7 +222,7 @@ Status Sequence::Impl::FillRing(int32_t layer_index, LayerBlocks& rows, int64_t 
   }));
   PREHOC_RETURN_IF_ERROR(
       copy(begin, std::min<int64_t>(end, sinks), [&](HeadState& head, int64_t at) { return head.sinks + at * row; }));
-  return kernels().gather({.rows = copies, .head_dim = geometry().head_dim}, cache->launch());
+  return kernels().gather({.rows = copies, .head_dim = geometry().head_dim, .format = geometry().rows}, cache->launch());
 }
 
 Status Sequence::Impl::AddKeysToSummaries(int32_t layer_index, LayerBlocks& rows, int64_t begin, int64_t end) {

@@ -31,7 +31,7 @@ Status Sequence::Impl::CopyToRing(int32_t layer_index, int64_t chunk, std::span<
     Half* ring = layers[static_cast<size_t>(layer_index)].heads[static_cast<size_t>(h)].ring;
     AddRun(rows, ring + chunk * geometry().chunk_tokens * static_cast<int64_t>(row_halfs()), geometry().chunk_tokens, &copies);
   }
-  return kernels().gather({.rows = copies, .head_dim = geometry().head_dim}, {.stream = cache->resources.stream});
+  return kernels().gather({.rows = copies, .head_dim = geometry().head_dim, .format = geometry().rows}, {.stream = cache->resources.stream});
 }
 
 // Of `chunks` known ones [chunks, layers]: all that host memory has, and what follows from the store if that is worth it.

@@ -179,24 +179,29 @@ Result<int64_t> Sequence::Impl::BringIn(int32_t layer_index, int32_t kv_head, La
   slots.clear();
   copies.reserve(landed);
   slots.reserve(landed);  // a slot that was taken out is on a list
+  size_t stored = 0;  // of `copies`, the first ones: of the host's format
   for (const int32_t position : positions.first(landed)) {
-    RowCopy copy;
-    if (position >= ring_begin) {
-      copy.from = head.ring + position % layout.ring * row;
-    } else {
+    const void* source = head.ring + position % layout.ring * row;
+    if (position < ring_begin) {
       auto found = WithinMemory([&] { return rows.Row(position, kv_head); });
       if (!found.ok()) {
         for (const int32_t slot : slots) head.residency.GiveBack(slot);
         return std::move(found).status();
       }
-      copy.from = *found;
-      copy.format = geometry().rows;
+      source = *found;
+      stored += geometry().rows != RowFormat::kF16;
     }
     slots.push_back(head.residency.Reserve());
-    copy.to = head.slots + slots.back() * row;
-    copies.push_back(copy);
+    copies.push_back({source, head.slots + slots.back() * row});
   }
-  const Status copied = WithinMemory([&] { return kernels().gather({.rows = copies, .head_dim = geometry().head_dim}, cache->launch()); });
+  const Status copied = WithinMemory([&]() -> Status {
+    const std::span<const RowCopy> all = copies;
+    const auto gather = [&](std::span<const RowCopy> of, RowFormat format) {
+      return of.empty() ? Status() : kernels().gather({.rows = of, .head_dim = geometry().head_dim, .format = format}, cache->launch());
+    };
+    PREHOC_RETURN_IF_ERROR(gather(all.first(stored), geometry().rows));
+    return gather(all.subspan(stored), RowFormat::kF16);
+  });
   if (!copied.ok()) {
     for (const int32_t slot : slots) head.residency.GiveBack(slot);
     return copied;
@@ -251,9 +256,9 @@ Status Sequence::Impl::WidenStored(const PendingFetch& fetch, const HeadState& h
   std::vector<RowCopy>& copies = scratch->copies;
   copies.clear();
   for (size_t i = 0; i < fetch.slots.size(); ++i) {
-    copies.push_back({fetch.stored.data() + i * geometry().stored_row_bytes(), head.slots + static_cast<size_t>(fetch.slots[i]) * row_halfs(), geometry().rows});
+    copies.push_back({fetch.stored.data() + i * geometry().stored_row_bytes(), head.slots + static_cast<size_t>(fetch.slots[i]) * row_halfs()});
   }
-  return kernels().gather({.rows = copies, .head_dim = geometry().head_dim}, cache->launch());
+  return kernels().gather({.rows = copies, .head_dim = geometry().head_dim, .format = geometry().rows}, cache->launch());
 }
 
 // Rows whose time has come. A copy that failed brings nothing: its rows stay in the host tier and are fetched when chosen.

@@ -229,11 +229,11 @@ struct TopKParams {
 struct RowCopy {
   const void* from = nullptr;  // a row
   Half* to = nullptr;          // [2, head_dim]
-  RowFormat format = RowFormat::kF16;  // of `from`
 };
 struct GatherParams {
   std::span<const RowCopy> rows;
   int32_t head_dim = 0;
+  RowFormat format = RowFormat::kF16;  // of what is copied
 };
 
 // --- attend: exact attention over runs of rows ---------------------------------------------------------------------

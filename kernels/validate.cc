@@ -218,10 +218,9 @@ Status Validate(const TopKParams& params) {
 
 Status Validate(const GatherParams& params) {
   Check check("gather");
-  check.HeadDim(params.head_dim);
+  check.HeadDim(params.head_dim).Rows("format", params.format);
   for (size_t i = 0; i < params.rows.size() && check.ok(); ++i) {
-    const RowCopy& copy = params.rows[i];
-    check.Task(i).Given(true, copy.from, "from").Given(true, copy.to, "to").Rows("format", copy.format);
+    check.Task(i).Given(true, params.rows[i].from, "from").Given(true, params.rows[i].to, "to");
   }
   return check.Take();
 }

@@ -139,7 +139,7 @@ Result<std::unique_ptr<TransferEngine::Operation>> CudaTransferEngine::DoPost(st
     const cuda::RowMove* const moves = move;
     for (const TransferPiece& piece : pieces) {
       for (size_t at = 0; at < piece.bytes; at += row) {
-        *move++ = {reinterpret_cast<const Half*>(piece.src + at), reinterpret_cast<Half*>(piece.dst + at)};
+        *move++ = {piece.src + at, reinterpret_cast<Half*>(piece.dst + at)};
       }
     }
     operation->list.emplace(std::move(list));

@@ -150,7 +150,7 @@ struct Sequence::Impl {
   // `num` stored rows that lie together on both sides.
   void AddRun(const std::byte* from, Half* to, int64_t num, std::vector<RowCopy>* copies) const {
     for (size_t i = 0; i < static_cast<size_t>(num); ++i) {
-      copies->push_back({from + i * geometry().stored_row_bytes(), to + i * row_halfs(), geometry().rows});
+      copies->push_back({from + i * geometry().stored_row_bytes(), to + i * row_halfs()});
     }
   }
   Status FillRing(int32_t layer, LayerBlocks& rows, int64_t first, int64_t end);

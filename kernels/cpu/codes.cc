@@ -43,9 +43,9 @@ Status Encode(const VectorOps& ops, const EncodeParams& params, const Launch& la
       std::array<RowCopy, kMostGroupTokens> copies;
       for (size_t t = 0; t < tokens; ++t) {
         const std::byte* const from = static_cast<const std::byte*>(task.rows) + t * RowBytes(params.rows, params.head_dim);
-        copies[t] = {from, rows + t * halves, params.rows};
+        copies[t] = {from, rows + t * halves};
       }
-      ops.copy_rows(copies.data(), shape.group_tokens, params.head_dim);
+      ops.copy_rows(copies.data(), shape.group_tokens, params.rows, params.head_dim);
       task.rows = rows;
     }
     ops.encode(task, shape);

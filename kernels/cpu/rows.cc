@@ -26,7 +26,7 @@ Status Gather(const VectorOps& ops, const GatherParams& params, const Launch& la
   const auto rows = static_cast<int64_t>(params.rows.size());
   constexpr int64_t kPart = 128;
   ForParts(launch, rows >= 2 * kPart, CeilDiv(rows, kPart), [&](int64_t i) {
-    ops.copy_rows(params.rows.data() + i * kPart, std::min(kPart, rows - i * kPart), params.head_dim);
+    ops.copy_rows(params.rows.data() + i * kPart, std::min(kPart, rows - i * kPart), params.format, params.head_dim);
   });
   return {};
 }

@@ -110,7 +110,7 @@ inline constexpr int32_t kNoCandidate = INT32_MIN;
 struct VectorOps {
   // rows.inc
   void (*append)(const AppendTask& task, RowFormat format, int32_t head_dim);
-  void (*copy_rows)(const RowCopy* rows, int64_t count, int32_t head_dim);
+  void (*copy_rows)(const RowCopy* rows, int64_t count, RowFormat format, int32_t head_dim);  // format of what is copied
   // encode.inc
   void (*encode)(const EncodeTask& task, const ScanShape& shape);
   // gate.inc: the smallest cosine; -2 if a norm is zero or not finite

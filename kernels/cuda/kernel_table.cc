@@ -176,8 +176,6 @@ struct DeviceKernels::Impl {
   Status Choose(const prehoc::ChooseParams& params) PREHOC_REQUIRES(mutex);
   Status TopK(const prehoc::TopKParams& params, const Launch& launch) PREHOC_REQUIRES(mutex);
   Status Gather(const prehoc::GatherParams& params) PREHOC_REQUIRES(mutex);
-  Status Move(std::span<const RowCopy> rows, int32_t head_dim) PREHOC_REQUIRES(mutex);
-  Status Widen(std::span<const RowCopy> rows, int32_t head_dim, RowFormat format) PREHOC_REQUIRES(mutex);
   Status Attend(const prehoc::AttendParams& params) PREHOC_REQUIRES(mutex);
   Status Prefill(const prehoc::PrefillParams& params) PREHOC_REQUIRES(mutex);
   Status Settle(const SettleParams& params) PREHOC_REQUIRES(mutex);
@@ -460,33 +458,23 @@ Status DeviceKernels::Impl::TopK(const prehoc::TopKParams& params, const Launch&
 Status DeviceKernels::Impl::Gather(const prehoc::GatherParams& params) {
   PREHOC_RETURN_IF_ERROR(Validate(params));
   if (params.rows.empty()) return {};
-  OneFormat format("gather");
-  for (const RowCopy& copy : params.rows) PREHOC_RETURN_IF_ERROR(format.Add(copy.format));
   constexpr size_t kAtOnce = size_t{1} << 18;
   for (size_t first = 0; first < params.rows.size(); first += kAtOnce) {
     const auto part = params.rows.subspan(first, std::min(kAtOnce, params.rows.size() - first));
-    PREHOC_RETURN_IF_ERROR(CheckOnDevice("gather", "to", part.front().to));
-    if (!OnDevice(part.front().from)) PREHOC_RETURN_IF_ERROR(CheckPinned("gather", part.front().from));
-    PREHOC_RETURN_IF_ERROR(format.found() == RowFormat::kF16 ? Move(part, params.head_dim) : Widen(part, params.head_dim, format.found()));
+    PREHOC_RETURN_IF_ERROR(Begin(Room<RowMove>(part.size()), 0));
+    const Staged<RowMove> moves = In<RowMove>(part.size());
+    for (size_t i = 0; i < part.size(); ++i) {
+      if (i == 0) {
+        PREHOC_RETURN_IF_ERROR(CheckOnDevice("gather", "to", part[i].to));
+        if (!OnDevice(part[i].from)) PREHOC_RETURN_IF_ERROR(CheckPinned("gather", part[i].from));
+      }
+      moves.host[i] = {part[i].from, part[i].to};
+    }
+    PREHOC_RETURN_IF_ERROR(Send());
+    PREHOC_RETURN_IF_ERROR(Sent(MoveRows(moves.device, static_cast<int32_t>(part.size()), params.head_dim, stream.get(), params.format)));
     PREHOC_RETURN_IF_ERROR(Wait());
   }
   return {};
-}
-
-Status DeviceKernels::Impl::Move(std::span<const RowCopy> rows, int32_t head_dim) {
-  PREHOC_RETURN_IF_ERROR(Begin(Room<RowMove>(rows.size()), 0));
-  const Staged<RowMove> moves = In<RowMove>(rows.size());
-  for (size_t i = 0; i < rows.size(); ++i) moves.host[i] = {static_cast<const Half*>(rows[i].from), rows[i].to};
-  PREHOC_RETURN_IF_ERROR(Send());
-  return Sent(MoveRows(moves.device, static_cast<int32_t>(rows.size()), head_dim, stream.get()));
-}
-
-Status DeviceKernels::Impl::Widen(std::span<const RowCopy> rows, int32_t head_dim, RowFormat format) {
-  PREHOC_RETURN_IF_ERROR(Begin(Room<RowWiden>(rows.size()), 0));
-  const Staged<RowWiden> moves = In<RowWiden>(rows.size());
-  for (size_t i = 0; i < rows.size(); ++i) moves.host[i] = {rows[i].from, rows[i].to, rows[i].format == RowFormat::kF16};
-  PREHOC_RETURN_IF_ERROR(Send());
-  return Sent(WidenRows(moves.device, static_cast<int32_t>(rows.size()), head_dim, format, stream.get()));
 }
 
 Status DeviceKernels::Impl::NameRows(const prehoc::AttendTask& task, int32_t head_dim, RowFormat host_format, int32_t* refs, cuda::AttendTask* to) const {

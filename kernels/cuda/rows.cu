@@ -1,5 +1,6 @@
 // gate and gather: small kernels without variants.
 #include <algorithm>
+#include <type_traits>
 
 #include "base/units.h"
 #include "kernels/cuda/common.cuh"
@@ -21,83 +22,59 @@ __global__ void __launch_bounds__(kGateThreads) GateKernel(const __grid_constant
   RunGate<kGateThreads>(task, args);
 }
 
+// What is loaded of a piece, and what it becomes: a word of 16 bytes of any piece, or eight channels of a row of 8 bits.
+struct Words {
+  using Loaded = uint4;
+  int32_t count;  // of a piece
+  // Each byte is read once: it need not stay in the caches.
+  __device__ Loaded Load(const std::byte* from, int64_t piece, int64_t word) const { return __ldcs(reinterpret_cast<const uint4*>(from) + piece * count + word); }
+  __device__ uint4 Written(const Loaded& loaded) const { return loaded; }
+};
+struct NarrowPieces {
+  using Loaded = NarrowPiece;
+  int32_t count;
+  RowShape shape;
+  __device__ Loaded Load(const std::byte* from, int64_t row, int64_t piece) const { return LoadNarrow(from + row * shape.bytes, shape, static_cast<int>(piece)); }
+  __device__ uint4 Written(const Loaded& loaded) const { return Widened(loaded, shape); }
+};
+
+template <class Parts>
 struct GatherArgs {
   const GatherTask* tasks;
   int32_t num_tasks;
-  int32_t vectors;  // 16-byte words of a piece
+  Parts parts;
 };
 
-// All warps of all blocks share the words of all pieces, task after task: neighbouring lanes read neighbouring words, and each lane
+// All warps of all blocks share the parts of all pieces, task after task: neighbouring lanes read neighbouring parts, and each lane
 // has kInFlight loads on their way.
-__global__ void __launch_bounds__(kGatherThreads) GatherKernel(const __grid_constant__ GatherArgs args) {
+template <class Parts>
+__global__ void __launch_bounds__(kGatherThreads) GatherKernel(const __grid_constant__ GatherArgs<Parts> args) {
   WaitForEarlierWork();
   LetLaterWorkLaunch();
   const int64_t threads = int64_t{gridDim.x} * kGatherThreads, me = int64_t{blockIdx.x} * kGatherThreads + threadIdx.x;
   for (int t = 0; t < args.num_tasks; ++t) {
     const GatherTask& task = args.tasks[t];
-    const int64_t words = int64_t{max(0, *task.count)} * args.vectors;
-    for (int64_t base = me; base < words; base += threads * kInFlight) {
-      uint4 word[kInFlight];
-      int64_t to[kInFlight];
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const int64_t at = base + i * threads;
-        to[i] = -1;
-        if (at >= words) continue;
-        const int64_t piece = at / args.vectors, vector = at % args.vectors;
-        const int64_t from = task.from_piece[piece], into = task.to_piece[piece];
-        if (from < 0 || from >= task.from_limit || into < 0 || into >= task.to_limit) {
-          if (vector == 0 && task.refused != nullptr) atomicAdd(task.refused, 1);
-          continue;
-        }
-        to[i] = into * args.vectors + vector;
-        // Each byte is read once: it need not stay in the caches.
-        word[i] = __ldcs(reinterpret_cast<const uint4*>(task.from) + from * args.vectors + vector);
-      }
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        if (to[i] >= 0) reinterpret_cast<uint4*>(task.to)[to[i]] = word[i];
-      }
-    }
-  }
-}
-
-struct GatherRowsArgs {
-  const GatherTask* tasks;
-  int32_t num_tasks;
-  RowShape from;
-};
-
-// The same with rows of 8 bits, which become fp16 rows.
-__global__ void __launch_bounds__(kGatherThreads) GatherRowsKernel(const __grid_constant__ GatherRowsArgs args) {
-  WaitForEarlierWork();
-  LetLaterWorkLaunch();
-  const int pieces = args.from.head_dim / 4;
-  const int64_t threads = int64_t{gridDim.x} * kGatherThreads, me = int64_t{blockIdx.x} * kGatherThreads + threadIdx.x;
-  for (int t = 0; t < args.num_tasks; ++t) {
-    const GatherTask& task = args.tasks[t];
-    const int64_t all = int64_t{max(0, *task.count)} * pieces;
+    const int64_t all = int64_t{max(0, *task.count)} * args.parts.count;
     for (int64_t base = me; base < all; base += threads * kInFlight) {
-      NarrowPiece piece[kInFlight];
+      typename Parts::Loaded loaded[kInFlight];
       int64_t to[kInFlight];
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
         const int64_t at = base + i * threads;
         to[i] = -1;
         if (at >= all) continue;
-        const int64_t row = at / pieces;
-        const int p = static_cast<int>(at % pieces);
-        const int64_t from = task.from_piece[row], into = task.to_piece[row];
+        const int64_t piece = at / args.parts.count, part = at % args.parts.count;
+        const int64_t from = task.from_piece[piece], into = task.to_piece[piece];
         if (from < 0 || from >= task.from_limit || into < 0 || into >= task.to_limit) {
-          if (p == 0 && task.refused != nullptr) atomicAdd(task.refused, 1);
+          if (part == 0 && task.refused != nullptr) atomicAdd(task.refused, 1);
           continue;
         }
-        to[i] = into * pieces + p;
-        piece[i] = LoadNarrow(task.from + from * args.from.bytes, args.from, p);
+        to[i] = into * args.parts.count + part;
+        loaded[i] = args.parts.Load(task.from, from, part);
       }
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
-        if (to[i] >= 0) reinterpret_cast<uint4*>(task.to)[to[i]] = Widened(piece[i], args.from);
+        if (to[i] >= 0) reinterpret_cast<uint4*>(task.to)[to[i]] = args.parts.Written(loaded[i]);
       }
     }
   }
@@ -124,10 +101,12 @@ Status Gather(const GatherParams& params, cudaStream_t stream) {
                                      params.piece_bytes, "use the bytes of a row").Take());
   }
   if (params.num_tasks == 0) return {};
-  const GatherArgs args{params.tasks, params.num_tasks, params.piece_bytes / 16};
   const Shape shape{.grid = dim3(static_cast<unsigned>(params.max_blocks)), .threads = kGatherThreads};
-  if (widens) return LaunchKernel(GatherRowsKernel, "gather", GatherRowsArgs{params.tasks, params.num_tasks, RowShapeOf(params.rows, params.head_dim)}, shape, stream);
-  return LaunchKernel(GatherKernel, "gather", args, shape, stream);
+  const auto launch = [&](const auto& parts) {
+    const GatherArgs<std::decay_t<decltype(parts)>> args{params.tasks, params.num_tasks, parts};
+    return LaunchKernel(GatherKernel<std::decay_t<decltype(parts)>>, "gather", args, shape, stream);
+  };
+  return widens ? launch(NarrowPieces{params.head_dim / 4, RowShapeOf(params.rows, params.head_dim)}) : launch(Words{params.piece_bytes / 16});
 }
 
 }  // namespace prehoc::cuda

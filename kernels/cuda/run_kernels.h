@@ -52,18 +52,12 @@ struct RunScoreTask {
 Status ScoreRuns(const RunScoreTask* tasks, int32_t num_tasks, int32_t max_total, int32_t group, int32_t head_dim, cudaStream_t stream,
                  RowFormat stored = RowFormat::kF16);
 
+// Rows of `format` become fp16 rows.
 struct RowMove {
-  const Half* from = nullptr;
-  Half* to = nullptr;
-};
-Status MoveRows(const RowMove* moves, int32_t count, int32_t head_dim, cudaStream_t stream);
-// Rows of `format` become fp16 rows; those that are `wide` are such already.
-struct RowWiden {
   const void* from = nullptr;
   Half* to = nullptr;
-  bool wide = false;
 };
-Status WidenRows(const RowWiden* moves, int32_t count, int32_t head_dim, RowFormat format, cudaStream_t stream);
+Status MoveRows(const RowMove* moves, int32_t count, int32_t head_dim, cudaStream_t stream, RowFormat format = RowFormat::kF16);
 // The same of `num` tasks with `rows` rows each, which lie together, each task's `from_pitch` and `to_pitch` bytes after the one before.
 Status WidenTasks(const std::byte* from, size_t from_pitch, std::byte* to, size_t to_pitch, int32_t num, int64_t rows, int32_t head_dim, RowFormat format,
                   cudaStream_t stream);

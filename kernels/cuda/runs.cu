@@ -124,25 +124,25 @@ __global__ void __launch_bounds__(kThreads) MoveKernel(const __grid_constant__ M
   const int64_t words = int64_t{args.count} * args.words;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < words; i += int64_t{gridDim.x} * kThreads) {
     const RowMove move = args.moves[i / args.words];
-    reinterpret_cast<uint4*>(move.to)[i % args.words] = __ldcs(reinterpret_cast<const uint4*>(move.from) + i % args.words);
+    reinterpret_cast<uint4*>(move.to)[i % args.words] = __ldcs(static_cast<const uint4*>(move.from) + i % args.words);
   }
 }
 
 struct WidenArgs {
-  const RowWiden* moves;
+  const RowMove* moves;
   int32_t count;
   RowShape shape;
 };
+// The same with rows of 8 bits.
 __global__ void __launch_bounds__(kThreads) WidenKernel(const __grid_constant__ WidenArgs args) {
   WaitForEarlierWork();
   LetLaterWorkLaunch();
   const int pieces = args.shape.head_dim / 4;
   const int64_t all = int64_t{args.count} * pieces;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < all; i += int64_t{gridDim.x} * kThreads) {
-    const RowWiden move = args.moves[i / pieces];
+    const RowMove move = args.moves[i / pieces];
     const int p = static_cast<int>(i % pieces);
-    reinterpret_cast<uint4*>(move.to)[p] = move.wide ? __ldcs(static_cast<const uint4*>(move.from) + p)
-                                                     : Widened(LoadNarrow(static_cast<const std::byte*>(move.from), args.shape, p), args.shape);
+    reinterpret_cast<uint4*>(move.to)[p] = Widened(LoadNarrow(static_cast<const std::byte*>(move.from), args.shape, p), args.shape);
   }
 }
 
@@ -192,22 +192,14 @@ Status ScoreRuns(const RunScoreTask* tasks, int32_t num_tasks, int32_t max_total
                                    : LaunchKernel(ScoreRunsKernel<true>, "score", args, shape, stream);
 }
 
-Status MoveRows(const RowMove* moves, int32_t count, int32_t head_dim, cudaStream_t stream) {
-  Check check("gather");
-  PREHOC_RETURN_IF_ERROR(RowsOf(check, head_dim).Take());
-  if (count <= 0) return {};
-  const MoveArgs args{moves, count, head_dim / 4};
-  const auto blocks = std::min<int64_t>(CeilDiv(int64_t{count} * args.words, kThreads), 264);
-  return LaunchKernel(MoveKernel, "gather", args, {.grid = dim3(static_cast<unsigned>(blocks)), .threads = kThreads}, stream);
-}
-
-Status WidenRows(const RowWiden* moves, int32_t count, int32_t head_dim, RowFormat format, cudaStream_t stream) {
+Status MoveRows(const RowMove* moves, int32_t count, int32_t head_dim, cudaStream_t stream, RowFormat format) {
   Check check("gather");
   PREHOC_RETURN_IF_ERROR(RowsOf(check.Rows("format", format), head_dim).Take());
   if (count <= 0) return {};
-  const auto blocks = std::min<int64_t>(CeilDiv(int64_t{count} * head_dim / 4, kThreads), 264);
-  return LaunchKernel(WidenKernel, "gather", WidenArgs{moves, count, RowShapeOf(format, head_dim)},
-                      {.grid = dim3(static_cast<unsigned>(blocks)), .threads = kThreads}, stream);
+  const int words = head_dim / 4;  // of 16 bytes, of the rows that are written
+  const Shape shape{.grid = dim3(static_cast<unsigned>(std::min<int64_t>(CeilDiv(int64_t{count} * words, kThreads), 264))), .threads = kThreads};
+  return format == RowFormat::kF16 ? LaunchKernel(MoveKernel, "gather", MoveArgs{moves, count, words}, shape, stream)
+                                   : LaunchKernel(WidenKernel, "gather", WidenArgs{moves, count, RowShapeOf(format, head_dim)}, shape, stream);
 }
 
 Status WidenTasks(const std::byte* from, size_t from_pitch, std::byte* to, size_t to_pitch, int32_t num, int64_t rows, int32_t head_dim, RowFormat format,

@@ -39,7 +39,7 @@ Status Gather(const GatherParams& params, const Launch& launch) {
     const int64_t end = std::min(rows, (index + 1) * kRowsPerTask);
     for (int64_t i = index * kRowsPerTask; i < end; ++i) {
       const RowCopy& copy = params.rows[static_cast<size_t>(i)];
-      WidenRow(copy.from, copy.format, params.head_dim, copy.to);
+      WidenRow(copy.from, params.format, params.head_dim, copy.to);
     }
   });
   return {};

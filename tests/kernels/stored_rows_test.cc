@@ -217,12 +217,10 @@ TEST_P(StoredRowsTest, EveryEntryTakesThemForTheRowsThatTheyStandFor) {
         std::vector<Half> want;
         for (int32_t i = 0; i < count; ++i) {
           const auto from = static_cast<size_t>(rng.Int(0, count - 1));
-          const bool stored = rng.Chance(0.8);
-          copies.push_back({.from = stored ? static_cast<const void*>(rows.stored.data() + from * rows.bytes) : rows.wide.data() + from * width,
-                            .to = slots.data() + static_cast<size_t>(i) * width, .format = stored ? format : RowFormat::kF16});
+          copies.push_back({.from = rows.stored.data() + from * rows.bytes, .to = slots.data() + static_cast<size_t>(i) * width});
           want.insert(want.end(), rows.wide.begin() + static_cast<long>(from * width), rows.wide.begin() + static_cast<long>((from + 1) * width));
         }
-        ASSERT_OK(kernels().gather({.rows = copies, .head_dim = d}, launch()));
+        ASSERT_OK(kernels().gather({.rows = copies, .head_dim = d, .format = format}, launch()));
         EXPECT_TRUE(AllEqual(slots.span(), want, {count, 2, d}));
         EXPECT_TRUE(slots.GuardsIntact());
       }
@@ -265,8 +263,8 @@ TEST_P(StoredRowsTest, AFormatThatIsNoneIsRefusedByName) {
   EXPECT_STATUS(StatusCode::kInvalid, "runs[0].format=9", kernels().attend({.tasks = {&attend, 1}, .group = 1, .head_dim = 16}, launch()));
   const AppendTask append{.k = x.data(), .v = x.data(), .stride = 16, .rows = row.data(), .count = 1};
   EXPECT_STATUS(StatusCode::kInvalid, "format=9", kernels().append({.tasks = {&append, 1}, .head_dim = 16, .format = kNone}, launch()));
-  const RowCopy copy{.from = row.data(), .to = row.data(), .format = kNone};
-  EXPECT_STATUS(StatusCode::kInvalid, "format=9", kernels().gather({.rows = {&copy, 1}, .head_dim = 16}, launch()));
+  const RowCopy copy{.from = row.data(), .to = row.data()};
+  EXPECT_STATUS(StatusCode::kInvalid, "format=9", kernels().gather({.rows = {&copy, 1}, .head_dim = 16, .format = kNone}, launch()));
   const EncodeTask encode{.rows = row.data(), .block = block.data()};
   EXPECT_STATUS(StatusCode::kInvalid, "rows=9", kernels().encode({.tasks = {&encode, 1}, .head_dim = 16, .rows = kNone}, launch()));
 }

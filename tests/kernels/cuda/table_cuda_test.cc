@@ -491,11 +491,10 @@ TEST_F(CudaTableTest, RowsOfOtherFormatsAreTheRowsThatTheyStandFor) {
       std::vector<RowCopy> copies;
       for (size_t i = 0; i < kCount; i += 2) {
         const size_t from = kCount - 1 - i;
-        if (i % 4 == 0) copies.push_back({pinned + from * bytes, to + i * width, format});
-        else copies.push_back({wide_here + from * width, to + i * width});
+        copies.push_back({(i % 4 == 0 ? pinned : stored_here) + from * bytes, to + i * width});
         std::copy_n(wide.begin() + static_cast<std::ptrdiff_t>(from * width), width, slots.begin() + static_cast<std::ptrdiff_t>(i * width));
       }
-      ASSERT_OK(table().gather({.rows = copies, .head_dim = d}, launch()));
+      ASSERT_OK(table().gather({.rows = copies, .head_dim = d, .format = format}, launch()));
       EXPECT_EQ(Read(to, slots.size()), slots);
 
       const CodeFormat codes{.bits = 4, .group_tokens = 64, .error_norms = true};
