@@ -176,7 +176,7 @@ bool HostTier::Impl::ReadOnce(Block* block, BlockLoad* load, BlockId memory, int
     seal = In(block).seal;
   }
   Status got(StatusCode::kDeadline, {});  // nobody waits for it any more
-  std::optional<Status> status;
+  std::optional<Status> status = got;
   if (!late) {
     PREHOC_TEST_POINT("host_tier.load");
     TraceScope trace(options.tracer, "store read");
@@ -188,8 +188,6 @@ bool HostTier::Impl::ReadOnce(Block* block, BlockLoad* load, BlockId memory, int
     if (!status.has_value()) return false;
     // A record that is not what was written goes, or it would keep the right one from being written.
     if (got.ok() && !status->ok()) WithinMemory([&] { return store->Delete(load->key); }).IgnoreError();
-  } else {
-    status = got;
   }
   const int64_t nanos = clock->NowNanos() - start;
   MutexLock lock(mutex);

@@ -23,8 +23,8 @@ class CudaTransferEngine final : public TransferEngine {
   static Result<std::unique_ptr<CudaTransferEngine>> Create() { return Create(Options()); }
   static Result<std::unique_ptr<CudaTransferEngine>> Create(const Options& options);
 
-  // Both ways over pieces of 4 KiB to 1 MiB between pinned memory and the current device, 16 MiB of each for the time being: some tens of
-  // milliseconds. Returns kNotFound, kUnsupported, kCuda or kOutOfSpace.
+  // Both ways over pieces of 4 KiB to 1 MiB between pinned memory and the current device, 16 MiB of each.
+  // Returns kNotFound, kUnsupported, kCuda or kOutOfSpace.
   struct Calibration {
     std::vector<PieceRate> rates;  // few: the copy engine; many: the gather kernel
     Options options;               // copy_engine_bytes as measured; the default if that is beyond every size

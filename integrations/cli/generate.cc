@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <string>
 #include <utility>
 
 #include "base/check.h"
@@ -47,6 +48,10 @@ class Generation {
   Result<bool> Decide() {
     if (hooks_.on_logits) hooks_.on_logits(logits_);
     const int32_t own = MostLikely(logits_);
+    if (std::isnan(logits_[static_cast<size_t>(own)])) {
+      return Status(StatusCode::kCorrupt, "decision " + std::to_string(result_.decisions.size() + 1) +
+                                              ": no logit is a number. Some K or V of the prompt may be beyond its format: fp16 has 65,504, --rows e4m3 464");
+    }
     result_.decisions.push_back(own);
     const size_t count = result_.decisions.size();
     if (!request_.forced.empty()) {

@@ -1,6 +1,5 @@
 #include "integrations/cli/gpu_speed.h"
 
-#include <algorithm>
 #include <cstring>
 #include <vector>
 

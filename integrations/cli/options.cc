@@ -64,7 +64,7 @@ void AddAnswerFlags(CLI::App& app, RawAnswer& raw) {
   const char* tiers = "Where the KV cache lies";
   AddText(app, "--device-budget", raw.device_budget, "SIZE", "default 256MiB", tiers);
   AddText(app, "--host-budget", raw.host_budget, "SIZE", "default 1GiB", tiers);
-  AddText(app, "--rows", raw.rows, "FORMAT", "f16 (default), int8 or e4m3: how K and V lie in host memory and on disk; 8 bits hold twice as much", tiers);
+  AddText(app, "--rows", raw.rows, "FORMAT", "f16 (default), int8 or e4m3: how K and V lie in host memory and on disk; 8 bits take about half the room", tiers);
   AddText(app, "--store", raw.store, "DIR", "disk tier, kept between runs; default: none", tiers);
   AddText(app, "--store-budget", raw.store_budget, "SIZE", "default 8GiB", tiers);
   AddText(app, "--store-deadline", raw.store_deadline, "MS", "what a read of the disk may take before its rows are computed anew; default 2000, 0 = any time", tiers);
@@ -193,6 +193,9 @@ Result<AnswerOptions> ReadAnswer(const Flags& flags, const RawAnswer& raw) {
   }
   if (flags.Given("--rows")) {
     PREHOC_ASSIGN_OR_RETURN(options.rows, ParseRows("--rows", raw.rows));
+    if (options.rows != RowFormat::kF16 && !options.calibration.empty()) {
+      return UsageError("--rows " + raw.rows + ": what --calibration promises was measured with rows of f16; leave one out");
+    }
   }
   if (flags.Given("--codes")) {
     const Result<CodeFormat> codes = ParseCodes(raw.codes);

@@ -151,6 +151,23 @@ TEST(GenerateTest, ErrorsOfTheModelAndOfThePrinterEndIt) {
   EXPECT_EQ(other.pieces.size(), 1u);
 }
 
+TEST(GenerateTest, LogitsThatAreNoNumbersAreNoAnswer) {
+  const std::vector<int32_t> prompt = {1, 2, 3};
+  int calls = 0;
+  const Forward forward = [&](std::span<const int32_t>, int64_t, std::span<float> logits) {
+    std::fill(logits.begin(), logits.end(), ++calls < 3 ? 1.0f : std::numeric_limits<float>::quiet_NaN());
+    return OkStatus();
+  };
+  GenerateRequest request;
+  request.prompt = prompt;
+  request.piece_tokens = 8;
+  request.max_new_tokens = 5;
+  request.vocab = 10;
+  const auto generated = Generate(request, forward, {}, SteadyClock::Get());
+  EXPECT_STATUS(StatusCode::kCorrupt, "decision 3", generated);
+  EXPECT_EQ(calls, 3);
+}
+
 TEST(MostLikelyTest, TakesTheLowestOfEqualsAndNeverNan) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   EXPECT_EQ(MostLikely(std::vector<float>{1, 3, 3}), 1);
