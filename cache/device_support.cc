@@ -30,9 +30,6 @@ int32_t DenseBelow(const KvGeometry& geometry, const DeviceMemory& device) {
 Status CheckOffered(const CacheShared& cache) {
   if (cache.resources.device->host_accessible()) return {};
   const SelectorOptions& o = cache.options.selector;
-  if (const RowFormat rows = cache.geometry().rows; rows != RowFormat::kF16) {
-    return NotOffered("a host tier with rows of " + std::string(RowFormatName(rows)), "use f16");
-  }
   const Selector& selector = *cache.selector;
   for (const SelectorKind kind : {SelectorKind::kQuest, SelectorKind::kHShare, SelectorKind::kSharedCandidates}) {
     if (o.kind == kind) return NotOffered("selector " + std::string(SelectorKindName(kind)), "use tc, cis, psaw, window or dense");

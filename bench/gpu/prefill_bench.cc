@@ -1,10 +1,11 @@
 // What does prefill cost, by its parts and as a whole, and what does offloading K and V behind it add?
 //
 //   prefill_bench --out=FILE.json [--commit=ID] [--tokens=16384] [--chunk=8192] [--layers=32] [--lengths=0,8192,24576,57344,122880] [--repeats=3]
-//                 [--only=parts,whole]
+//                 [--only=parts,whole] [--precision=fp32|half]
 //
 // parts: the products of one layer over a chunk of tokens, and causal attention of a chunk after `lengths` earlier tokens (128K is reached
-// by 122,880 and a chunk of 8,192). Rates count each multiplication of the model once.
+// by 122,880 and a chunk of 8,192). Rates count each multiplication of the model once, whether
+// the precision takes two or one.
 // whole: a prompt of --tokens tokens in chunks through all layers of Llama-3.1-8B's shape (random weights), without offload and with it, in
 // turns. With it a thread waits for each layer's K and V and posts them to CudaTransferEngine, 4 MiB a head; the prefill is over when the last
 // byte is on the host. What is on the host is compared with the device.
@@ -40,8 +41,8 @@ struct Layer {
 
 class PrefillBench {
  public:
-  PrefillBench(int tokens, int chunk, int layers, int longest, int repeats)
-      : tokens_(tokens), chunk_(chunk), repeats_(repeats), room_(std::max(tokens, longest + chunk)), stream_(OrExit(CudaStream::Create())),
+  PrefillBench(int tokens, int chunk, int layers, int longest, int repeats, PromptPrecision precision)
+      : tokens_(tokens), chunk_(chunk), repeats_(repeats), precision_(precision), room_(std::max(tokens, longest + chunk)), stream_(OrExit(CudaStream::Create())),
         engine_(OrExit(CudaTransferEngine::Create())), norm_(size_t{kHidden}), input_(Of(kHidden)), x_(Of(kHidden)), normed_(Of(kHidden)), qkv_(Of(kQkv)), q_(Of(kHidden)),
         k_(Of(kKvHeads * kD)), v_(Of(kKvHeads * kD)), attended_(Of(kHidden)), gate_up_(Of(2 * kIntermediate)), gated_(Of(kIntermediate)), angles_(Of(kD)), workspace_(Of(kIntermediate)) {
     layers_.resize(size_t(layers));
@@ -74,7 +75,7 @@ class PrefillBench {
     for (const int first : lengths) {
       const auto run = [&] {
         OrExit(cuda::PrefillRuns({.tasks = tasks.data(), .num_tasks = kKvHeads, .queries = chunk_, .first = first, .group = kGroup, .head_dim = kD, .rows = rows.data(),
-                                .pitch = int64_t(room_) * int64_t(kRow)}, Stream()));
+                                .pitch = int64_t(room_) * int64_t(kRow), .precision = precision_}, Stream()));
       };
       const Spread us = Time(run, first >= 32768 ? 1 : repeats_);
       const double keys = double(chunk_) * first + double(chunk_) * (chunk_ + 1) / 2;
@@ -121,7 +122,7 @@ class PrefillBench {
     std::fflush(stdout);
   }
   void Product(const char* name, const Array<uint16_t>& w, const Array<float>& x, const Array<float>& y, int rows, int cols) {
-    const Spread us = Time([&] { OrExit(reference::MultiplyMatrix({.weights = w.data(), .x = x.data(), .y = y.data(), .workspace = workspace_.data(), .tokens = chunk_, .rows = rows, .cols = cols}, Stream())); },
+    const Spread us = Time([&] { OrExit(reference::MultiplyMatrix({.weights = w.data(), .x = x.data(), .y = y.data(), .workspace = workspace_.data(), .tokens = chunk_, .rows = rows, .cols = cols, .precision = precision_}, Stream())); },
                            repeats_);
     Report(name, {{"tokens", chunk_}, {"rows", rows}, {"cols", cols}}, us, 2.0 * chunk_ * rows * cols);
     double error = 0, all = 0;
@@ -220,7 +221,7 @@ class PrefillBench {
   void OneLayer(const Layer& l, const Array<cuda::RunAppendTask>& append, const Array<cuda::RunPrefillTask>& attend, const Half* kv, int32_t first,
                 const CudaEvent& written) {
     const auto multiply = [&](const Array<uint16_t>& w, const Array<float>& x, const Array<float>& y, int rows, int cols, bool add) {
-      OrExit(reference::MultiplyMatrix({.weights = w.data(), .x = x.data(), .y = y.data(), .add = add, .workspace = workspace_.data(), .tokens = chunk_, .rows = rows, .cols = cols}, Stream()));
+      OrExit(reference::MultiplyMatrix({.weights = w.data(), .x = x.data(), .y = y.data(), .add = add, .workspace = workspace_.data(), .tokens = chunk_, .rows = rows, .cols = cols, .precision = precision_}, Stream()));
     };
     OrExit(reference::NormRows(x_.data(), norm_.data(), 1e-5f, normed_.data(), chunk_, kHidden, Stream()));
     multiply(l.qkv, normed_, qkv_, kQkv, kHidden, false);
@@ -229,7 +230,7 @@ class PrefillBench {
     OrExit(cuda::AppendRuns(append.data(), kKvHeads, chunk_, kD, Stream()));
     OrExit(written.Record(Stream()));
     OrExit(cuda::PrefillRuns({.tasks = attend.data(), .num_tasks = kKvHeads, .queries = chunk_, .first = first, .group = kGroup, .head_dim = kD,
-                              .rows = kv, .pitch = int64_t(tokens_) * int64_t(kRow)}, Stream()));
+                              .rows = kv, .pitch = int64_t(tokens_) * int64_t(kRow), .precision = precision_}, Stream()));
     multiply(l.o, attended_, x_, kHidden, kHidden, true);
     OrExit(reference::NormRows(x_.data(), norm_.data(), 1e-5f, normed_.data(), chunk_, kHidden, Stream()));
     multiply(l.gate_up, normed_, gate_up_, 2 * kIntermediate, kHidden, false);
@@ -237,7 +238,9 @@ class PrefillBench {
     multiply(l.down, gated_, x_, kHidden, kIntermediate, true);
   }
 
-  const int tokens_, chunk_, repeats_, room_;
+  const int tokens_, chunk_, repeats_;
+  const PromptPrecision precision_;
+  const int room_;
   const CudaStream stream_;
   const std::unique_ptr<CudaTransferEngine> engine_;
   std::vector<Layer> layers_;
@@ -251,11 +254,12 @@ int Main(int argc, char** argv) {
   const int tokens = flags.Int("tokens", 16384), chunk = flags.Int("chunk", 8192), layers = flags.Int("layers", 32), repeats = flags.Int("repeats", 3);
   std::vector<int> lengths;
   for (const std::string& length : Split(flags.Text("lengths", "0,8192,24576,57344,122880"), ',')) lengths.push_back(std::stoi(length));
+  const PromptPrecision precision = PrecisionOf(flags);
   flags.Finish();
   if (chunk < 64 || tokens % chunk != 0) Fail({StatusCode::kInvalid, "--tokens=" + std::to_string(tokens) + "; use a multiple of --chunk=" + std::to_string(chunk)});
   Json file = Header("prefill", flags, commit);
-  file["model"] = "llama-3.1-8b", file["weights"] = "fp16", file["activations"] = "fp32";
-  PrefillBench bench(tokens, chunk, layers, lengths.empty() ? 0 : *std::max_element(lengths.begin(), lengths.end()), repeats);
+  file["model"] = "llama-3.1-8b", file["weights"] = "fp16", file["activations"] = "fp32", file["precision"] = PromptPrecisionName(precision);
+  PrefillBench bench(tokens, chunk, layers, lengths.empty() ? 0 : *std::max_element(lengths.begin(), lengths.end()), repeats, precision);
   if (only.find(",parts,") != std::string::npos) bench.Parts(lengths);
   file["results"] = bench.rows();
   WriteJson(file, out);

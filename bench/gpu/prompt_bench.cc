@@ -2,6 +2,7 @@
 //
 //   prompt_bench --out=FILE.json [--commit=ID] [--random-weights=llama-3.1-8b] [--prefill=16384] [--chunk=8192] [--runs=off,tc,dense]
 //                [--steps=32] [--device-budget=4GiB] [--dense-budget=24GiB] [--host-budget=24GiB] [--threads=0] [--set=KNOB=VALUE,...]
+//                [--precision=fp32|half]
 //
 // off:    layers and attention alone: K and V stay on the device, nothing goes to the host, nothing is indexed.
 // tc:     two clocks within --device-budget, rows to the host tier behind the layers, then --steps tokens of decode.
@@ -36,8 +37,8 @@ namespace {
 // K and V in one array a layer on the device, read there; for prompts only.
 class DeviceBackend final : public reference::AttentionBackend {
  public:
-  DeviceBackend(const reference::ModelConfig& config, int64_t tokens)
-      : config_(config), tokens_(tokens), stream_(OrExit(CudaStream::Create())), append_(size_t(config.kv_heads)), attend_(size_t(config.kv_heads)) {
+  DeviceBackend(const reference::ModelConfig& config, int64_t tokens, PromptPrecision precision)
+      : config_(config), tokens_(tokens), precision_(precision), stream_(OrExit(CudaStream::Create())), append_(size_t(config.kv_heads)), attend_(size_t(config.kv_heads)) {
     for (int32_t l = 0; l < config.layers; ++l) rows_.emplace_back(size_t(config.kv_heads) * size_t(tokens) * Row());
   }
   int64_t length() const override { return length_; }
@@ -62,7 +63,7 @@ class DeviceBackend final : public reference::AttentionBackend {
     PREHOC_RETURN_IF_ERROR(cuda::AppendRuns(append_.data(), config_.kv_heads, int32_t(call.count), d, stream_.get()));
     PREHOC_RETURN_IF_ERROR(cuda::PrefillRuns({.tasks = attend_.data(), .num_tasks = config_.kv_heads, .queries = int32_t(call.count),
                                               .first = int32_t(call.first), .group = group, .head_dim = d, .rows = rows_[size_t(call.layer)].data(),
-                                              .pitch = tokens_ * int64_t(Row())}, stream_.get()));
+                                              .pitch = tokens_ * int64_t(Row()), .precision = precision_}, stream_.get()));
     return stream_.Synchronize();
   }
   Status End() override {
@@ -75,6 +76,7 @@ class DeviceBackend final : public reference::AttentionBackend {
   size_t Row() const { return 2 * size_t(config_.head_dim); }
   const reference::ModelConfig& config_;
   const int64_t tokens_;
+  const PromptPrecision precision_;
   CudaStream stream_;
   std::vector<Array<Half>> rows_;
   Array<cuda::RunAppendTask> append_;
@@ -84,6 +86,7 @@ class DeviceBackend final : public reference::AttentionBackend {
 
 struct Settings {
   int64_t prefill = 0, chunk = 0, steps = 0;
+  PromptPrecision precision = PromptPrecision::kSplit;
   uint64_t device_budget = 0, dense_budget = 0, host_budget = 0;
   std::vector<std::string> knobs;
 };
@@ -99,6 +102,7 @@ class PromptBench {
     reference::EngineOptions options{.executor = executor_.get(), .max_batch_tokens = int32_t(settings.chunk)};
     options.max_tokens = settings.prefill + settings.steps + 8;
     options.make_decoder = reference::MakeCudaDecoder;
+    options.prompt_precision = settings.precision;
     engine_ = OrExit(reference::Engine::Create(model_, options));
     engine_seconds_ = Seconds() - start;
     Rng rng(7);
@@ -113,11 +117,11 @@ class PromptBench {
   }
 
   Json Run(const std::string& name) {
-    Json row{{"name", name}, {"prompt", settings_.prefill}, {"chunk", settings_.chunk}};
+    Json row{{"name", name}, {"prompt", settings_.prefill}, {"chunk", settings_.chunk}, {"precision", PromptPrecisionName(settings_.precision)}};
     const size_t before = DriverBytes();
     if (name == "off") {
       for (const bool warm : {true, false}) {
-        DeviceBackend backend(model_->config, settings_.prefill);
+        DeviceBackend backend(model_->config, settings_.prefill, settings_.precision);
         Prompt(backend, warm, &row);
         row["device_bytes"] = DriverBytes() - before;
       }
@@ -167,7 +171,7 @@ class PromptBench {
     options.audit_every = 0;
     CudaHostRegistrar registrar;
     CudaDeviceMemory memory(name == "dense" ? settings_.dense_budget : settings_.device_budget);
-    const auto kernels = OrExit(cuda::DeviceKernels::Create(&memory));
+    const auto kernels = OrExit(cuda::DeviceKernels::Create(&memory, {.prompt_precision = settings_.precision}));
     const auto transfer = OrExit(CudaTransferEngine::Create());
     const auto cache = OrExit(KvCache::Create(options, {.executor = executor_.get(), .device = &memory, .kernels = &cuda::DeviceKernels::Table(),
                                                         .stream = kernels->launch_stream(), .registrar = &registrar, .transfer = transfer.get(),
@@ -219,6 +223,7 @@ int Main(int argc, char** argv) {
   settings.prefill = flags.Int("prefill", 16384), settings.chunk = flags.Int("chunk", 8192), settings.steps = flags.Int("steps", 32);
   settings.device_budget = size("device-budget", "4GiB"), settings.dense_budget = size("dense-budget", "24GiB");
   settings.host_budget = size("host-budget", "24GiB");
+  settings.precision = PrecisionOf(flags);
   settings.knobs = Split(flags.Text("set", "budget=2048"), ',');
   const std::vector<std::string> runs = Split(flags.Text("runs", "off,tc,dense"), ',');
   const int threads = flags.Int("threads", 0);

@@ -113,6 +113,13 @@ void Flags::Finish() const {
   }
 }
 
+PromptPrecision PrecisionOf(Flags& flags) {
+  const std::string name = flags.Text("precision", "fp32");
+  const std::optional<PromptPrecision> found = FindPromptPrecision(name);
+  if (!found) Fail({StatusCode::kInvalid, "--precision=" + name + ": use fp32 or half"});
+  return *found;
+}
+
 std::vector<std::string> Split(const std::string& text, char at) {
   std::vector<std::string> parts;
   for (size_t from = 0; from <= text.size();) {

@@ -15,6 +15,7 @@
 #include "base/cuda/device.h"
 #include "base/cuda/error.h"
 #include "base/cuda/stream.h"
+#include "base/precision.h"
 #include "bench/or_exit.h"
 
 namespace prehoc {
@@ -127,6 +128,8 @@ class Flags {
 };
 
 std::vector<std::string> Split(const std::string& text, char at);
+// --precision=fp32 (default) or half.
+PromptPrecision PrecisionOf(Flags& flags);
 
 // "command", "device", "driver", "commit" and what else makes a result one of its own.
 Json Header(const std::string& bench, const Flags& flags, const std::string& commit);

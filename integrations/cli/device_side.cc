@@ -22,12 +22,12 @@ DeviceSide CpuSide(uint64_t device_budget, const KernelTable* kernels) {
 }
 
 #ifdef PREHOC_CUDA
-Result<DeviceSide> CudaSide(uint64_t device_budget) {
+Result<DeviceSide> CudaSide(uint64_t device_budget, PromptPrecision prompt_precision) {
   PREHOC_RETURN_IF_ERROR(CurrentCudaDevice().status());
   DeviceSide side;
   side.registrar = std::make_unique<CudaHostRegistrar>();
   auto memory = std::make_unique<CudaDeviceMemory>(device_budget);
-  PREHOC_ASSIGN_OR_RETURN(auto made, cuda::DeviceKernels::Create(memory.get()));
+  PREHOC_ASSIGN_OR_RETURN(auto made, cuda::DeviceKernels::Create(memory.get(), {.prompt_precision = prompt_precision}));
   side.memory = std::move(memory);
   const std::shared_ptr<const cuda::DeviceKernels> kernels = std::move(made);
   side.kernels_state = kernels;
@@ -41,7 +41,7 @@ Result<DeviceSide> CudaSide(uint64_t device_budget) {
   return side;
 }
 #else
-Result<DeviceSide> CudaSide(uint64_t) {
+Result<DeviceSide> CudaSide(uint64_t, PromptPrecision) {
   return {StatusCode::kUnsupported, "this build has no CUDA; use --device cpu, or a build with -DPREHOC_ENABLE_CUDA=ON"};
 }
 #endif

@@ -7,6 +7,7 @@
 #include "base/counters.h"
 #include "base/device_memory.h"
 #include "base/host_registrar.h"
+#include "base/precision.h"
 #include "base/result.h"
 #include "integrations/reference/engine/token_decoder.h"
 #include "kernels/function_table.h"
@@ -30,6 +31,6 @@ struct DeviceSide {
 // Host memory in the place of a GPU's, and `kernels`.
 DeviceSide CpuSide(uint64_t device_budget, const KernelTable* kernels);
 // Of the first GPU. kUnsupported in a build without CUDA; kNotFound without a device; both say what to do.
-Result<DeviceSide> CudaSide(uint64_t device_budget);
+Result<DeviceSide> CudaSide(uint64_t device_budget, PromptPrecision prompt_precision);
 
 }  // namespace prehoc::cli

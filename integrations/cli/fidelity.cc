@@ -116,7 +116,8 @@ class FidelityJob {
                   {"architecture", config.architecture}, {"layers", config.layers}, {"heads", config.heads}, {"kv_heads", config.kv_heads},
                   {"head_dim", config.head_dim}, {"weight_bytes", loaded_.model->weight_bytes}};
     d["text"] = {{"path", NameOf(document.path)}, {"sha256", Sha256Hex(document.text)}, {"tokens", tokens}, {"context", lab.context()}, {"steps", options_.steps}};
-    d["machine"] = {{"cpu", CpuName()}, {"threads", options_.threads}, {"kernels", options_.cuda ? "cuda" : kernels_ ? kernels_->name : BestCpuKernels().name}};
+    d["machine"] = {{"cpu", CpuName()}, {"threads", options_.threads}, {"kernels", options_.cuda ? "cuda" : kernels_ ? kernels_->name : BestCpuKernels().name},
+                    {"prompt_precision", PromptPrecisionName(options_.prompt_precision)}};
     ordered_json tasks = ordered_json::array();
     for (const FidelityTask task : options_.tasks) tasks.push_back(FidelityTaskName(task));
     d["request"] = {{"tasks", tasks}, {"task_sets", options_.task_sets}, {"generate", options_.generate},

@@ -15,7 +15,7 @@ struct RawFidelity {
   std::string selectors, budgets, codes;
   std::vector<std::string> set, sweep;
   std::string tasks, task_sets, generate, calibrate, calibrate_knob, calibrate_units, calibration;
-  std::string audit_every, device_factor, store, store_budget, max_minutes, seed, threads, device, kernels, json, html;
+  std::string audit_every, device_factor, store, store_budget, max_minutes, seed, threads, device, prompt_precision, kernels, json, html;
 };
 
 void AddFidelityFlags(CLI::App& app, RawFidelity& raw);

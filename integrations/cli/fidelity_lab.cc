@@ -122,6 +122,7 @@ SessionOptions LabSession(const LabTask& task, const FidelityRun& run, int64_t p
   session.audit_every = 0;
   session.kernels = task.kernels;
   session.cuda = task.options.cuda;
+  session.prompt_precision = task.options.prompt_precision;
   session.threads = task.options.threads;
   return session;
 }

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/precision.h"
 #include "base/result.h"
 #include "kernels/function_table.h"
 #include "selector/calibration.h"
@@ -51,6 +52,7 @@ struct FidelityOptions {
   int threads = 0;
   std::string kernels, json, html;
   bool cuda = false;  // --device cuda
+  PromptPrecision prompt_precision = PromptPrecision::kSplit;
 };
 
 struct FidelityRun {

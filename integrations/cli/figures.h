@@ -18,7 +18,7 @@ namespace prehoc::cli {
 struct RunFigures {
   std::string selector;
   std::vector<std::string> knobs;  // "name=value"
-  std::string codes, kernels;
+  std::string codes, kernels, prompt_precision;
   uint64_t device_budget = 0, host_budget = 0, store_budget = 0;  // [bytes]; no store: 0
   double open_seconds = 0;         // opening the sequence, restoring its prefix included
   Generated generated;

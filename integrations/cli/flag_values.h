@@ -8,6 +8,7 @@
 #include <string_view>
 #include <utility>
 
+#include "base/precision.h"
 #include "base/units.h"
 #include "integrations/cli/exit_code.h"
 
@@ -59,6 +60,14 @@ Status ReadDevice(const Flags& flags, const std::string& text, const std::string
   if (text != "cpu" && text != "cuda") return Bad("--device", text, "cpu or cuda");
   *cuda = text == "cuda";
   if (text == "cuda" && flags.Given("--kernels")) return Bad("--kernels", kernels, "--device cpu: with --device cuda the kernels are CUDA's");
+  return {};
+}
+
+inline Status ReadPromptPrecision(const Flags& flags, const std::string& text, PromptPrecision* precision) {
+  if (!flags.Given("--prompt-precision")) return {};
+  const std::optional<PromptPrecision> found = FindPromptPrecision(text);
+  if (!found) return Bad("--prompt-precision", text, "fp32 or half");
+  *precision = *found;
   return {};
 }
 

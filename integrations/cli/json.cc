@@ -46,7 +46,8 @@ ordered_json Counters(const RunFigures& run) {
 ordered_json Run(const RunFigures& run) {
   const SequenceReport& r = run.report;
   ordered_json json;
-  json["selector"] = {{"name", run.selector}, {"knobs", run.knobs}, {"codes", run.codes}, {"kernels", run.kernels}};
+  json["selector"] = {{"name", run.selector}, {"knobs", run.knobs}, {"codes", run.codes}, {"kernels", run.kernels},
+                      {"prompt_precision", run.prompt_precision}};
   json["prompt"] = {{"restored_tokens", r.restored_tokens},
                     {"computed_tokens", run.generated.prefill_tokens},
                     {"open_seconds", run.open_seconds},

@@ -23,7 +23,7 @@ struct RawAnswer {
   std::string model, lora, random_weights, positions, document, context, question, max_new_tokens;
   std::string selector, budget, max_dropped_mass, codes, audit_every, calibration;
   std::vector<std::string> set;
-  std::string device_budget, host_budget, rows, store, store_budget, store_deadline, tenant;
+  std::string prompt_precision, device_budget, host_budget, rows, store, store_budget, store_deadline, tenant;
   std::string threads, kernels, device, compare, json, trace, metrics, log;
   bool show_knobs = false;
 };
@@ -73,6 +73,7 @@ void AddAnswerFlags(CLI::App& app, RawAnswer& raw) {
   const char* run = "How it runs";
   AddText(app, "--threads", raw.threads, "N", "default: one per CPU", run);
   AddText(app, "--device", raw.device, "NAME", "cpu or cuda: where the model, the kernels and the device tier are; default: cuda where a GPU is", run);
+  AddText(app, "--prompt-precision", raw.prompt_precision, "NAME", "of a prompt's products with --device cuda: fp32 (default), or half, which rounds activations to 16 bits, as serving engines do, and takes half the time", run);
   AddText(app, "--kernels", raw.kernels, "NAME", "reference, avx2 or avx512; default: the fastest that runs here", run);
   AddText(app, "--compare", raw.compare, "dense", "run dense attention too, and compare", run);
   AddText(app, "--json", raw.json, "FILE", "write all figures there", run);
@@ -191,6 +192,7 @@ Result<AnswerOptions> ReadAnswer(const Flags& flags, const RawAnswer& raw) {
     options.kernels = raw.kernels;
     options.cuda = false;
   }
+  PREHOC_RETURN_IF_ERROR(ReadPromptPrecision(flags, raw.prompt_precision, &options.prompt_precision));
   if (flags.Given("--rows")) {
     PREHOC_ASSIGN_OR_RETURN(options.rows, ParseRows("--rows", raw.rows));
     if (options.rows != RowFormat::kF16 && !options.calibration.empty()) {

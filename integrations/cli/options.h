@@ -7,6 +7,7 @@
 #include <string_view>
 #include <vector>
 
+#include "base/precision.h"
 #include "base/result.h"
 #include "integrations/cli/fidelity_plan.h"
 #include "integrations/cli/log.h"
@@ -48,6 +49,7 @@ struct AnswerOptions {
   int threads = 0;             // 0 = one per CPU
   std::string kernels;         // empty = the fastest that this CPU runs
   std::optional<bool> cuda;    // --device: model, kernels and device tier on the GPU; not given: where a GPU is, if no kernels are named
+  PromptPrecision prompt_precision = PromptPrecision::kSplit;  // on a GPU
   bool compare_dense = false;
   std::string json;            // file; empty = none
   std::string trace;           // file of the run's spans (trace_log.h); empty = none

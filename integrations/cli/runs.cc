@@ -48,6 +48,7 @@ class Runs {
     session.prompt_tokens = figures_.prompt_tokens;
     session.kernels = task_.kernels;
     session.cuda = task_.options.cuda.value_or(false);
+    session.prompt_precision = task_.options.prompt_precision;
     session.threads = task_.options.threads;
     session.tracer = task_.tracer;
     return session;
@@ -107,6 +108,7 @@ class Runs {
     run->knobs = options.selector.Describe();
     run->codes = CodesToString(options.codes);
     run->kernels = std::string(session.kernels_name());
+    run->prompt_precision = std::string(PromptPrecisionName(options.prompt_precision));
     run->device_budget = options.device_budget;
     run->host_budget = options.host_budget;
     run->store_budget = options.store.empty() ? 0 : options.store_budget;

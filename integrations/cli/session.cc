@@ -27,7 +27,9 @@ RocksDbStore::Options StoreOptions(const SessionOptions& options, const KvGeomet
 // With RoPE scaling that depends on the prompt's length, equal tokens have other keys; they must not meet.
 std::string Variant(const SessionOptions& options, const reference::Engine& engine) {
   const int64_t variant = engine.RopeVariant(options.prompt_tokens);
-  return variant == 0 ? std::string() : std::string("rope=").append(std::to_string(variant)).append(";");
+  std::string text = variant == 0 ? std::string() : std::string("rope=").append(std::to_string(variant)).append(";");
+  if (options.prompt_precision == PromptPrecision::kHalf) text += "half;";  // other K and V: no prefix of theirs stands for these
+  return text;
 }
 
 std::string WithSize(const char* flag, uint64_t bytes) {
@@ -103,8 +105,11 @@ Result<std::unique_ptr<Session>> Session::Create(std::shared_ptr<const reference
   auto io = ThreadPool::Create({.loop_threads = io_threads, .job_threads = io_threads, .spin_iterations = 0});
   if (!io.ok()) return RuntimeError(io.status(), "--threads");
   session->io_ = std::move(io).value();
+  if (options.prompt_precision != PromptPrecision::kSplit && !options.cuda) {
+    return UsageError("--prompt-precision half: the CPU computes in fp32; leave it out, or give --device cuda");
+  }
   if (options.cuda) {
-    auto side = CudaSide(options.device_budget);
+    auto side = CudaSide(options.device_budget, options.prompt_precision);
     if (!side.ok()) return RuntimeError(side.status(), "--device cuda");
     session->device_ = std::move(side).value();
     session->registrar_ = std::move(session->device_.registrar);
@@ -133,6 +138,7 @@ Status Session::CreateEngine() {
   engine.max_batch_tokens = piece_tokens();
   engine.keep_q_pre_rope = selector->NeedsPreRope() || options_.observer;
   engine.make_decoder = device_.make_decoder;
+  engine.prompt_precision = options_.prompt_precision;
   auto created = reference::Engine::Create(model_, engine);
   if (!created.ok()) return RuntimeError(created.status(), "--model");
   engine_ = std::move(created).value();

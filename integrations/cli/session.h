@@ -37,6 +37,7 @@ struct SessionOptions {
   int64_t prompt_tokens = 0;
   const KernelTable* kernels = nullptr;
   bool cuda = false;            // `kernels` is not looked at then
+  PromptPrecision prompt_precision = PromptPrecision::kSplit;  // with `cuda`
   int threads = 0;
   bool persist_decode = true;
   int64_t device_slots = 0;     // SequenceOptions::device_slots

@@ -66,10 +66,11 @@ struct Workspace {
 }  // namespace
 
 struct DeviceKernels::Impl {
-  Impl(const CudaDeviceMemory* device_memory, CudaStream own_stream, PrefillRows prefill_rows)
-      : memory(device_memory), stream(std::move(own_stream)), behind(std::move(prefill_rows)) {}
+  Impl(const CudaDeviceMemory* device_memory, const Options& with, CudaStream own_stream, PrefillRows prefill_rows)
+      : memory(device_memory), options(with), stream(std::move(own_stream)), behind(std::move(prefill_rows)) {}
 
   const CudaDeviceMemory* const memory;
+  const Options options;
   const CudaStream stream;
   Mutex mutex;
   PrefillRows behind PREHOC_GUARDED_BY(mutex);
@@ -623,7 +624,8 @@ Status DeviceKernels::Impl::Prefill(const prehoc::PrefillParams& params) {
   PREHOC_RETURN_IF_ERROR(Sent(PrefillRuns({.tasks = tasks.device, .num_tasks = static_cast<int32_t>(num), .queries = params.queries,
                                            .first = params.first, .sinks = params.sinks, .group = params.group,
                                            .head_dim = params.head_dim, .rows = together ? rows_of(0) : reinterpret_cast<const Half*>(gathered.data),
-                                           .pitch = together ? gap : static_cast<int64_t>(gathered.pitch / sizeof(Half))}, stream.get())));
+                                           .pitch = together ? gap : static_cast<int64_t>(gathered.pitch / sizeof(Half)),
+                                           .precision = options.prompt_precision}, stream.get())));
   if (!together) PREHOC_RETURN_IF_ERROR(behind.Used());
   if (params.on_device) return {};
   PREHOC_RETURN_IF_ERROR(Wait());
@@ -698,11 +700,11 @@ DeviceKernels::~DeviceKernels() {
   impl_->behind.Stop().IgnoreError();
 }
 
-Result<std::unique_ptr<DeviceKernels>> DeviceKernels::Create(const CudaDeviceMemory* memory) {
+Result<std::unique_ptr<DeviceKernels>> DeviceKernels::Create(const CudaDeviceMemory* memory, const Options& options) {
   PREHOC_RETURN_IF_ERROR(CurrentCudaDevice().status());
   PREHOC_ASSIGN_OR_RETURN(CudaStream stream, CudaStream::Create());
   PREHOC_ASSIGN_OR_RETURN(PrefillRows rows, PrefillRows::Create(memory, stream.get()));
-  return std::unique_ptr<DeviceKernels>(new DeviceKernels(std::make_unique<Impl>(memory, std::move(stream), std::move(rows))));
+  return std::unique_ptr<DeviceKernels>(new DeviceKernels(std::make_unique<Impl>(memory, options, std::move(stream), std::move(rows))));
 }
 
 const KernelTable& DeviceKernels::Table() {

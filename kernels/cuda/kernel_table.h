@@ -23,6 +23,7 @@
 
 #include "base/counters.h"
 #include "base/cuda/device_memory.h"
+#include "base/precision.h"
 #include "base/result.h"
 #include "kernels/function_table.h"
 
@@ -31,8 +32,12 @@ namespace prehoc::cuda {
 // The stream and the staging memory behind the table. Safe from any thread; calls take turns.
 class DeviceKernels {
  public:
+  struct Options {
+    PromptPrecision prompt_precision = PromptPrecision::kSplit;  // of prefill's queries and weights
+  };
   // `memory` outlives this. Returns kNotFound or kUnsupported (CurrentCudaDevice()), kCuda, kOutOfSpace.
-  static Result<std::unique_ptr<DeviceKernels>> Create(const CudaDeviceMemory* memory);
+  static Result<std::unique_ptr<DeviceKernels>> Create(const CudaDeviceMemory* memory, const Options& options);
+  static Result<std::unique_ptr<DeviceKernels>> Create(const CudaDeviceMemory* memory) { return Create(memory, {}); }
   ~DeviceKernels();
 
   // One table for all; which DeviceKernels a call uses is said by Launch::stream = launch_stream().

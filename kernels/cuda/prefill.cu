@@ -1,7 +1,7 @@
 // Causal attention of many queries: tiles of queries and keys in shared memory, one pass with a running maximum.
 //
-// On the tensor cores queries and weights are sums of two halves of fp16 (errors of some 2^-21): a warp takes 16 queries, and what it needs of
-// the next keys arrives while it multiplies. A product with an infinite or NaN number shows in the output; such a tile is computed again in
+// On the tensor cores queries and weights are sums of two halves of fp16 (errors of some 2^-21), or one (2^-12): a warp takes 16 queries, and what
+// it needs of the next keys arrives while it multiplies. A product with an infinite or NaN number shows in the output; such a tile is computed again in
 // fp32 by the plain way, in which a weight of 0 takes nothing.
 #include <algorithm>
 #include <cmath>
@@ -38,10 +38,11 @@ __device__ void AskForKeys(const RunPrefillTask& task, int key, int keys, uint16
   CommitCopies();
 }
 
-template <int D>
+template <int D, PromptPrecision P>
 __global__ void __launch_bounds__(PrefillShape<D>::kThreads, 1) PrefillKernel(const __grid_constant__ PrefillArgs args) {
   using S = PrefillShape<D>;
   using Fp16 = Number<RowType::kF16>;
+  constexpr bool kSplit = P == PromptPrecision::kSplit;
   extern __shared__ __align__(16) char shared[];
   __shared__ int32_t starts[S::kQueries];
   __shared__ int32_t least_start, any_odd;
@@ -93,16 +94,19 @@ __global__ void __launch_bounds__(PrefillShape<D>::kThreads, 1) PrefillKernel(co
     float z[S::kKeys / 8][4] = {};
 #pragma unroll
     for (int c = 0; c < D; c += 16) {
-      uint32_t q_most[4], q_rest[4];
+      uint32_t q_most[4];
+      [[maybe_unused]] uint32_t q_rest[4];
       const int row = warp * 16 + lane % 16, col = c + lane / 16 * 8;
       LoadMatrices(SharedAddress(&tiles.q[0][row][col]), q_most);
-      LoadMatrices(SharedAddress(&tiles.q[1][row][col]), q_rest);
+      if constexpr (kSplit) LoadMatrices(SharedAddress(&tiles.q[1][row][col]), q_rest);
 #pragma unroll
       for (int n = 0; n < S::kKeys; n += 16) {
         uint32_t b[4];
         LoadMatrices(SharedAddress(&k_tile[n + lane % 8 + lane / 16 * 8][c + lane / 8 % 2 * 8]), b);
-        Fp16::Mma(z[n / 8], q_rest[0], q_rest[1], q_rest[2], q_rest[3], b[0], b[1]);
-        Fp16::Mma(z[n / 8 + 1], q_rest[0], q_rest[1], q_rest[2], q_rest[3], b[2], b[3]);
+        if constexpr (kSplit) {
+          Fp16::Mma(z[n / 8], q_rest[0], q_rest[1], q_rest[2], q_rest[3], b[0], b[1]);
+          Fp16::Mma(z[n / 8 + 1], q_rest[0], q_rest[1], q_rest[2], q_rest[3], b[2], b[3]);
+        }
         Fp16::Mma(z[n / 8], q_most[0], q_most[1], q_most[2], q_most[3], b[0], b[1]);
         Fp16::Mma(z[n / 8 + 1], q_most[0], q_most[1], q_most[2], q_most[3], b[2], b[3]);
       }
@@ -149,8 +153,10 @@ __global__ void __launch_bounds__(PrefillShape<D>::kThreads, 1) PrefillKernel(co
       for (int c = 0; c < D; c += 16) {
         uint32_t b[4];
         LoadTransposed(SharedAddress(&v_tile[n + lane % 16][c + lane / 16 * 8]), b);
-        Fp16::Mma(out[c / 8], p_rest[0], p_rest[1], p_rest[2], p_rest[3], b[0], b[1]);
-        Fp16::Mma(out[c / 8 + 1], p_rest[0], p_rest[1], p_rest[2], p_rest[3], b[2], b[3]);
+        if constexpr (kSplit) {
+          Fp16::Mma(out[c / 8], p_rest[0], p_rest[1], p_rest[2], p_rest[3], b[0], b[1]);
+          Fp16::Mma(out[c / 8 + 1], p_rest[0], p_rest[1], p_rest[2], p_rest[3], b[2], b[3]);
+        }
         Fp16::Mma(out[c / 8], p_most[0], p_most[1], p_most[2], p_most[3], b[0], b[1]);
         Fp16::Mma(out[c / 8 + 1], p_most[0], p_most[1], p_most[2], p_most[3], b[2], b[3]);
       }
@@ -179,11 +185,14 @@ Status PrefillRuns(const RunPrefillParams& params, cudaStream_t stream) {
   if (limits.major == 9 && params.rows != nullptr && params.head_dim == sm90::kPrefillHeadDim) return sm90::PrefillRuns(params, args, stream);
 #endif
   return DispatchHeadDim(params.head_dim, [&](auto d) {
-    using S = PrefillShape<d()>;
+    constexpr int D = d();
+    using S = PrefillShape<D>;
     const dim3 grid(static_cast<unsigned>(CeilDiv(params.queries, S::kQueries)), static_cast<unsigned>(params.num_tasks),
                     static_cast<unsigned>(params.group));
-    constexpr size_t kShared = std::max(sizeof(Tiles<d()>), sizeof(PlainTiles<d()>));
-    return LaunchKernel(PrefillKernel<d()>, "prefill", args, {.grid = grid, .threads = S::kThreads, .shared_bytes = kShared}, stream);
+    constexpr size_t kShared = std::max(sizeof(Tiles<D>), sizeof(PlainTiles<D>));
+    return DispatchPrecision(params.precision, [&]<PromptPrecision P>(std::integral_constant<PromptPrecision, P>) {
+      return LaunchKernel(PrefillKernel<D, P>, "prefill", args, {.grid = grid, .threads = S::kThreads, .shared_bytes = kShared}, stream);
+    });
   });
 }
 

@@ -1,5 +1,7 @@
 // What the kernels of prefill share: their arguments, what a query sees, and the plain way in fp32.
 #pragma once
+#include <type_traits>
+
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/run_kernels.h"
 
@@ -25,6 +27,12 @@ struct PrefillArgs {
   int32_t queries, first, sinks, group;
   float scale;
 };
+
+template <class F>
+Status DispatchPrecision(PromptPrecision precision, const F& f) {
+  if (precision == PromptPrecision::kHalf) return f(std::integral_constant<PromptPrecision, PromptPrecision::kHalf>());
+  return f(std::integral_constant<PromptPrecision, PromptPrecision::kSplit>());
+}
 
 template <int D>
 struct PlainTiles {

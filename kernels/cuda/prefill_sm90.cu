@@ -1,8 +1,9 @@
 // Causal attention of many queries on the tensor cores of compute capability 9.0: products of a whole warp group, keys and values brought by the
-// copy engine of the multiprocessor (TMA). Queries and weights are sums of two halves of fp16, as in prefill.cu. Compiled for sm_90a alone.
+// copy engine of the multiprocessor (TMA). Queries and weights are sums of two halves of fp16 or one, as in prefill.cu. Compiled for sm_90a alone.
 //
-//   a block: 128 queries of a head; two warp groups take 64 each, over tiles of 128 keys, of which two are on their way or in use. One group
-//   multiplies while the other weighs: nothing but the tiles that both read holds them together.
+//   a block: 128 queries of a head; two warp groups take 64 each, over tiles of 128 keys, of which two or three are on their way or in use. One
+//   group multiplies while the other weighs: nothing but the tiles that both read holds them together. Within a group, the products of a tile's
+//   weights with its values run while the next tile's logits become weights.
 #include <algorithm>
 
 #include "base/units.h"
@@ -18,8 +19,18 @@ constexpr int kD = kPrefillHeadDim, kQueries = 128, kKeys = 128, kThreads = 256;
 constexpr int kLine = 64;                          // halves of a line in shared memory
 constexpr int kSlab = 128 * kLine * 2;             // [bytes] 128 lines
 constexpr int kPart = kD / kLine * kSlab;          // queries (one half of the sum), keys, or values of a tile
-constexpr int kBarriers = 6 * kPart;               // after q most, q rest, two tiles of keys, two of values
-constexpr size_t kShared = std::max(size_t{kBarriers} + 64, sizeof(PlainTiles<kD>)) + 1024;
+
+// Shared memory: queries (most; rest), tiles of keys, tiles of values, barriers.
+template <PromptPrecision P>
+struct Plan {
+  static constexpr bool kSplit = P == PromptPrecision::kSplit;
+  static constexpr int kQParts = kSplit ? 2 : 1;
+  static constexpr int kStages = kSplit ? 2 : 3;
+  static constexpr int kKeyTiles = kQParts * kPart, kValueTiles = kKeyTiles + kStages * kPart, kBarriers = kValueTiles + kStages * kPart;
+  static constexpr int kBarrierBytes = 4 * kStages * 8;
+  static constexpr size_t kShared = std::max(size_t{kBarriers} + kBarrierBytes, sizeof(PlainTiles<kD>)) + 1024;
+  static_assert(kShared <= 232448, "a block of compute capability 9.0 has that much");
+};
 static_assert(PrefillShape<kD>::kThreads == kThreads && PrefillShape<kD>::kQueries == kQueries, "the plain way takes the same block");
 
 struct Args {
@@ -65,21 +76,32 @@ __device__ inline void MultiplyValues(float (&d)[64], const uint32_t (&a)[4], ui
 }
 #undef PREHOC_WGMMA
 
+// Nothing that reads d moves before this.
+__device__ inline void Settle(float (&d)[64]) {
+#pragma unroll
+  for (float& x : d) asm volatile("" : "+f"(x)::"memory");
+}
+
+template <PromptPrecision P>
 __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_constant__ Args all) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using L = Plan<P>;
+  constexpr int kStages = L::kStages;
   const PrefillArgs& args = all.prefill;
   extern __shared__ __align__(1024) char shared[];
   __shared__ int32_t starts[kQueries];
   __shared__ int32_t least_start, any_odd;
   const uint32_t address = SharedAddress(shared), base = (address + 1023) / 1024 * 1024;
   char* const aligned = shared + (base - address);
-  const uint32_t k_tiles = base + 2 * kPart, v_tiles = base + 4 * kPart, barriers = base + kBarriers;
-  // Of tile `stage`: whether keys, values are there; whether they are used up.
+  const uint32_t k_tiles = base + L::kKeyTiles, v_tiles = base + L::kValueTiles, barriers = base + L::kBarriers;
+  // Of the keys or values of a stage: whether they are there; whether they are used up.
   const auto full = [&](int stage, int values) { return barriers + static_cast<uint32_t>(stage * 2 + values) * 8; };
-  const auto empty = [&](int stage, int values) { return barriers + 32 + static_cast<uint32_t>(stage * 2 + values) * 8; };
+  const auto empty = [&](int stage, int values) { return full(stage + kStages, values); };
   const int head = blockIdx.z, lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp, g = lane / 4, j = lane % 4;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < 4; ++i) Init(barriers + static_cast<uint32_t>(i) * 8, 1), Init(barriers + 32 + static_cast<uint32_t>(i) * 8, kThreads / kWarp);
+    for (int s = 0; s < kStages; ++s) {
+      for (const int values : {0, 1}) Init(full(s, values), 1), Init(empty(s, values), kThreads / kWarp);
+    }
     InitDone();
     least_start = 0x7fffffff, any_odd = 0;
   }
@@ -109,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
     }
     char* const to = aligned + c / kLine * kSlab + t * kLine * 2 + (word ^ (t % 8)) * 16;
     *reinterpret_cast<uint4*>(to) = most;
-    *reinterpret_cast<uint4*>(to + kPart) = rest;
+    if constexpr (L::kSplit) *reinterpret_cast<uint4*>(to + kPart) = rest;
   }
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   __syncthreads();
@@ -130,30 +152,38 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
   float out[64] = {}, most[2] = {-Infinity(), -Infinity()}, sum[2] = {};
   const int query = warp * 16 + g;  // and query + 8
   const int32_t last[2] = {args.first + begin + query, args.first + begin + query + 8}, start[2] = {starts[query], starts[query + 8]};
-  const uint32_t q_most = base + static_cast<uint32_t>(warp / 4 * 64 * kLine * 2), q_rest = q_most + kPart;
-  uint32_t p_most[kKeys / 16][4], p_rest[kKeys / 16][4];
+  const uint32_t q_most = base + static_cast<uint32_t>(warp / 4 * 64 * kLine * 2);
+  [[maybe_unused]] const uint32_t q_rest = q_most + kPart;
+  uint32_t p_most[kKeys / 16][4], p_rest[L::kSplit ? kKeys / 16 : 1][4];
   // z = queries times the keys of a tile, and out += weights times the values of one: behind the threads.
   const auto multiply_keys = [&](float(&z)[64], int stage) {
     const uint32_t tile = k_tiles + static_cast<uint32_t>(stage * kPart);
 #pragma unroll
     for (int c = 0; c < kD; c += 16) {
       const uint32_t at = static_cast<uint32_t>(c / kLine * kSlab + c % kLine * 2);
-      if (c == 0) BeginKeys(z, Matrix(q_rest + at), Matrix(tile + at));
-      if (c > 0) AddKeys(z, Matrix(q_rest + at), Matrix(tile + at));
-      AddKeys(z, Matrix(q_most + at), Matrix(tile + at));
+      if constexpr (L::kSplit) {
+        if (c == 0) BeginKeys(z, Matrix(q_rest + at), Matrix(tile + at));
+        if (c > 0) AddKeys(z, Matrix(q_rest + at), Matrix(tile + at));
+        AddKeys(z, Matrix(q_most + at), Matrix(tile + at));
+      } else {
+        if (c == 0) BeginKeys(z, Matrix(q_most + at), Matrix(tile + at));
+        if (c > 0) AddKeys(z, Matrix(q_most + at), Matrix(tile + at));
+      }
     }
+    CommitProducts();
   };
   const auto multiply_values = [&](int stage) {
     const uint32_t tile = v_tiles + static_cast<uint32_t>(stage * kPart);
 #pragma unroll
     for (int n = 0; n < kKeys / 16; ++n) {
       const uint64_t values = Matrix(tile + static_cast<uint32_t>(n * 16 * kLine * 2), kSlab);
-      MultiplyValues(out, p_rest[n], values);
+      if constexpr (L::kSplit) MultiplyValues(out, p_rest[n], values);
       MultiplyValues(out, p_most[n], values);
     }
+    CommitProducts();
   };
-  // Weights of the tile at `key` from its logits; what was summed before is scaled to the new maximum.
-  const auto weigh = [&](float(&z)[64], int key) {
+  // The logits z of the tile at `key` become weights; `keep`: what sums and results so far are worth beside them.
+  const auto weigh = [&](float(&z)[64], int key, float(&keep)[2]) {
     // Of a tile that everybody sees nothing is hidden.
     const bool whole = key + kKeys <= args.first + begin + 1 && (key + kKeys <= args.sinks || task.start == nullptr);
     if (!whole) {
@@ -172,7 +202,8 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
       for (int n = 0; n < kKeys / 8; ++n) now = fmaxf(now, fmaxf(z[n * 4 + 2 * r], z[n * 4 + 2 * r + 1]));
       now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 1));
       now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 2));
-      const float from = now == -Infinity() ? 0.0f : now, keep = Exp2(most[r] - from);
+      const float from = now == -Infinity() ? 0.0f : now;
+      keep[r] = Exp2(most[r] - from);
       most[r] = now;
       float part = 0;
 #pragma unroll
@@ -180,62 +211,80 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
         z[n * 4 + 2 * r] = Exp2(z[n * 4 + 2 * r] - from), z[n * 4 + 2 * r + 1] = Exp2(z[n * 4 + 2 * r + 1] - from);
         part += z[n * 4 + 2 * r] + z[n * 4 + 2 * r + 1];
       }
-      sum[r] = sum[r] * keep + part;  // of this lane's keys
-#pragma unroll
-      for (int n = 0; n < kD / 8; ++n) out[n * 4 + 2 * r] *= keep, out[n * 4 + 2 * r + 1] *= keep;
+      sum[r] = sum[r] * keep[r] + part;  // of this lane's keys
     }
+  };
+  // Weights as operands of the next products with values.
+  const auto pack = [&](const float(&z)[64]) {
 #pragma unroll
     for (int n = 0; n < kKeys / 16; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int from = (2 * n + i / 2) * 4 + 2 * (i % 2);
-        SplitPair<RowType::kF16>(z[from], z[from + 1], &p_most[n][i], &p_rest[n][i]);
+        if constexpr (L::kSplit) {
+          SplitPair<RowType::kF16>(z[from], z[from + 1], &p_most[n][i], &p_rest[n][i]);
+        } else {
+          p_most[n][i] = Number<RowType::kF16>::Pack(z[from], z[from + 1]);
+        }
       }
     }
   };
-  // The last query sees its own key: there is a tile. Products with the values of a tile go with those with the keys of the next.
-  int key = after(-kKeys), next = after(key), tile = 0;
-  if (asks) ask(key, 0, 0), ask(key, 0, 1);
-  if (asks && next < keys) ask(next, 1, 0), ask(next, 1, 1);
+  // The last query sees its own key: there is a tile.
+  int key = after(-kKeys), next = after(key), ahead = key, tile = 0;
+  for (int s = 0; s < kStages; ++s) {
+    if (asks && ahead < keys) ask(ahead, s, 0), ask(ahead, s, 1);
+    ahead = after(ahead);
+  }
   {
-    float z[64];
+    float z[64], keep[2];
     Await(full(0, 0), 0);
     BeginProducts();
     multiply_keys(z, 0);
-    CommitProducts();
     WaitForProducts<0>();
+    Settle(z);
     if (lane == 0) Arrive(empty(0, 0));
-    weigh(z, key);
+    weigh(z, key, keep);
+    pack(z);
   }
   while (next < keys) {
     key = next, next = after(key), ++tile;
-    const int stage = tile % 2, before = stage ^ 1;
-    const bool asks_next = asks && next < keys;
-    Await(full(before, 1), (tile - 1) / 2 % 2);
-    Await(full(stage, 0), tile / 2 % 2);
-    float z[64];
+    const int stage = tile % kStages, before = (tile - 1) % kStages, turn = (tile - 1) / kStages % 2;
+    const bool asks_ahead = asks && ahead < keys;
+    float z[64], keep[2];
+    Await(full(before, 1), turn);
+    Await(full(stage, 0), tile / kStages % 2);
     BeginProducts();
-    multiply_values(before);
     multiply_keys(z, stage);
-    CommitProducts();
+    multiply_values(before);
+    // The other group is less than a tile behind: it has multiplied the keys of the tile before, and soon its values.
+    if (asks_ahead) {
+      Await(empty(before, 0), turn);
+      ask(ahead, before, 0);
+    }
+    WaitForProducts<1>();
+    Settle(z);
+    if (lane == 0) Arrive(empty(stage, 0));
+    weigh(z, key, keep);
     WaitForProducts<0>();
-    if (lane == 0) Arrive(empty(before, 1)), Arrive(empty(stage, 0));
-    // The other group is less than a tile behind: it has multiplied the keys before these, and soon the values.
-    if (asks_next) {
-      Await(empty(before, 0), (tile - 1) / 2 % 2);
-      ask(next, before, 0);
+    Settle(out);
+    if (lane == 0) Arrive(empty(before, 1));
+#pragma unroll
+    for (int n = 0; n < kD / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) out[n * 4 + e] *= keep[e / 2];
     }
-    weigh(z, key);
-    if (asks_next) {
-      Await(empty(before, 1), (tile - 1) / 2 % 2);
-      ask(next, before, 1);
+    pack(z);
+    if (asks_ahead) {
+      Await(empty(before, 1), turn);
+      ask(ahead, before, 1);
     }
+    ahead = after(ahead);
   }
-  Await(full(tile % 2, 1), tile / 2 % 2);
+  Await(full(tile % kStages, 1), tile / kStages % 2);
   BeginProducts();
-  multiply_values(tile % 2);
-  CommitProducts();
+  multiply_values(tile % kStages);
   WaitForProducts<0>();
+  Settle(out);
   const bool odd = StoreTwo<kD>(args, task, head, begin + query, j, sum, [&](int n, int i) { return out[n * 4 + i]; });
   if (odd) any_odd = 1;
   __syncthreads();
@@ -258,7 +307,10 @@ Status PrefillRuns(const RunPrefillParams& params, const PrefillArgs& prefill, c
   const Status made = MakeMap(CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3, params.rows, sizes, strides, box, &args.rows);
   if (!made.ok()) return made.WithContext("prefill");
   const dim3 grid(static_cast<unsigned>(CeilDiv(params.queries, kQueries)), static_cast<unsigned>(params.num_tasks), static_cast<unsigned>(params.group));
-  return LaunchKernel(PrefillKernel, "prefill", args, {.grid = grid, .threads = kThreads, .shared_bytes = kShared}, stream);
+  const auto launch = [&]<PromptPrecision P>(std::integral_constant<PromptPrecision, P>) {
+    return LaunchKernel(PrefillKernel<P>, "prefill", args, {.grid = grid, .threads = kThreads, .shared_bytes = Plan<P>::kShared}, stream);
+  };
+  return DispatchPrecision(params.precision, launch);
 }
 
 }  // namespace prehoc::cuda::sm90

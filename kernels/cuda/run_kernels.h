@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "base/half.h"
+#include "base/precision.h"
 #include "base/status.h"
 #include "kernels/function_table.h"
 
@@ -78,6 +79,7 @@ struct RunPrefillParams {
   // know it runs.
   const Half* rows = nullptr;
   int64_t pitch = 0;
+  PromptPrecision precision = PromptPrecision::kSplit;  // of queries and weights
 };
 Status PrefillRuns(const RunPrefillParams& params, cudaStream_t stream);
 

@@ -183,7 +183,8 @@ class CudaDecoder final : public TokenDecoder {
     const bool down = x == gated_.data();
     float* const workspace = down ? gate_up_.data() : cols <= config_.intermediate ? gated_.data() : nullptr;
     return MultiplyMatrix({.weights = weights, .x = x, .bias = bias, .y = y, .add = add, .workspace = workspace, .tokens = count_,
-                           .rows = static_cast<int32_t>(rows), .cols = static_cast<int32_t>(cols), .type = weights_->type()}, stream_.get());
+                           .rows = static_cast<int32_t>(rows), .cols = static_cast<int32_t>(cols), .type = weights_->type(),
+                           .precision = options_.prompt_precision}, stream_.get());
   }
 
   Status EnqueueLogits(int64_t index) {

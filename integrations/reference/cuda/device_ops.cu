@@ -158,8 +158,8 @@ struct MatrixArgs {
   int32_t tokens, rows, cols;
   bool add;
 };
-// A block makes 128 x 128 outputs, a warp 64 x 32 of them. Three slices of the operands are on their way or in use; activations are split as they
-// are loaded from shared memory.
+// A block makes 128 x 128 outputs, a warp 64 x 32 of them. Three slices of the operands are on their way or in use; activations become
+// numbers of the weights' type as they are loaded from shared memory.
 constexpr int kTile = 128, kDeep = 32, kStages = 3;
 constexpr int kXStride = kDeep + 8, kWStride = kDeep + 8;  // of rows: fragments meet no bank twice
 constexpr int kMatrixThreads = 256;
@@ -175,7 +175,7 @@ __device__ inline void AskFor(void* to, const void* from, bool there) {
                "r"(there ? 16 : 0) : "memory");
 }
 
-template <RowType R>
+template <RowType R, bool kSplit>
 __global__ void __launch_bounds__(kMatrixThreads, 2) MatrixKernel(const __grid_constant__ MatrixArgs args) {
   extern __shared__ __align__(16) char shared[];
   MatrixTiles& tiles = *reinterpret_cast<MatrixTiles*>(shared);
@@ -219,14 +219,21 @@ __global__ void __launch_bounds__(kMatrixThreads, 2) MatrixKernel(const __grid_c
       }
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
-        uint32_t most[4], rest[4];
+        uint32_t most[4];
+        [[maybe_unused]] uint32_t rest[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float2 x = *reinterpret_cast<const float2*>(&tiles.x[stage][t0 + 16 * m + g + i % 2 * 8][c + 2 * j + i / 2 * 8]);
-          cuda::SplitPair<R>(x.x, x.y, &most[i], &rest[i]);
+          if constexpr (kSplit) {
+            cuda::SplitPair<R>(x.x, x.y, &most[i], &rest[i]);
+          } else {
+            most[i] = Number<R>::Pack(x.x, x.y);
+          }
         }
+        if constexpr (kSplit) {
 #pragma unroll
-        for (int n = 0; n < 4; ++n) Number<R>::Mma(sum[m][n], rest[0], rest[1], rest[2], rest[3], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+          for (int n = 0; n < 4; ++n) Number<R>::Mma(sum[m][n], rest[0], rest[1], rest[2], rest[3], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+        }
 #pragma unroll
         for (int n = 0; n < 4; ++n) Number<R>::Mma(sum[m][n], most[0], most[1], most[2], most[3], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
       }
@@ -357,8 +364,11 @@ Status MultiplyMatrix(const MatrixProduct& p, cudaStream_t stream) {
   const MatrixArgs args{static_cast<const uint16_t*>(p.weights), p.x, p.bias, p.y, p.tokens, p.rows, p.cols, p.add};
   // Neighbouring blocks share weights, which are more than activations.
   const cuda::Shape shape{.grid = Grid(CeilDiv(p.tokens, kTile), CeilDiv(p.rows, kTile)), .threads = kMatrixThreads, .shared_bytes = sizeof(MatrixTiles)};
-  return LaunchKernel(p.type == DeviceNumber::kF16 ? MatrixKernel<RowType::kF16> : MatrixKernel<RowType::kBF16>, "matrix product", args, shape,
-                      stream);
+  const bool f16 = p.type == DeviceNumber::kF16;
+  if (p.precision == PromptPrecision::kHalf) {
+    return LaunchKernel(f16 ? MatrixKernel<RowType::kF16, false> : MatrixKernel<RowType::kBF16, false>, "matrix product", args, shape, stream);
+  }
+  return LaunchKernel(f16 ? MatrixKernel<RowType::kF16, true> : MatrixKernel<RowType::kBF16, true>, "matrix product", args, shape, stream);
 }
 
 Status NormRows(const float* x, const float* weight, float eps, float* y, int32_t tokens, int32_t cols, cudaStream_t stream) {

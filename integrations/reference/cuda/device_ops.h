@@ -1,6 +1,6 @@
 // What a layer of a Llama-family model computes on the device besides attention. Weights are fp16 or bf16 [rows, cols], row-major, in
-// device memory; activations are fp32 and enter a product unrounded (a vector) or as a sum of two halves of the weights' type (a matrix):
-// errors of some 2^-21 (fp16) or 2^-16 (bf16) of SUM |w x|. Sums are fp32, in an order that does not depend on the other rows.
+// device memory; activations are fp32 and enter a product unrounded (a vector) or as PromptPrecision says, in the weights' type (a matrix):
+// errors of some 2^-21 (fp16) or 2^-16 (bf16) of SUM |w x| where they are split. Sums are fp32, in an order that does not depend on the other rows.
 //
 // Every entry enqueues on `stream` and returns at once; can be captured in a CUDA graph; returns kInvalid (shapes, naming the field) or
 // kCuda (launch). Pointers are to device or pinned memory, aligned to 16 bytes; cols is a multiple of 8.
@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "base/precision.h"
 #include "base/status.h"
 
 namespace prehoc::reference {
@@ -43,6 +44,7 @@ struct MatrixProduct {
   void* workspace = nullptr;      // [tokens, cols] floats, aligned to 128 bytes, apart from x and y; or null
   int32_t tokens = 0, rows = 0, cols = 0;
   DeviceNumber type = DeviceNumber::kF16;
+  PromptPrecision precision = PromptPrecision::kSplit;
 };
 Status MultiplyMatrix(const MatrixProduct& params, cudaStream_t stream);
 

@@ -1,8 +1,8 @@
 // y = W x for many tokens on the tensor cores of compute capability 9.0: products of a whole warp group, whose operands the copy engine of the
-// multiprocessor (TMA) brings. Activations were split before into two halves of the weights' type. Compiled for sm_90a alone.
+// multiprocessor (TMA) brings. Activations were made sums of two numbers of the weights' type before, or one. Compiled for sm_90a alone.
 //
-//   a block: 128 tokens x 256 rows; one warp asks for slices of 64 columns, two warp groups multiply 64 x 256 each; three slices are on
-//   their way or in use. Each slice of weights meets both halves of the activations.
+//   a block: 128 tokens x 256 rows; one warp asks for slices of 64 columns, two warp groups multiply 64 x 256 each; three or four slices
+//   are on their way or in use. Each slice of weights meets both parts of the activations.
 #include <algorithm>
 
 #include "base/units.h"
@@ -20,15 +20,19 @@ using cuda::RowType;
 using cuda::SharedAddress;
 using cuda::WaitForEarlierWork;
 
-constexpr int kTokens = 128, kRows = 256, kDeep = 64, kStages = 3;
+constexpr int kTokens = 128, kRows = 256, kDeep = 64;
 constexpr int kLineBytes = kDeep * 2;  // of a token or row in a slice: what the swizzle of 128 bytes takes
 constexpr int kGroups = 2, kGroupThreads = 128, kThreads = (kGroups + 1) * kGroupThreads;
-constexpr int kXBytes = kTokens * kLineBytes, kWBytes = kRows * kLineBytes, kStageBytes = 2 * kXBytes + kWBytes;
+constexpr int kXBytes = kTokens * kLineBytes, kWBytes = kRows * kLineBytes;
 constexpr int kTogether = 16;  // tiles of tokens that neighbouring blocks share weights over
-constexpr size_t kShared = size_t{kStages} * kStageBytes + 1024 + 128;
+template <bool kSplit>
+struct Plan {
+  static constexpr int kXParts = kSplit ? 2 : 1, kStages = kSplit ? 3 : 4, kStageBytes = kXParts * kXBytes + kWBytes;
+  static constexpr size_t kShared = size_t{kStages} * kStageBytes + 1024 + 128;
+};
 
 struct Args {
-  CUtensorMap x;        // [2 tokens, cols]: most, then rest
+  CUtensorMap x;        // [tokens, cols]; split: [2 tokens, cols], most, then rest
   CUtensorMap weights;  // [rows, cols]
   const float* bias;
   float* y;
@@ -77,9 +81,10 @@ __device__ inline void Multiply(float (&d)[128], uint64_t a, uint64_t b) {
 #endif
 }
 
-template <RowType R>
+template <RowType R, bool kSplit>
 __global__ void __launch_bounds__(kThreads, 1) WideKernel(const __grid_constant__ Args args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  constexpr int kStages = Plan<kSplit>::kStages, kStageBytes = Plan<kSplit>::kStageBytes, kXAll = Plan<kSplit>::kXParts * kXBytes;
   extern __shared__ __align__(1024) char shared[];
   const uint32_t base = (SharedAddress(shared) + 1023) / 1024 * 1024;
   const uint32_t full = base + kStages * kStageBytes, empty = full + kStages * 8;
@@ -106,8 +111,8 @@ __global__ void __launch_bounds__(kThreads, 1) WideKernel(const __grid_constant_
       const uint32_t at = base + s * kStageBytes, barrier = full + s * 8;
       Expect(barrier, kStageBytes);
       Bring(at, &args.x, k * kDeep, token0, barrier);
-      Bring(at + kXBytes, &args.x, k * kDeep, args.tokens + token0, barrier);
-      Bring(at + 2 * kXBytes, &args.weights, k * kDeep, row0, barrier);
+      if constexpr (kSplit) Bring(at + kXBytes, &args.x, k * kDeep, args.tokens + token0, barrier);
+      Bring(at + kXAll, &args.weights, k * kDeep, row0, barrier);
     }
     return;
   }
@@ -116,11 +121,11 @@ __global__ void __launch_bounds__(kThreads, 1) WideKernel(const __grid_constant_
   for (int k = 0; k < slices; ++k) {
     const int s = k % kStages;
     Await(full + s * 8, k / kStages % 2);
-    const uint32_t most = base + s * kStageBytes + group * 64 * kLineBytes, rest = most + kXBytes, weights = base + s * kStageBytes + 2 * kXBytes;
+    const uint32_t most = base + s * kStageBytes + group * 64 * kLineBytes, weights = base + s * kStageBytes + kXAll;
     BeginProducts();
 #pragma unroll
     for (int c = 0; c < kDeep; c += 16) {
-      Multiply<R>(d, Matrix(rest + c * 2), Matrix(weights + c * 2));
+      if constexpr (kSplit) Multiply<R>(d, Matrix(most + kXBytes + c * 2), Matrix(weights + c * 2));
       Multiply<R>(d, Matrix(most + c * 2), Matrix(weights + c * 2));
     }
     CommitProducts();
@@ -128,6 +133,8 @@ __global__ void __launch_bounds__(kThreads, 1) WideKernel(const __grid_constant_
     if (k > 0 && lane == 0) Arrive(empty + (k - 1) % kStages * 8);  // all but this slice are used up
   }
   WaitForProducts<0>();
+#pragma unroll
+  for (float& x : d) asm volatile("" : "+f"(x)::"memory");  // nothing reads it before
   const int token = token0 + group * 64 + static_cast<int>(threadIdx.x) % kGroupThreads / 32 * 16 + lane / 4, col = row0 + lane % 4 * 2;
   const bool pairs = args.rows % 2 == 0;
 #pragma unroll
@@ -155,11 +162,11 @@ __global__ void __launch_bounds__(kThreads, 1) WideKernel(const __grid_constant_
 
 struct SplitArgs {
   const float4* x;
-  uint4 *most, *rest;
+  uint4 *most, *rest;  // rest: where they are split
   int64_t words;  // of 8 numbers
 };
 constexpr int kSplitThreads = 256;
-template <RowType R>
+template <RowType R, bool kSplit>
 __global__ void __launch_bounds__(kSplitThreads) SplitKernel(const __grid_constant__ SplitArgs args) {
   WaitForEarlierWork();
   LetLaterWorkLaunch();
@@ -171,7 +178,7 @@ __global__ void __launch_bounds__(kSplitThreads) SplitKernel(const __grid_consta
     cuda::SplitPair<R>(b.x, b.y, &most.z, &rest.z);
     cuda::SplitPair<R>(b.z, b.w, &most.w, &rest.w);
     args.most[i] = most;
-    args.rest[i] = rest;
+    if (kSplit) args.rest[i] = rest;
   }
 }
 
@@ -182,22 +189,29 @@ Status MakeMatrixMap(const void* data, DeviceNumber type, int64_t rows, int64_t 
   const Status status = MakeMap(numbers, 2, data, sizes, strides, boxes, map);
   return status.ok() ? status : status.WithContext("matrix product");
 }
+
+template <RowType R, bool kSplit>
+Status MultiplyAs(const MatrixProduct& p, cudaStream_t stream) {
+  const int64_t words = int64_t{p.tokens} * p.cols / 8;
+  auto* const most = static_cast<uint4*>(p.workspace);
+  const SplitArgs split{reinterpret_cast<const float4*>(p.x), most, most + words, words};
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>(CeilDiv(words, kSplitThreads), 132 * 16));
+  PREHOC_RETURN_IF_ERROR(LaunchKernel(SplitKernel<R, kSplit>, "split", split, {.grid = dim3(blocks), .threads = kSplitThreads}, stream));
+  Args args{.bias = p.bias, .y = p.y, .tokens = p.tokens, .rows = p.rows, .cols = p.cols, .add = p.add};
+  PREHOC_RETURN_IF_ERROR(MakeMatrixMap(p.workspace, p.type, int64_t{Plan<kSplit>::kXParts} * p.tokens, p.cols, kTokens, &args.x));
+  PREHOC_RETURN_IF_ERROR(MakeMatrixMap(p.weights, p.type, p.rows, p.cols, kRows, &args.weights));
+  const auto tiles = static_cast<unsigned>(CeilDiv(p.tokens, kTokens) * CeilDiv(p.rows, kRows));
+  return LaunchKernel(WideKernel<R, kSplit>, "matrix product", args,
+                      {.grid = dim3(tiles), .threads = kThreads, .shared_bytes = Plan<kSplit>::kShared}, stream);
+}
 }  // namespace
 
 Status MultiplyMatrix(const MatrixProduct& p, cudaStream_t stream) {
-  const int64_t words = int64_t{p.tokens} * p.cols / 8;
-  auto* const most = static_cast<uint4*>(p.workspace);
   const bool f16 = p.type == DeviceNumber::kF16;
-  const SplitArgs split{reinterpret_cast<const float4*>(p.x), most, most + words, words};
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>(CeilDiv(words, kSplitThreads), 132 * 16));
-  PREHOC_RETURN_IF_ERROR(LaunchKernel(f16 ? SplitKernel<RowType::kF16> : SplitKernel<RowType::kBF16>, "split", split,
-                                      {.grid = dim3(blocks), .threads = kSplitThreads}, stream));
-  Args args{.bias = p.bias, .y = p.y, .tokens = p.tokens, .rows = p.rows, .cols = p.cols, .add = p.add};
-  PREHOC_RETURN_IF_ERROR(MakeMatrixMap(p.workspace, p.type, int64_t{2} * p.tokens, p.cols, kTokens, &args.x));
-  PREHOC_RETURN_IF_ERROR(MakeMatrixMap(p.weights, p.type, p.rows, p.cols, kRows, &args.weights));
-  const auto tiles = static_cast<unsigned>(CeilDiv(p.tokens, kTokens) * CeilDiv(p.rows, kRows));
-  return LaunchKernel(f16 ? WideKernel<RowType::kF16> : WideKernel<RowType::kBF16>, "matrix product", args,
-                      {.grid = dim3(tiles), .threads = kThreads, .shared_bytes = kShared}, stream);
+  if (p.precision == PromptPrecision::kHalf) {
+    return f16 ? MultiplyAs<RowType::kF16, false>(p, stream) : MultiplyAs<RowType::kBF16, false>(p, stream);
+  }
+  return f16 ? MultiplyAs<RowType::kF16, true>(p, stream) : MultiplyAs<RowType::kBF16, true>(p, stream);
 }
 
 }  // namespace prehoc::reference::sm90

@@ -14,6 +14,7 @@
 #include "base/clock.h"
 #include "base/counters.h"
 #include "base/executor.h"
+#include "base/precision.h"
 #include "base/result.h"
 #include "base/status.h"
 #include "integrations/reference/attention_backend.h"
@@ -32,6 +33,7 @@ struct EngineOptions {
   SimdLevel simd = BestSimdLevel(); // lower ones are for tests; Create() refuses what this CPU lacks
   const Clock* clock = &SteadyClock::Get();  // for EngineSeconds
   MakeDecoder make_decoder;         // where the layers run; empty = on the CPU
+  PromptPrecision prompt_precision = PromptPrecision::kSplit;  // of a prompt's products on a GPU; the CPU computes in fp32
   Status Validate() const;          // kInvalid, naming the field and its value
 };
 

@@ -528,6 +528,72 @@ TEST_F(CudaPipelineTest, AnyCallOfAPromptOnTheDeviceMayFail) {
 #endif
 }
 
+// Host memory and store hold rows of 8 bits: what is attended to, and the outputs, are those of a cache of fp16 rows that was given what they hold.
+TEST_F(CudaPipelineTest, RowsOfAFormatAreTheRowsThatTheyStandFor) {
+  for (const RowFormat format : {RowFormat::kInt8, RowFormat::kE4m3}) {
+    for (const bool whole : {false, true}) {
+      for (const int32_t head_dim : {64, 128}) {
+        SCOPED_TRACE(std::string(RowFormatName(format)) + (whole ? ", whole steps, " : ", ") + std::to_string(head_dim));
+        WorldOptions options = OptionsFor(SelectorKind::kTwoClock);
+        options.cache.geometry.head_dim = head_dim;
+        options.cache.selector.tc.theta = 0;
+        options.cache.selector.tc.refresh = 4;
+        options.cache.selector.tc.dense_below = 0;
+        if (!whole) options.cache.selector.tc.lag = 2;
+        std::vector<Outputs> outputs[2];
+        std::vector<std::vector<int32_t>> attended[2];
+        SequenceReport report[2];
+        Stream rounded(options.cache.geometry, kPrompt + kSteps, 17);
+        rounded.RoundTo(format);
+        for (const size_t narrow : {size_t{0}, size_t{1}}) {
+          options.cache.geometry.rows = narrow == 1 ? format : RowFormat::kF16;
+          const Stream raw(options.cache.geometry, kPrompt + kSteps, 17);
+          const Stream& stream = narrow == 1 ? raw : rounded;
+          CudaWorld world(options);
+          ASSERT_OK(world.status());
+          StepEngine engine(options.cache.geometry, stream);
+          for (const bool restored : {false, true}) {
+            auto opened = world.cache().OpenWithPrefix({.max_tokens = kPrompt + kSteps, .device_slots = 160}, stream.ids(0, kPrompt));
+            ASSERT_OK(opened);
+            Sequence& sequence = **opened;
+            ASSERT_EQ(sequence.restored() > 0, restored);
+            while (sequence.length() < kPrompt) {
+              Outputs out;
+              ASSERT_OK(PieceOnDevice(sequence, stream, std::min<int64_t>(150, kPrompt - sequence.length()), kPrompt, &out));
+              outputs[narrow].push_back(out);
+            }
+            for (int64_t step = 0; step < kSteps; ++step) {
+              const int64_t t = sequence.length();
+              Outputs out;
+              ASSERT_OK(whole ? engine.Step(sequence, &out) : DecodeOne(sequence, stream, &out)) << "step " << step;
+              ASSERT_OK(sequence.CheckInvariants());
+              for (int32_t l = 0; l < options.cache.geometry.layers; ++l) {
+                for (int32_t head = 0; head < options.cache.geometry.heads; ++head) {
+                  auto view = sequence.LastStep(LayerId(l), KvHeadId(head / options.cache.geometry.group()));
+                  ASSERT_OK(view);
+                  attended[narrow].push_back(view->attended);
+                  const std::span got(out[static_cast<size_t>(l)].data() + head * head_dim, static_cast<size_t>(head_dim));
+                  ASSERT_TRUE(AllClose(got, NaiveAttention(rounded, l, t, head, view->attended), {1e-4, 1e-3}))
+                      << "step " << step << " layer " << l << " head " << head << " narrow " << narrow << " restored " << restored;
+                }
+              }
+              outputs[narrow].push_back(out);
+            }
+            if (!restored) report[narrow] = sequence.Report();
+            opened->reset();
+            ASSERT_OK(world.cache().Flush());
+          }
+          EXPECT_EQ(engine.planned, whole ? 2 * kSteps : 0);
+        }
+        EXPECT_EQ(attended[1], attended[0]);
+        EXPECT_EQ(outputs[1], outputs[0]);
+        EXPECT_GT(report[1].rows_host + report[1].rows_behind, 0);
+        EXPECT_EQ(report[1].rows_behind, report[0].rows_behind);
+      }
+    }
+  }
+}
+
 TEST_F(CudaPipelineTest, RefusesByName) {
   const auto refusal = [](const auto& change) {
     WorldOptions options = OptionsFor(SelectorKind::kTwoClock);

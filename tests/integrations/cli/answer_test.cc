@@ -339,6 +339,9 @@ TEST_F(AnswerTest, BadInputIsRefusedInOneLine) {
   o.host_budget = 64 * kKiB;
   ExpectRefused(o, kExitUsage, {"--host-budget"});
   o = options_;
+  o.cuda = false, o.prompt_precision = PromptPrecision::kHalf;
+  ExpectRefused(o, kExitUsage, {"--prompt-precision half", "--device cuda"});
+  o = options_;
   o.json = path("no/such/run.json");
   ExpectRefused(o, kExitRuntime, {"--json " + o.json});
 }

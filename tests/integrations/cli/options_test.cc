@@ -209,6 +209,7 @@ INSTANTIATE_TEST_SUITE_P(
         BadLine{{"answer", "--selector", "cis", "--set", "cis.gate=certified", "--set", "budget.local=4"}, {"--selector cis", "budget.local=4"}},
         BadLine{{"answer", "--rows", "int8", "--calibration", "c.json"}, {"--rows int8", "--calibration"}},
         BadLine{{"answer", "--rows", "fp8"}, {"--rows \"fp8\"", "f16, int8 or e4m3"}},
+        BadLine{{"answer", "--prompt-precision", "fp16"}, {"--prompt-precision \"fp16\"", "fp32 or half"}},
         BadLine{{"answer", "--codes", "6/64"}, {"--codes \"6/64\"", "4/64"}},
         BadLine{{"answer", "--codes", "4"}, {"--codes"}},
         BadLine{{"answer", "--codes", "4/64+dither+dither"}, {"--codes", "4/64+dither"}},

@@ -26,7 +26,10 @@ class CudaTableTest : public CudaTest {
   void SetUp() override {
     CudaTest::SetUp();
     if (IsSkipped()) return;
-    auto made = cuda::DeviceKernels::Create(&memory_);
+    Make({});
+  }
+  void Make(const cuda::DeviceKernels::Options& options) {
+    auto made = cuda::DeviceKernels::Create(&memory_, options);
     ASSERT_OK(made);
     kernels_ = std::move(*made);
   }
@@ -236,32 +239,37 @@ TEST_F(CudaTableTest, AttendAgreesFromEveryMemory) {
 }
 
 TEST_F(CudaTableTest, PrefillAgreesWithWindowsAndSinks) {
-  Rng rng = SeededRng();
-  for (const int32_t d : CudaHeadDims()) {
-    for (const int32_t first : {0, 1, 130, 400}) {
-      for (const int32_t queries : {1, 31, 64, 65, 140}) {
-        const int32_t group = 2, heads = 4;
-        const std::vector<Half> rows = MakeRows(rng, first + queries, d);
-        const Scattered s = Scatter(rng, rows, d);
-        const std::vector<float> q = rng.Normals(static_cast<size_t>(queries * heads * d));
-        std::vector<int32_t> start;
-        for (int32_t t = 0; t < queries; ++t) start.push_back(static_cast<int32_t>(rng.Int(0, first + t)));
-        for (const bool windowed : {false, true}) {
-          std::vector<float> want(q.size(), kPoison), got = want;
-          const auto params = [&](const std::vector<RowRun>& runs, std::vector<float>& out, std::vector<PrefillTask>* tasks) {
-            for (int32_t h = 0; h < heads / group; ++h) {
-              tasks->push_back({.q = q.data() + h * group * d, .q_stride = heads * d, .out = out.data() + h * group * d, .out_stride = heads * d,
-                                .runs = runs, .start = windowed ? start.data() : nullptr});
-            }
-            return PrefillParams{.tasks = *tasks, .queries = queries, .first = first, .sinks = windowed ? std::min(3, first + 1) : 0,
-                                 .group = group, .head_dim = d};
-          };
-          std::vector<PrefillTask> a, b;
-          const PrefillParams of_reference = params(s.same, want, &a), of_device = params(s.runs, got, &b);
-          ASSERT_OK(ReferenceKernels().prefill(of_reference, {}));
-          ASSERT_OK(table().prefill(of_device, launch()));
-          // Logits of up to 256 normal products are some 1e-5 off, and a window of few keys weighs each.
-          EXPECT_TRUE(AllClose(got, want, {1e-4, 1e-4}, {queries, heads, d})) << "d " << d << " first " << first << " windowed " << windowed;
+  for (const PromptPrecision precision : {PromptPrecision::kSplit, PromptPrecision::kHalf}) {
+    Rng rng = SeededRng();
+    Make({.prompt_precision = precision});
+    // Logits of up to 256 normal products are some 1e-5 off, and a window of few keys weighs each; half: queries and weights are 2^-12 off.
+    const Tolerance tolerance = precision == PromptPrecision::kHalf ? Tolerance{3e-3, 1e-3} : Tolerance{1e-4, 1e-4};
+    for (const int32_t d : CudaHeadDims()) {
+      for (const int32_t first : {0, 1, 130, 400}) {
+        for (const int32_t queries : {1, 31, 64, 65, 140}) {
+          const int32_t group = 2, heads = 4;
+          const std::vector<Half> rows = MakeRows(rng, first + queries, d);
+          const Scattered s = Scatter(rng, rows, d);
+          const std::vector<float> q = rng.Normals(static_cast<size_t>(queries * heads * d));
+          std::vector<int32_t> start;
+          for (int32_t t = 0; t < queries; ++t) start.push_back(static_cast<int32_t>(rng.Int(0, first + t)));
+          for (const bool windowed : {false, true}) {
+            std::vector<float> want(q.size(), kPoison), got = want;
+            const auto params = [&](const std::vector<RowRun>& runs, std::vector<float>& out, std::vector<PrefillTask>* tasks) {
+              for (int32_t h = 0; h < heads / group; ++h) {
+                tasks->push_back({.q = q.data() + h * group * d, .q_stride = heads * d, .out = out.data() + h * group * d, .out_stride = heads * d,
+                                  .runs = runs, .start = windowed ? start.data() : nullptr});
+              }
+              return PrefillParams{.tasks = *tasks, .queries = queries, .first = first, .sinks = windowed ? std::min(3, first + 1) : 0,
+                                   .group = group, .head_dim = d};
+            };
+            std::vector<PrefillTask> a, b;
+            const PrefillParams of_reference = params(s.same, want, &a), of_device = params(s.runs, got, &b);
+            ASSERT_OK(ReferenceKernels().prefill(of_reference, {}));
+            ASSERT_OK(table().prefill(of_device, launch()));
+            EXPECT_TRUE(AllClose(got, want, tolerance, {queries, heads, d}))
+                << "d " << d << " first " << first << " windowed " << windowed << ' ' << PromptPrecisionName(precision);
+          }
         }
       }
     }

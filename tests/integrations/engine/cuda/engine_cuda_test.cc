@@ -170,25 +170,31 @@ TEST_F(CudaEngineTest, ProductsOfEverySize) {
         const std::vector<float> x = rng.Normals(static_cast<size_t>(tokens) * static_cast<size_t>(cols), 3);
         const CudaArray<Half> w(weights);
         const CudaArray<float> dx(x);
-        std::vector<double> want;
-        for (int32_t t = 0; t < tokens; ++t) {
-          for (int32_t r = 0; r < rows; ++r) {
-            double sum = 0;
-            for (int32_t c = 0; c < cols; ++c) {
-              sum += static_cast<double>(HalfToFloat(weights[static_cast<size_t>(r) * static_cast<size_t>(cols) + static_cast<size_t>(c)])) *
-                     x[static_cast<size_t>(t) * static_cast<size_t>(cols) + static_cast<size_t>(c)];
+        const auto truth = [&](const auto& activation) {
+          std::vector<double> sums;
+          for (int32_t t = 0; t < tokens; ++t) {
+            for (int32_t r = 0; r < rows; ++r) {
+              double sum = 0;
+              for (int32_t c = 0; c < cols; ++c) {
+                sum += static_cast<double>(HalfToFloat(weights[static_cast<size_t>(r) * static_cast<size_t>(cols) + static_cast<size_t>(c)])) *
+                       activation(x[static_cast<size_t>(t) * static_cast<size_t>(cols) + static_cast<size_t>(c)]);
+              }
+              sums.push_back(sum);
             }
-            want.push_back(sum);
           }
-        }
+          return sums;
+        };
+        const std::vector<double> exact = truth([](float a) { return a; }), rounded = truth([](float a) { return HalfToFloat(FloatToHalf(a)); });
         // With a workspace another kernel may run.
-        for (const bool wide : {false, true}) {
+        for (const auto& [wide, precision] : {std::pair{false, PromptPrecision::kSplit}, {true, PromptPrecision::kSplit}, {false, PromptPrecision::kHalf},
+                                              {true, PromptPrecision::kHalf}}) {
+          const std::vector<double>& want = precision == PromptPrecision::kHalf ? rounded : exact;
           CudaArray<float> y(static_cast<size_t>(tokens * rows)), workspace(x.size());
           const MatrixProduct product{.weights = w.data(), .x = dx.data(), .y = y.data(), .workspace = wide ? workspace.data() : nullptr,
-                                      .tokens = tokens, .rows = rows, .cols = cols};
+                                      .tokens = tokens, .rows = rows, .cols = cols, .precision = precision};
           ASSERT_OK(MultiplyMatrix(product, nullptr));
           ASSERT_OK(CudaStatus(cudaDeviceSynchronize(), "wait"));
-          EXPECT_TRUE(AllClose(y.Read(), want, {1e-4, 1e-4}, {tokens, rows})) << "rows " << rows << " cols " << cols << " tokens " << tokens << " wide " << wide;
+          EXPECT_TRUE(AllClose(y.Read(), want, {1e-4, 1e-4}, {tokens, rows})) << "rows " << rows << " cols " << cols << " tokens " << tokens << " wide " << wide << ' ' << PromptPrecisionName(precision);
           EXPECT_TRUE(y.GuardsIntact() && workspace.GuardsIntact());
           // Once more, on top of it, with a bias.
           MatrixProduct again = product;
@@ -199,7 +205,7 @@ TEST_F(CudaEngineTest, ProductsOfEverySize) {
           ASSERT_OK(CudaStatus(cudaDeviceSynchronize(), "wait"));
           std::vector<double> twice;
           for (size_t i = 0; i < want.size(); ++i) twice.push_back(2 * want[i] + bias[i % bias.size()]);
-          EXPECT_TRUE(AllClose(y.Read(), twice, {2e-4, 1e-4}, {tokens, rows})) << "rows " << rows << " cols " << cols << " tokens " << tokens << " wide " << wide;
+          EXPECT_TRUE(AllClose(y.Read(), twice, {2e-4, 1e-4}, {tokens, rows})) << "rows " << rows << " cols " << cols << " tokens " << tokens << " wide " << wide << ' ' << PromptPrecisionName(precision);
         }
       }
     }
