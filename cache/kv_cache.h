@@ -121,9 +121,10 @@ struct LayerInput {
   const float* v = nullptr;   // [count, kv_heads, head_dim]
   float* out = nullptr;       // [count - q_skip, heads, head_dim]
   int64_t q_skip = 0;         // leading tokens without a query (frozen by ETF)
-  // All pointers are to memory of the device that host code cannot reach, and what writes q, k and v is finished; only for Prefill(),
-  // and only if Sequence::takes_device_memory(). `out` is complete when Prefill() returns.
+  // All pointers are to memory of the device that host code cannot reach; only for Prefill(), and only if Sequence::takes_device_memory().
+  // `out` is complete when Prefill() returns.
   bool on_device = false;
+  void* stream = nullptr;     // on_device: what writes q, k and v was enqueued on this stream (cudaStream_t); null: it is finished
 };
 
 // One sequence. One thread at a time; different sequences may run at once.

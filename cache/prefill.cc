@@ -23,6 +23,7 @@ Status Sequence::Impl::Prefill(int32_t layer_index, const LayerInput& in) {
     return {StatusCode::kInvalid, "on_device: the kernels of this cache (" + std::string(kernels().name) +
                                       ") read host memory; copy q, k and v there"};
   }
+  if (in.on_device && in.stream != nullptr) PREHOC_RETURN_IF_ERROR(kernels().follow({.stream = in.stream}, cache->launch()));
   Status status = RunPrefillLayer(layer_index, in);
   if (status.code() == StatusCode::kOutOfSpace && !behind.empty()) {  // what earlier layers hold may be what this one lacks
     PREHOC_RETURN_IF_ERROR(FinishLayers(0));

@@ -270,7 +270,11 @@ struct PrefillParams {
   bool on_device = false;  // only for tables with `settle`: q and out lie in the device's memory; out is there after settle(results)
 };
 
-// --- what runs behind the calls (both null in tables that finish all they begin) ----------------------------------------
+// --- what runs behind the calls (all null in tables that finish all they begin) -----------------------------------------
+// What later calls enqueue runs after what `stream`, of the device, has been given so far. Does not wait.
+struct FollowParams {
+  void* stream = nullptr;  // cudaStream_t
+};
 // Waits, and returns what went wrong behind the calls. An error leaves nothing under way.
 struct SettleParams {
   bool results = true;   // until what was enqueued is done: outputs are there
@@ -300,6 +304,7 @@ struct KernelTable {
   Status (*gather)(const GatherParams&, const Launch&);
   Status (*attend)(const AttendParams&, const Launch&);
   Status (*prefill)(const PrefillParams&, const Launch&);
+  Status (*follow)(const FollowParams&, const Launch&) = nullptr;
   Status (*settle)(const SettleParams&, const Launch&) = nullptr;
   Status (*read_ahead)(const ReadAheadParams&, const Launch&) = nullptr;
 };

@@ -38,7 +38,8 @@ namespace {
 class DeviceBackend final : public reference::AttentionBackend {
  public:
   DeviceBackend(const reference::ModelConfig& config, int64_t tokens, PromptPrecision precision)
-      : config_(config), tokens_(tokens), precision_(precision), stream_(OrExit(CudaStream::Create())), append_(size_t(config.kv_heads)), attend_(size_t(config.kv_heads)) {
+      : config_(config), tokens_(tokens), precision_(precision), stream_(OrExit(CudaStream::Create())), layers_(OrExit(CudaEvent::Create())),
+        tasks_(OrExit(CudaBytes::Create(CudaPlace::kPinned, size_t(config.kv_heads) * kTaskBytes))) {
     for (int32_t l = 0; l < config.layers; ++l) rows_.emplace_back(size_t(config.kv_heads) * size_t(tokens) * Row());
   }
   int64_t length() const override { return length_; }
@@ -50,18 +51,19 @@ class DeviceBackend final : public reference::AttentionBackend {
   reference::FreezeRule Freeze(int32_t) const override { return {}; }
   Status Attend(const reference::AttendCall& call) override {
     const int32_t d = config_.head_dim, group = config_.heads / config_.kv_heads;
-    std::vector<cuda::RunAppendTask> append;
-    std::vector<cuda::RunPrefillTask> attend;
+    // Kernels read the tasks where they are: nothing waits for a copy of them.
+    auto* const append = reinterpret_cast<cuda::RunAppendTask*>(tasks_.data());
+    auto* const attend = reinterpret_cast<cuda::RunPrefillTask*>(append + config_.kv_heads);
     for (int32_t h = 0; h < config_.kv_heads; ++h) {
       Half* const rows = rows_[size_t(call.layer)].data() + size_t(h) * size_t(tokens_) * Row();
-      append.push_back({call.k + h * d, call.v + h * d, int64_t{config_.kv_heads} * d, rows + size_t(call.first) * Row(), int32_t(call.count)});
-      attend.push_back({.q = call.q + h * group * d, .q_stride = int64_t{config_.heads} * d, .out = call.out + h * group * d,
-                        .out_stride = int64_t{config_.heads} * d, .rows = rows});
+      append[h] = {call.k + h * d, call.v + h * d, int64_t{config_.kv_heads} * d, rows + size_t(call.first) * Row(), int32_t(call.count)};
+      attend[h] = {.q = call.q + h * group * d, .q_stride = int64_t{config_.heads} * d, .out = call.out + h * group * d,
+                   .out_stride = int64_t{config_.heads} * d, .rows = rows};
     }
-    append_.Write(append);
-    attend_.Write(attend);
-    PREHOC_RETURN_IF_ERROR(cuda::AppendRuns(append_.data(), config_.kv_heads, int32_t(call.count), d, stream_.get()));
-    PREHOC_RETURN_IF_ERROR(cuda::PrefillRuns({.tasks = attend_.data(), .num_tasks = config_.kv_heads, .queries = int32_t(call.count),
+    PREHOC_RETURN_IF_ERROR(layers_.Record(static_cast<cudaStream_t>(call.stream)));
+    PREHOC_RETURN_IF_ERROR(layers_.Before(stream_.get()));
+    PREHOC_RETURN_IF_ERROR(cuda::AppendRuns(append, config_.kv_heads, int32_t(call.count), d, stream_.get()));
+    PREHOC_RETURN_IF_ERROR(cuda::PrefillRuns({.tasks = attend, .num_tasks = config_.kv_heads, .queries = int32_t(call.count),
                                               .first = int32_t(call.first), .group = group, .head_dim = d, .rows = rows_[size_t(call.layer)].data(),
                                               .pitch = tokens_ * int64_t(Row()), .precision = precision_}, stream_.get()));
     return stream_.Synchronize();
@@ -78,9 +80,10 @@ class DeviceBackend final : public reference::AttentionBackend {
   const int64_t tokens_;
   const PromptPrecision precision_;
   CudaStream stream_;
+  CudaEvent layers_;
   std::vector<Array<Half>> rows_;
-  Array<cuda::RunAppendTask> append_;
-  Array<cuda::RunPrefillTask> attend_;
+  static constexpr size_t kTaskBytes = sizeof(cuda::RunAppendTask) + sizeof(cuda::RunPrefillTask);
+  CudaBytes tasks_;  // of the layer that is at work
   int64_t length_ = 0, added_ = 0;
 };
 

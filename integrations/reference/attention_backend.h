@@ -22,6 +22,7 @@ struct AttendCall {
   const float* v = nullptr;  // [count, kv_heads, head_dim]
   float* out = nullptr;      // [count - q_skip, heads, head_dim]
   bool on_device = false;    // all pointers are to memory of a device, see takes_device_memory()
+  void* stream = nullptr;    // on_device: of that device; what writes q, k and v was enqueued there
 };
 
 // What a method leaves out of prefill in one layer (docs/selectors/etf.md).
@@ -48,8 +49,8 @@ class AttentionBackend {
   // Announces tokens [length(), length() + tokens.size()), before the first Attend() of them. `prompt_tokens` is
   // the whole prompt's length during prefill, 0 in decode.
   virtual Status Begin(std::span<const int32_t> tokens, int64_t prompt_tokens) = 0;
-  // Whether prompts may have q, k, v and out in the memory of the device that this keeps K and V on. What writes q, k and v is finished when
-  // Attend() is called, and out is complete when it returns.
+  // Whether prompts may have q, k, v and out in the memory of the device that this keeps K and V on. Attend() follows the stream that it is
+  // given, and out is complete when it returns.
   virtual bool takes_device_memory() const { return false; }
   // The engine waits for what it has given to the device between two layers of a prompt: time for what can wait until then.
   virtual Status WhileOthersWork() { return {}; }

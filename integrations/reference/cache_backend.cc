@@ -7,7 +7,7 @@ namespace prehoc::reference {
 namespace {
 LayerInput InputOf(const AttendCall& call) {
   return {.q = call.q, .q_pre_rope = call.q_pre_rope, .k = call.k, .v = call.v, .out = call.out, .q_skip = call.q_skip,
-          .on_device = call.on_device};
+          .on_device = call.on_device, .stream = call.stream};
 }
 
 FreezeRule RuleOf(const PrefillRule& rule) {

@@ -66,12 +66,13 @@ struct Workspace {
 }  // namespace
 
 struct DeviceKernels::Impl {
-  Impl(const CudaDeviceMemory* device_memory, const Options& with, CudaStream own_stream, PrefillRows prefill_rows)
-      : memory(device_memory), options(with), stream(std::move(own_stream)), behind(std::move(prefill_rows)) {}
+  Impl(const CudaDeviceMemory* device_memory, const Options& with, CudaStream own_stream, CudaEvent own_event, PrefillRows prefill_rows)
+      : memory(device_memory), options(with), stream(std::move(own_stream)), followed(std::move(own_event)), behind(std::move(prefill_rows)) {}
 
   const CudaDeviceMemory* const memory;
   const Options options;
   const CudaStream stream;
+  const CudaEvent followed;  // of another stream
   Mutex mutex;
   PrefillRows behind PREHOC_GUARDED_BY(mutex);
   // Inputs are written to `in_host`, copied to the same place of `in_device`; results are written by kernels to `out` in pinned memory.
@@ -179,6 +180,7 @@ struct DeviceKernels::Impl {
   Status Gather(const prehoc::GatherParams& params) PREHOC_REQUIRES(mutex);
   Status Attend(const prehoc::AttendParams& params) PREHOC_REQUIRES(mutex);
   Status Prefill(const prehoc::PrefillParams& params) PREHOC_REQUIRES(mutex);
+  Status Follow(const FollowParams& params) PREHOC_REQUIRES(mutex);
   Status Settle(const SettleParams& params) PREHOC_REQUIRES(mutex);
   Status ReadAhead(const ReadAheadParams& params) PREHOC_REQUIRES(mutex);
   // The rows of `task` as row numbers from the lowest one of each kind of memory.
@@ -638,6 +640,11 @@ Status DeviceKernels::Impl::Prefill(const prehoc::PrefillParams& params) {
   return {};
 }
 
+Status DeviceKernels::Impl::Follow(const FollowParams& params) {
+  PREHOC_RETURN_IF_ERROR(followed.Record(static_cast<cudaStream_t>(params.stream)));
+  return followed.Before(stream.get());
+}
+
 Status DeviceKernels::Impl::Settle(const SettleParams& params) {
   const Status results = params.results ? Wait() : Status();
   const Status arrived = params.rows_but > 0 ? behind.Arrive(params.rows_but) : behind.Stop();
@@ -703,8 +710,9 @@ DeviceKernels::~DeviceKernels() {
 Result<std::unique_ptr<DeviceKernels>> DeviceKernels::Create(const CudaDeviceMemory* memory, const Options& options) {
   PREHOC_RETURN_IF_ERROR(CurrentCudaDevice().status());
   PREHOC_ASSIGN_OR_RETURN(CudaStream stream, CudaStream::Create());
+  PREHOC_ASSIGN_OR_RETURN(CudaEvent followed, CudaEvent::Create());
   PREHOC_ASSIGN_OR_RETURN(PrefillRows rows, PrefillRows::Create(memory, stream.get()));
-  return std::unique_ptr<DeviceKernels>(new DeviceKernels(std::make_unique<Impl>(memory, options, std::move(stream), std::move(rows))));
+  return std::unique_ptr<DeviceKernels>(new DeviceKernels(std::make_unique<Impl>(memory, options, std::move(stream), std::move(followed), std::move(rows))));
 }
 
 const KernelTable& DeviceKernels::Table() {
@@ -722,6 +730,7 @@ const KernelTable& DeviceKernels::Table() {
       .gather = Entry<&Impl::Gather, prehoc::GatherParams>,
       .attend = Entry<&Impl::Attend, prehoc::AttendParams>,
       .prefill = Entry<&Impl::Prefill, prehoc::PrefillParams>,
+      .follow = Entry<&Impl::Follow, FollowParams>,
       .settle = Entry<&Impl::Settle, SettleParams>,
       .read_ahead = Entry<&Impl::ReadAhead, ReadAheadParams>,
   };

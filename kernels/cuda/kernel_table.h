@@ -16,6 +16,7 @@
 //   attend        rows anywhere; the rows of one task that are in one kind of memory lie whole rows apart. Waits
 //   prefill       rows anywhere; unless those of a task lie together on the device, copied to scratch there first, or ahead (read_ahead) by
 //                 the copy engine while another prefill runs. Waits; with on_device enqueues only
+//   follow        an event of the other stream before what comes. Enqueues only
 // Refused with kUnsupported, naming task and field: score_pages; dithered codes and codes of 3 bits (scan), variance (scan), spread is
 // the CPU's; target_drop, exact_budget, lse_out_bound and err (choose); a head_dim other than 64, 96, 128, 256.
 #pragma once

@@ -270,11 +270,13 @@ class CudaDecoder final : public TokenDecoder {
     int64_t start = clock.NowNanos();
     PREHOC_RETURN_IF_ERROR(Multiply(w.qkv, q_width_ + 2 * kv_width_, config_.hidden, hidden_.data(), w.attention_norm, w.qkv_bias, qkv_.data(), false));
     PREHOC_RETURN_IF_ERROR(Rotate(w, to.q.data(), to.q_before.data(), to.k.data(), to.v.data()));
-    PREHOC_RETURN_IF_ERROR(stream_.Synchronize());
+    // On the device the backend prepares its work while that is done.
+    if (!on_device_) PREHOC_RETURN_IF_ERROR(stream_.Synchronize());
     seconds_.projections += clock.SecondsSince(start);
     start = clock.NowNanos();
     PREHOC_RETURN_IF_ERROR(backend.Attend({.layer = index, .first = first_, .count = count_, .q = to.q.data(), .q_pre_rope = to.q_before.data(),
-                                           .k = to.k.data(), .v = to.v.data(), .out = out, .on_device = on_device_}));
+                                           .k = to.k.data(), .v = to.v.data(), .out = out, .on_device = on_device_,
+                                           .stream = on_device_ ? stream_.get() : nullptr}));
     seconds_.attention += clock.SecondsSince(start);
     start = clock.NowNanos();
     if (!on_device_) {

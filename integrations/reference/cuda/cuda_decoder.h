@@ -1,5 +1,6 @@
 // The engine's layers on the current CUDA device, attention with the backend. In a prompt q, k, v and the output stay on the device if the
-// backend takes them there; else they go through pinned memory. One wait of the CPU a layer beside the backend's own.
+// backend takes them there, which then follows the layers' stream; else they go through pinned memory, with one wait of the CPU a layer beside
+// the backend's own.
 #pragma once
 #include "integrations/reference/engine/engine.h"
 #include "integrations/reference/engine/token_decoder.h"

@@ -17,7 +17,7 @@ struct EngineOptions;
 // Where the time of all Forward() calls went.
 struct EngineSeconds {
   double projections = 0;  // q, k, v, o, gate, up, down, with their norms, RoPE and activation
-  double attention = 0;    // inside the backend: Begin, Attend, End
+  double attention = 0;    // inside the backend: Begin, Attend, End; of a prompt on a device also what is left of the products before
   double logits = 0;       // final norm and output matrix
   double embedding = 0;    // embedding rows, RoPE tables
   double steps = 0;        // whole decode steps on a device, all of the above at once

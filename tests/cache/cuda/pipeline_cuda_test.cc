@@ -410,24 +410,33 @@ Status PieceOnDevice(Sequence& sequence, const Stream& stream, int64_t count, in
   const int64_t q_width = int64_t{geometry.heads} * geometry.head_dim, kv_width = int64_t{geometry.kv_heads} * geometry.head_dim;
   const int64_t first = sequence.length();
   out->assign(static_cast<size_t>(geometry.layers), {});
-  const auto copy = [&](const float* from, int64_t width) { return CudaArray<float>(std::vector<float>(from, from + count * width)); };
-  std::vector<CudaArray<float>> q, k, v, to;
+  // What the layers before would compute comes on a stream of its own, as late as may be.
+  const CudaStream layers = CudaStream::Create().value();
+  std::vector<CudaArray<float>> there, q, k, v, to;
+  const auto room = [&](const float* from, int64_t width) {
+    there.emplace_back(std::vector<float>(from, from + count * width), CudaPlace::kPinned);
+    return CudaArray<float>(static_cast<size_t>(count * width));
+  };
   for (int32_t l = 0; l < geometry.layers; ++l) {
-    q.push_back(copy(stream.q(l, first), q_width));
-    k.push_back(copy(stream.k(l, first), kv_width));
-    v.push_back(copy(stream.v(l, first), kv_width));
+    q.push_back(room(stream.q(l, first), q_width));
+    k.push_back(room(stream.k(l, first), kv_width));
+    v.push_back(room(stream.v(l, first), kv_width));
     to.emplace_back(static_cast<size_t>(count * q_width));
   }
   FailNthCudaCall(fail);
   Status status = sequence.Begin(stream.ids(first, count), prompt);
   for (int32_t l = 0; l < geometry.layers && status.ok(); ++l) {
     const auto at = static_cast<size_t>(l);
+    for (const auto& [array, from] : {std::pair{&q[at], 3 * at}, {&k[at], 3 * at + 1}, {&v[at], 3 * at + 2}}) {
+      EXPECT_EQ(cudaMemcpyAsync(array->data(), there[from].data(), array->size() * sizeof(float), cudaMemcpyDefault, layers.get()), cudaSuccess);
+    }
     status = sequence.Prefill(LayerId(l), {.q = q[at].data(), .q_pre_rope = q[at].data(), .k = k[at].data(), .v = v[at].data(), .out = to[at].data(),
-                                           .on_device = true});
+                                           .on_device = true, .stream = layers.get()});
     if (status.ok() && l != 1) status = sequence.WhileOthersWork();  // it is optional
   }
   if (status.ok()) status = sequence.End();
   if (!status.ok()) sequence.Rollback();
+  EXPECT_EQ(cudaStreamSynchronize(layers.get()), cudaSuccess);
   const bool reported = FailNthCudaCall(0) >= fail;  // of so many calls
   if (failed != nullptr) *failed = reported;
   for (size_t l = 0; l < to.size(); ++l) {
