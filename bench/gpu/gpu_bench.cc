@@ -1,6 +1,6 @@
 // How close does each kernel of a decode step come to the bytes that it must move?
 //
-//   gpu_bench --out=FILE.json [--commit=ID] [--only=attend,select,dense,gather,append] [--repeats=N] [--pool-gib=32]
+//   gpu_bench --out=FILE.json [--commit=ID] [--only=attend,select,dense,gather,append] [--repeats=N] [--pool-gib=32] [--by=any|logits|bars]
 //
 // A case is a CUDA graph of its launches, one after the other, each on buffers of its own ("layers"); together they are larger than
 // the L2 cache, and every launch is counted. Time is that of the graph between two events, over its layers: the median of the
@@ -28,6 +28,8 @@ class Bench {
   bool Wants(const std::string& what) const { return only_ == ",," || only_.find("," + what + ",") != std::string::npos; }
 
   // Of what `enqueue` enqueues, as one graph. [us]
+  step::SelectBy by = step::SelectBy::kAny;
+
   Spread Measure(const std::function<void()>& enqueue) { return Graph(stream(), enqueue).Measure(stream(), repeats_); }
 
   void Report(const std::string& name, const Json& shape, const Spread& times, int layers, double bytes, double floor_rate, int launches) {
@@ -224,6 +226,7 @@ void Select(Bench& bench, int kv_heads, int group, int d, int32_t n, int bits, i
   }
   const Array<cuda::SelectTask> device(tasks);
   cuda::SelectParams params{.num_tasks = kv_heads, .max_n = n, .format = format, .group = group, .head_dim = d};
+  params.by = bench.by;
   Array<int32_t> restarts(std::vector<int32_t>{0});
   params.tasks = device.data(), params.restarts = restarts.data();
   const Array<std::byte> workspace(OrExit(cuda::SelectWorkspaceBytes(params)));
@@ -306,9 +309,12 @@ int Main(int argc, char** argv) {
   Flags flags("gpu_bench", argc, argv);
   const std::string path = flags.Text("out", ""), commit = flags.Text("commit", "unknown"), only = flags.Text("only", "");
   const int repeats = flags.Int("repeats", 21), pool_gib = flags.Int("pool-gib", 32);
+  const std::string by = flags.Text("by", "any");
   flags.Finish();
   Json file = Header("kernels", flags, commit);
   Bench bench(only, repeats);
+  if (by != "any" && by != "logits" && by != "bars") Fail({StatusCode::kInvalid, "--by=" + by + ": use any, logits or bars"});
+  bench.by = by == "logits" ? step::SelectBy::kLogits : by == "bars" ? step::SelectBy::kBars : step::SelectBy::kAny;
   MeasureCopy(bench);
   if (bench.Wants("attend")) {
     for (const int32_t k : {256, 1024, 2048, 4096}) AttendChosen(bench, 1, 8, 4, 128, k, 8192, 32);

@@ -214,11 +214,7 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
       }
     }
     const float unit = -HigherBar(bars) * kLog2E;
-    const auto weight = [&](float x) {
-      float y;  // what is no normal number counts as 0
-      asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(fmaf(x, kLog2E, unit)));
-      return y;
-    };
+    const auto weight = [&](float x) { return Exp2(fmaf(x, kLog2E, unit)); };
     const float a = weight(z.x), b = weight(z.y), c = weight(z.z), d = weight(z.w);
     if ((others & 1) != 0) *sum += a;
     if ((others & 2) != 0) *sum += b;
