@@ -233,8 +233,9 @@ Result<BlockId> HostArena::Allocate() {
         if (shared->growing || !shared->WantsMoreLocked()) return;
         shared->growing = true;
       }
-      // A failure shows again, and is returned, in the Allocate() that needs the blocks.
-      shared->Grow(/*parallel=*/false).IgnoreError();
+      // A failure shows again, and is returned, in the Allocate() that needs the blocks. For a device the CPU's loops have little else to do, and
+      // one thread touches memory more slowly than it is pinned; without one they keep their threads.
+      shared->Grow(/*parallel=*/shared->options.registrar != nullptr).IgnoreError();
     });
     if (!taken.ok()) {
       MutexLock lock(impl.mutex);

@@ -2,7 +2,7 @@
 //
 //   decode_bench --out=FILE.json [--commit=ID] [--model=llama-3.1-8b] [--cases=weights,dense,scan4,gate4@0.8/b8/n32768/m13,...] [--steps=N]
 //                [--context=131072] [--batch=1] [--k=2048] [--factor=4] [--refresh=64] [--pool=16] [--max-age=14] [--theta=0.001]
-//                [--budget-gib=G] [--host-pool-gib=G] [--fused=1]
+//                [--budget-gib=G] [--host-pool-gib=G] [--fused=1] [--rows=f16|int8|e4m3]
 //
 // A case may end in settings of its own: /b batch, /n context, /k chosen rows, /f factor, /r refresh, /m budget in GiB.
 //
@@ -18,7 +18,8 @@
 //
 // A batch has K, V, codes, slots and queries for each sequence, all of one length; its products are those of batch_product.h, one vector's
 // are the reference engine's. Where the host's rows do not fit the pool's limit, heads share its rows at different offsets: the keys of a
-// head are those of the rows that it points to, and addresses are spread over the whole pool.
+// head are those of the rows that it points to, and addresses are spread over the whole pool. With --rows the host's rows are of 8 bits: codes are
+// made of what they stand for, a row that is read within the step or behind it becomes one of fp16.
 //
 // The budget is compared with what the driver says was allocated for K, V and index: rows, codes, residency, lists and workspaces. A case
 // over its budget is marked and makes the program fail.
@@ -29,6 +30,7 @@
 #include <cstdio>
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "base/half.h"
@@ -40,6 +42,7 @@
 #include "kernels/code_block.h"
 #include "kernels/cuda/device_kernels.h"
 #include "kernels/cuda/run_kernels.h"
+#include "kernels/row_codec.h"
 
 namespace prehoc {
 namespace {
@@ -73,6 +76,7 @@ struct Case {
   int32_t batch = 1, context = 0, k = 0, refresh = 64, max_age = 14, pool = 16;
   double factor = 4, budget_gib = 0;
   bool fused = true;
+  RowFormat rows = RowFormat::kF16;  // of the host
   int32_t max_n() const { return static_cast<int32_t>(RoundUp(static_cast<uint64_t>(context), 64)); }
   int warm() const { return kind == Kind::kTwoClock ? 2 * refresh : 8; }  // the slow clock has turned over all heads
 };
@@ -172,7 +176,7 @@ class Step {
     const double triples = double(steps) * units();
     row["bits"] = c_.bits, row["tau"] = c_.tau, row["k"] = c_.k, row["factor"] = c_.factor, row["slots"] = slots_, row["refresh"] = c_.refresh;
     row["pool"] = c_.pool, row["max_age"] = c_.max_age, row["theta"] = c_.theta;
-    row["fused"] = c_.fused;
+    row["fused"] = c_.fused, row["host_rows"] = RowFormatName(c_.rows);
     row["kv_parts_bytes"] = {{"rows", rows_->bytes()}, {"codes", codes_->bytes()}, {"pooled", pooled_->bytes()},
                              {"residency", slot_of_->bytes() + owner_->bytes() + resident_->bytes()},
                              {"workspace", attend_space_->bytes() + select_space_->bytes() + want_space_->bytes()}};
@@ -230,7 +234,13 @@ class Step {
       std::vector<Half> ring(size_t(kSinks + kRing) * Row());
       Cuda(cudaMemcpy(ring.data(), Rows(unit), ring.size() * sizeof(Half), cudaMemcpyDefault), "ring");
       std::vector<const Half*> rows;
-      const auto add = [&](int32_t p) { rows.push_back(p >= n - kRing ? ring.data() + size_t(kSinks + p % kRing) * Row() : Host(unit) + size_t(p) * Row()); };
+      std::vector<Half> widened(size_t(kSinks + count + kLocal) * Row());
+      const auto from_host = [&](int32_t p) -> const Half* {
+        Half* const to = widened.data() + rows.size() * Row();
+        WidenRow(Host(unit) + size_t(p) * HostRowBytes(), c_.rows, s_.d, to);
+        return to;
+      };
+      const auto add = [&](int32_t p) { rows.push_back(p >= n - kRing ? ring.data() + size_t(kSinks + p % kRing) * Row() : from_host(p)); };
       for (int32_t p = 0; p < kSinks; ++p) add(p);
       for (int32_t i = 0; i < count; ++i) add(chosen[unit * size_t(c_.k) + size_t(i)]);
       for (int32_t p = n - kLocal; p < n; ++p) add(p);
@@ -276,7 +286,8 @@ class Step {
   size_t HeadRows() const { return size_t(kSinks + kRing + slots_); }
   Half* Rows(size_t unit) const { return rows_->data() + unit * HeadRows() * Row(); }
   size_t HostRow(size_t unit) const { return unit * host_stride_; }
-  const Half* Host(size_t unit) const { return host_ + HostRow(unit) * Row(); }
+  size_t HostRowBytes() const { return prehoc::RowBytes(c_.rows, s_.d); }
+  const std::byte* Host(size_t unit) const { return host_ + HostRow(unit) * HostRowBytes(); }
   static int64_t Sum(const std::unique_ptr<Array<int64_t>>& values) {
     int64_t sum = 0;
     if (values) for (const int64_t x : values->Read()) sum += x;
@@ -336,7 +347,7 @@ class Step {
     MakeAttendWorkspace(c_.context);
   }
   void MakeAttendWorkspace(int32_t rows) {
-    attend_params_ = {.tasks = attend_->data(), .num_tasks = tasks_, .max_rows = rows, .group = s_.group(), .head_dim = s_.d};
+    attend_params_ = {.tasks = attend_->data(), .num_tasks = tasks_, .max_rows = rows, .host_format = c_.rows, .group = s_.group(), .head_dim = s_.d};
     attend_space_ = std::make_unique<Array<std::byte>>(OrExit(cuda::AttendWorkspaceBytes(attend_params_)));
     attend_params_.workspace = attend_space_->data(), attend_params_.workspace_bytes = attend_space_->size();
   }
@@ -356,9 +367,9 @@ class Step {
     }
     const CodeFormat format{.bits = c_.bits, .group_tokens = 64};
     slots_ = std::min(int32_t(c_.factor * c_.k), 32767);
-    host_ = reinterpret_cast<Half*>(pool.data());
+    host_ = pool.data();
     const auto all = size_t(units()), block = LayoutOf(format, s_.d).bytes, head_codes = block * size_t(max_n_ / 64), k = size_t(c_.k), slots = size_t(slots_);
-    host_stride_ = std::min(size_t(max_n_), (pool.size() / RowBytes() - size_t(max_n_)) / std::max<size_t>(1, all - 1));
+    host_stride_ = std::min(size_t(max_n_), (pool.size() / HostRowBytes() - size_t(max_n_)) / std::max<size_t>(1, all - 1));
     if (host_stride_ == 0) Fail({StatusCode::kInvalid, c_.name + ": the host pool is too small"});
     rows_ = std::make_unique<Array<Half>>(all * HeadRows() * Row());
     codes_ = std::make_unique<Array<std::byte>>(all * head_codes);
@@ -400,7 +411,7 @@ class Step {
                                     .n = n_.data(), .ring_rows = kRing, .position = position_->data() + list * slots,
                                     .from_piece = from_->data() + list * slots, .to_piece = to_->data() + list * slots, .count = fetch_count_->data() + list,
                                     .pooled = PooledOf(u)});
-      gather[TurnOf(u)].push_back({.from = reinterpret_cast<const std::byte*>(Host(u)), .to = reinterpret_cast<std::byte*>(Rows(u) + size_t(kSinks + kRing) * Row()),
+      gather[TurnOf(u)].push_back({.from = Host(u), .to = reinterpret_cast<std::byte*>(Rows(u) + size_t(kSinks + kRing) * Row()),
                                    .from_piece = from_->data() + list * slots, .to_piece = to_->data() + list * slots, .count = fetch_count_->data() + list,
                                    .from_limit = max_n_, .to_limit = slots_});
     }
@@ -476,7 +487,11 @@ class Step {
       Cuda(cudaMemcpyAsync(to, keys.data() + from * Row(), rows * RowBytes(), cudaMemcpyDeviceToDevice, stream_), "rows");
     };
     for (size_t u = 0; u < size_t(units()); ++u) {
-      OrExit(MakeKeys(keys.data(), int64_t(HostRow(u)), max_n_, s_.d, kKeySeed, stream_));
+      if (c_.rows == RowFormat::kF16) {
+        OrExit(MakeKeys(keys.data(), int64_t(HostRow(u)), max_n_, s_.d, kKeySeed, stream_));
+      } else {
+        OrExit(cuda::WidenTasks(Host(u), 0, reinterpret_cast<std::byte*>(keys.data()), 0, 1, max_n_, s_.d, c_.rows, stream_));
+      }
       for (size_t g = 0; g < encode.size(); ++g) encode[g] = {.rows = keys.data() + g * 64 * Row(), .block = codes_->data() + u * head_codes + g * block};
       tasks.Write(encode);
       OrExit(cuda::EncodeRuns(tasks.data(), int32_t(encode.size()), format, s_.d, stream_));
@@ -503,7 +518,8 @@ class Step {
       OrExit(fork_.Record(stream_));
       OrExit(fork_.Before(side_.get()));
       const auto& gather = gather_[size_t(before)];
-      OrExit(cuda::Gather({.tasks = gather.data(), .num_tasks = int32_t(gather.size()), .piece_bytes = int32_t(RowBytes()), .max_blocks = 8}, side_.get()));
+      OrExit(cuda::Gather({.tasks = gather.data(), .num_tasks = int32_t(gather.size()), .piece_bytes = int32_t(HostRowBytes()), .rows = c_.rows,
+                           .head_dim = s_.d, .max_blocks = 8}, side_.get()));
       OrExit(join_.Record(side_.get()));
     }
     Normed(m_.output.data(), m_.output_norm.data(), logits_.data(), s_.vocab, false);
@@ -601,7 +617,7 @@ class Step {
   Array<int32_t> first_{1};
   size_t kv_before_ = 0, kv_bytes_ = 0, host_stride_ = 0;
   int32_t max_n_ = 0, slots_ = 0, first_n_ = 0;
-  const Half* host_ = nullptr;
+  const std::byte* host_ = nullptr;
   std::unique_ptr<Array<Half>> rows_;
   std::unique_ptr<Array<std::byte>> codes_, attend_space_, select_space_, want_space_;
   std::unique_ptr<Array<int16_t>> slot_of_;
@@ -659,14 +675,29 @@ Case CaseOf(const std::string& text, const Case& defaults) {
   return c;
 }
 
-// Every row of the pool, as MakeKeys() makes it.
-void FillPool(const PinnedPool& pool, int32_t d, cudaStream_t stream) {
-  const size_t row_bytes = size_t(2 * d) * sizeof(Half), rows = pool.size() / row_bytes, part = std::min(rows, (size_t{512} << 20) / row_bytes);
-  const Array<Half> keys(part * size_t(2 * d));
+// Every row of the pool, as MakeKeys() makes it, or rounded to `format`.
+void FillPool(const PinnedPool& pool, int32_t d, RowFormat format, cudaStream_t stream) {
+  const size_t wide = size_t(2 * d), row_bytes = RowBytes(format, d), rows = pool.size() / row_bytes, part = std::min(rows, (size_t{256} << 20) / wide);
+  const Array<Half> keys(part * wide);
   for (size_t from = 0; from < rows; from += part) {
     const size_t count = std::min(part, rows - from);
     OrExit(MakeKeys(keys.data(), int64_t(from), int64_t(count), d, Step::kKeySeed, stream));
-    pool.CopyHere(pool.data() + from * row_bytes, reinterpret_cast<const std::byte*>(keys.data()), count * row_bytes, stream);
+    if (format == RowFormat::kF16) {
+      pool.CopyHere(pool.data() + from * row_bytes, reinterpret_cast<const std::byte*>(keys.data()), count * row_bytes, stream);
+      continue;
+    }
+    Cuda(cudaStreamSynchronize(stream), "keys");
+    const std::vector<Half> here = keys.Read(0, count * wide);
+    const size_t workers = std::max(1u, std::thread::hardware_concurrency());
+    std::vector<std::thread> threads;
+    for (size_t w = 0; w < workers; ++w) {
+      threads.emplace_back([&, w] {
+        for (size_t r = w * count / workers; r < (w + 1) * count / workers; ++r) {
+          NarrowRow(here.data() + r * wide, format, d, pool.data() + (from + r) * row_bytes);
+        }
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
   }
   Cuda(cudaStreamSynchronize(stream), "pool");
 }
@@ -682,6 +713,9 @@ int Main(int argc, char** argv) {
   defaults.max_age = flags.Int("max-age", 14), defaults.theta = float(flags.Number("theta", 0.001)), defaults.budget_gib = flags.Number("budget-gib", 0);
   const double pool_gib = flags.Number("host-pool-gib", 0);
   defaults.fused = flags.Int("fused", 1) != 0;
+  const std::string rows_of = flags.Text("rows", "f16");
+  if (!FindRowFormat(rows_of)) Fail({StatusCode::kInvalid, "--rows=" + rows_of + "; use f16, int8 or e4m3"});
+  defaults.rows = *FindRowFormat(rows_of);
   const int steps = flags.Int("steps", 128);
   flags.Finish();
   std::vector<Case> cases;
@@ -695,7 +729,7 @@ int Main(int argc, char** argv) {
   size_t wanted = 0;
   for (const Case& c : cases) {
     if (c.kind == Case::Kind::kTwoClock) {
-      wanted = std::max(wanted, size_t(c.max_n()) * size_t(c.batch) * size_t(shape.units()) * size_t(2 * shape.d) * sizeof(Half));
+      wanted = std::max(wanted, size_t(c.max_n()) * size_t(c.batch) * size_t(shape.units()) * RowBytes(c.rows, shape.d));
     }
   }
   std::unique_ptr<PinnedPool> pool;
@@ -706,7 +740,7 @@ int Main(int argc, char** argv) {
     file["host_pool"] = pool->Report();
     file["host_pool"]["bytes_without_limit"] = wanted;
     std::printf("pinned %.1f of %.1f GB at %.1f GB/s\n", double(pool->size()) / 1e9, double(wanted) / 1e9, double(file["host_pool"]["gb_per_s"]));
-    FillPool(*pool, shape.d, stream.get());
+    FillPool(*pool, shape.d, defaults.rows, stream.get());
   }
   file["cases"] = Json::array();
   std::vector<std::pair<int32_t, double>> weights_ms;  // by batch
