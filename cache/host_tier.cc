@@ -82,6 +82,7 @@ Result<std::unique_ptr<HostTier>> HostTier::Create(const Options& options, Execu
   impl->clock = options.clock != nullptr ? options.clock : &SteadyClock::Get();
   HostArena::Options arena;
   arena.block_bytes = options.block_bytes;
+  arena.unit_bytes = options.row_bytes;
   arena.budget = options.budget;
   arena.huge_pages = options.huge_pages;
   arena.registrar = options.registrar;

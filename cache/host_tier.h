@@ -68,6 +68,7 @@ class HostTier {
  public:
   struct Options {
     size_t block_bytes = 0;         // required
+    size_t row_bytes = 0;           // of a row of a block: blocks lie whole rows apart, as kernels count them; 0 = need not
     uint64_t budget = 0;            // [bytes] of host memory, hard
     bool huge_pages = true;
     bool verify_pins = false;       // every pin of an idle block is PinCheck::kVerify

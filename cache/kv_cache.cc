@@ -94,6 +94,7 @@ Result<std::unique_ptr<KvCache>> KvCache::Impl::Create(const CacheOptions& optio
   PREHOC_RETURN_IF_ERROR(CheckOffered(*impl));
   HostTier::Options host;
   host.block_bytes = options.geometry.block_bytes();
+  if (resources.registrar != nullptr) host.row_bytes = options.geometry.stored_row_bytes();
   host.budget = options.host_budget;
   host.huge_pages = options.huge_pages;
   host.verify_pins = options.verify_pins;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -17,6 +18,11 @@ namespace prehoc {
 namespace {
 constexpr uint64_t kPage = 4096;
 constexpr uint64_t kHugePage = 2 * kMiB;
+
+uint64_t StrideOf(const HostArena::Options& options) {
+  const uint64_t unit = std::max<uint64_t>(options.unit_bytes, 1);
+  return RoundUp(options.block_bytes, std::lcm(kPage, unit));
+}
 
 // Writes one byte of each page. Plain stores: the memory is ours alone until its blocks are handed out.
 void TouchPages(std::byte* data, uint64_t bytes) {
@@ -32,9 +38,13 @@ Status HostArena::Options::Validate() const {
   if (budget > (uint64_t{1} << 46)) {
     return {StatusCode::kInvalid, "host arena: budget=" + std::to_string(budget) + " is over 64 TiB"};
   }
-  if (budget != 0 && budget < RoundUp(block_bytes, kPage)) {
+  if (unit_bytes > kMiB || (unit_bytes > 0 && block_bytes % unit_bytes != 0)) {
+    return {StatusCode::kInvalid, "host arena: unit_bytes=" + std::to_string(unit_bytes) + "; use up to 1MiB, of which a block of " +
+                                      std::to_string(block_bytes) + " bytes is a multiple, or 0"};
+  }
+  if (budget != 0 && budget < StrideOf(*this)) {
     return {StatusCode::kInvalid, "host arena: budget=" + std::to_string(budget) + " holds no block of " +
-                                      std::to_string(RoundUp(block_bytes, kPage)) + " bytes; raise it or use 0"};
+                                      std::to_string(StrideOf(*this)) + " bytes; raise it or use 0"};
   }
   if (extent_bytes == 0) return {StatusCode::kInvalid, "host arena: extent_bytes=0; use 1MiB or more"};
   return {};
@@ -183,7 +193,7 @@ Result<std::unique_ptr<HostArena>> HostArena::Create(const Options& options, Exe
   auto impl = std::make_shared<Impl>();
   impl->options = options;
   impl->executor = executor;
-  impl->stride = RoundUp(options.block_bytes, kPage);
+  impl->stride = StrideOf(options);
   impl->capacity = static_cast<int64_t>(options.budget / impl->stride);
   impl->extent_blocks =
       std::clamp<int64_t>(static_cast<int64_t>(std::min<uint64_t>(options.extent_bytes, 1ull << 46) / impl->stride), 1,

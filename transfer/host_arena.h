@@ -20,6 +20,7 @@ class HostArena {
  public:
   struct Options {
     size_t block_bytes = 0;            // required; rounded up to 4096 in memory
+    size_t unit_bytes = 0;             // of which a block is a whole number: then all blocks lie whole units apart, too. 0 = need not
     uint64_t budget = 0;               // [bytes], hard; at least one block unless 0 (an arena without blocks)
     uint64_t extent_bytes = 64u << 20; // how much is mapped and touched at a time
     bool huge_pages = true;            // asks for transparent huge pages; falls back without

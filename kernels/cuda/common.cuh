@@ -199,13 +199,15 @@ __device__ inline void AddLogit(Mass* mass, float x) {
 }
 __device__ inline void AddLogits(Mass* mass, const float4& x) {
   const float most = fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w));
-  if (most == Infinity() || most == -Infinity()) {
-    AddLogit(mass, x.x), AddLogit(mass, x.y), AddLogit(mass, x.z), AddLogit(mass, x.w);
-    return;
-  }
   if (most > mass->most) {
     mass->sum *= Exp2((mass->most - most) * kLog2E);
     mass->most = most;
+  }
+  if (isinf(mass->most)) {  // nothing yet, or one that is infinite: few instructions, they lie in the way of the others
+    float4 left = x;
+#pragma unroll 1
+    for (int t = 0; t < 4; ++t, left = {left.y, left.z, left.w, 0}) AddLogit(mass, left.x);
+    return;
   }
   const float unit = -mass->most * kLog2E;
   const auto weight = [&](float z) { return Exp2(fmaf(z, kLog2E, unit)); };

@@ -141,18 +141,16 @@ class Selector : public TeamMember<Selector<D, BITS>, ScanMemory<D, BITS>::kByte
     for (; at < coded_end; at += kStride) {
       const std::byte* const next = at + kStride < coded_end ? block + int64_t{kSelectWarps} * block_bytes : nullptr;
       const bool whole = at >= lo_ || at + kTokens <= sinks_;
-      const auto emit = [&](int token, const auto& z) {
+      const auto emit = [&](int token, auto z) {
         if (!exists) return;
         const int32_t i = at + token;
-        *reinterpret_cast<std::decay_t<decltype(z)>*>(mine + i) = z;
-        if (whole) {
-          AddLogits(&mass, z);
-        } else {
-#pragma unroll
-          for (int t = 0; t < static_cast<int>(sizeof(z) / 4); ++t) {
-            if (InSight(i + t)) AddLogit(&mass, (&z.x)[t]);
-          }
+        *reinterpret_cast<decltype(z)*>(mine + i) = z;
+        if (!whole) {  // what is out of sight has no weight
+          const auto seen = [&](int t, float x) { return InSight(i + t) ? x : -Infinity(); };
+          z.x = seen(0, z.x), z.y = seen(1, z.y);
+          if constexpr (sizeof(z) == sizeof(float4)) z.z = seen(2, z.z), z.w = seen(3, z.w);
         }
+        AddLogits(&mass, z);
       };
       scan.Arrive();
       scan.Run(block, next, emit, [](int, const auto&) {});

@@ -85,9 +85,9 @@ __device__ inline Narrowed NarrowInt8(__half x) {
   const __half scale = __float2half_ru(__fdiv_rn(most, 127.0f));
   const float step = __half2float(scale);
   if (step == 0) return {0, scale, __ushort_as_half(0)};
-  const float largest = __fmul_rn(127.0f, step) < 65520 ? 127 : 126;
-  const float code = fminf(fmaxf(rintf(__fdiv_rn(value, step)), -largest), largest);
-  return {static_cast<uint8_t>(static_cast<int8_t>(code)), scale, __float2half_rn(__fmul_rn(code, step))};
+  const int largest = __fmul_rn(127.0f, step) < 65520 ? 127 : 126;
+  const int code = min(max(__float2int_rn(__fdiv_rn(value, step)), -largest), largest);  // there is no -0
+  return {static_cast<uint8_t>(static_cast<int8_t>(code)), scale, __float2half_rn(__fmul_rn(static_cast<float>(code), step))};
 }
 
 // Of a warp, channels [first, first + 32) of K (half 0) or V (half 1) as far as the head goes: to a stored row, or to the fp16 row that it stands

@@ -49,8 +49,27 @@ TEST(HostArenaTest, RefusesOptionsThatMakeNoSense) {
   EXPECT_STATUS(StatusCode::kInvalid, "budget=", HostArena::Create(options, &executor));
   options = Small(4, 2), options.budget = kStride - 1;
   EXPECT_STATUS(StatusCode::kInvalid, "holds no block", HostArena::Create(options, &executor));
+  options = Small(4, 2), options.unit_bytes = 144;
+  EXPECT_STATUS(StatusCode::kInvalid, "unit_bytes=144", HostArena::Create(options, &executor));
   options = Small(4, 2), options.extent_bytes = 0;
   EXPECT_STATUS(StatusCode::kInvalid, "extent_bytes=0", HostArena::Create(options, &executor));
+}
+
+TEST(HostArenaTest, BlocksMayLieWholeUnitsApart) {
+  ManualExecutor executor;
+  HostArena::Options options = Small(0, 1);
+  options.block_bytes = 18432, options.unit_bytes = 144;  // 4.5 pages, 128 units
+  options.budget = 3 * 36864, options.extent_bytes = 36864;
+  auto arena = HostArena::Create(options, &executor);
+  ASSERT_OK(arena);
+  EXPECT_EQ((*arena)->capacity_blocks(), 3);
+  EXPECT_EQ((*arena)->block_stride() % 144, 0u);
+  EXPECT_EQ((*arena)->block_stride() % 4096, 0u);
+  // Where blocks are whole pages and units already, nothing is lost.
+  options.block_bytes = 272 * 256 * 8, options.unit_bytes = 272, options.budget = 2 * options.block_bytes;
+  arena = HostArena::Create(options, &executor);
+  ASSERT_OK(arena);
+  EXPECT_EQ((*arena)->block_stride(), options.block_bytes);
 }
 
 TEST(HostArenaTest, ABudgetOfZeroHasNoBlocks) {
