@@ -182,7 +182,7 @@ Status PrefillRuns(const RunPrefillParams& params, cudaStream_t stream) {
                          1.0f / std::sqrt(static_cast<float>(params.head_dim))};
 #ifdef PREHOC_SM90
   PREHOC_ASSIGN_OR_RETURN(const DeviceLimits limits, CurrentLimits());
-  if (limits.major == 9 && params.rows != nullptr && params.head_dim == sm90::kPrefillHeadDim) return sm90::PrefillRuns(params, args, stream);
+  if (limits.major == 9 && params.rows != nullptr && sm90::TakesPrefill(params.head_dim)) return sm90::PrefillRuns(params, args, stream);
 #endif
   return DispatchHeadDim(params.head_dim, [&](auto d) {
     constexpr int D = d();

@@ -15,31 +15,32 @@
 namespace prehoc::cuda::sm90 {
 namespace {
 
-constexpr int kD = kPrefillHeadDim, kQueries = 128, kKeys = 128, kThreads = 256;
+constexpr int kQueries = 128, kKeys = 128, kThreads = 256;
 constexpr int kLine = 64;                          // halves of a line in shared memory
 constexpr int kSlab = 128 * kLine * 2;             // [bytes] 128 lines
-constexpr int kPart = kD / kLine * kSlab;          // queries (one half of the sum), keys, or values of a tile
 
 // Shared memory: queries (most; rest), tiles of keys, tiles of values, barriers.
-template <PromptPrecision P>
+template <int D, PromptPrecision P>
 struct Plan {
+  static constexpr int kPart = D / kLine * kSlab;  // queries (one half of the sum), keys, or values of a tile
   static constexpr bool kSplit = P == PromptPrecision::kSplit;
   static constexpr int kQParts = kSplit ? 2 : 1;
   static constexpr int kStages = kSplit ? 2 : 3;
   static constexpr int kKeyTiles = kQParts * kPart, kValueTiles = kKeyTiles + kStages * kPart, kBarriers = kValueTiles + kStages * kPart;
   static constexpr int kBarrierBytes = 4 * kStages * 8;
-  static constexpr size_t kShared = std::max(size_t{kBarriers} + kBarrierBytes, sizeof(PlainTiles<kD>)) + 1024;
+  static constexpr size_t kShared = std::max(size_t{kBarriers} + kBarrierBytes, sizeof(PlainTiles<D>)) + 1024;
   static_assert(kShared <= 232448, "a block of compute capability 9.0 has that much");
+  static_assert(PrefillShape<D>::kThreads == kThreads && PrefillShape<D>::kQueries == kQueries, "the plain way takes the same block");
 };
-static_assert(PrefillShape<kD>::kThreads == kThreads && PrefillShape<kD>::kQueries == kQueries, "the plain way takes the same block");
 
 struct Args {
-  CUtensorMap rows;  // [tasks, keys, 2 kD]
+  CUtensorMap rows;  // [tasks, keys, 2 D]
   PrefillArgs prefill;
 };
 
-// Products of a warp group: d [64, 128], bound as the constraint `bind` says, and what follows it in the instruction; then its operands.
-#define PREHOC_WGMMA(bind, rest, ...) \
+// Products of a warp group: d [64, 128] or [64, 64], bound as the constraint `bind` says, and what follows it in the instruction; then its
+// operands.
+#define PREHOC_WGMMA_128(bind, rest, ...) \
   asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" \
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
@@ -55,38 +56,55 @@ struct Args {
         bind(d[48]), bind(d[49]), bind(d[50]), bind(d[51]), bind(d[52]), bind(d[53]), bind(d[54]), bind(d[55]), \
         bind(d[56]), bind(d[57]), bind(d[58]), bind(d[59]), bind(d[60]), bind(d[61]), bind(d[62]), bind(d[63]) \
       : __VA_ARGS__)
+#define PREHOC_WGMMA_64(bind, rest, ...) \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
+      "}, " rest ";" \
+      : bind(d[0]), bind(d[1]), bind(d[2]), bind(d[3]), bind(d[4]), bind(d[5]), bind(d[6]), bind(d[7]), \
+        bind(d[8]), bind(d[9]), bind(d[10]), bind(d[11]), bind(d[12]), bind(d[13]), bind(d[14]), bind(d[15]), \
+        bind(d[16]), bind(d[17]), bind(d[18]), bind(d[19]), bind(d[20]), bind(d[21]), bind(d[22]), bind(d[23]), \
+        bind(d[24]), bind(d[25]), bind(d[26]), bind(d[27]), bind(d[28]), bind(d[29]), bind(d[30]), bind(d[31]) \
+      : __VA_ARGS__)
 
 // d [64, 128] = a [64, 16] b [128, 16]^T.
 __device__ inline void BeginKeys(float (&d)[64], uint64_t a, uint64_t b) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  PREHOC_WGMMA("=f", "%64, %65, 0, 1, 1, 0, 0", "l"(a), "l"(b));
+  PREHOC_WGMMA_128("=f", "%64, %65, 0, 1, 1, 0, 0", "l"(a), "l"(b));
 #endif
 }
 // d += likewise.
 __device__ inline void AddKeys(float (&d)[64], uint64_t a, uint64_t b) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  PREHOC_WGMMA("+f", "%64, %65, 1, 1, 1, 0, 0", "l"(a), "l"(b));
+  PREHOC_WGMMA_128("+f", "%64, %65, 1, 1, 1, 0, 0", "l"(a), "l"(b));
 #endif
 }
-// d [64, 128] += a [64, 16] b [16, 128].
+// d [64, D] += a [64, 16] b [16, D].
 __device__ inline void MultiplyValues(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  PREHOC_WGMMA("+f", "{%64, %65, %66, %67}, %68, 1, 1, 1, 1", "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  PREHOC_WGMMA_128("+f", "{%64, %65, %66, %67}, %68, 1, 1, 1, 1", "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 #endif
 }
-#undef PREHOC_WGMMA
+__device__ inline void MultiplyValues(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  PREHOC_WGMMA_64("+f", "{%32, %33, %34, %35}, %36, 1, 1, 1, 1", "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+#endif
+}
+#undef PREHOC_WGMMA_128
+#undef PREHOC_WGMMA_64
 
 // Nothing that reads d moves before this.
-__device__ inline void Settle(float (&d)[64]) {
+template <int N>
+__device__ inline void Settle(float (&d)[N]) {
 #pragma unroll
   for (float& x : d) asm volatile("" : "+f"(x)::"memory");
 }
 
-template <PromptPrecision P>
+template <int D, PromptPrecision P>
 __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_constant__ Args all) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using L = Plan<P>;
-  constexpr int kStages = L::kStages;
+  using L = Plan<D, P>;
+  constexpr int kStages = L::kStages, kPart = L::kPart;
   const PrefillArgs& args = all.prefill;
   extern __shared__ __align__(1024) char shared[];
   __shared__ int32_t starts[kQueries];
@@ -117,12 +135,12 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
     if (begin + t < args.queries) atomicMin(&least_start, starts[t]);
   }
   // exp(x) as 2^(x log2 e): the factor goes into the queries. 16-byte words of a line lie as TMA would have put them.
-  for (int i = static_cast<int>(threadIdx.x); i < kQueries * kD / 8; i += kThreads) {
-    const int t = i / (kD / 8), c = i % (kD / 8) * 8, word = c % kLine / 8;
+  for (int i = static_cast<int>(threadIdx.x); i < kQueries * D / 8; i += kThreads) {
+    const int t = i / (D / 8), c = i % (D / 8) * 8, word = c % kLine / 8;
     const float by = args.scale * kLog2E;
     uint4 most{}, rest{};
     if (begin + t < args.queries) {
-      const float4* const q = reinterpret_cast<const float4*>(task.q + (begin + t) * task.q_stride + int64_t{head} * kD + c);
+      const float4* const q = reinterpret_cast<const float4*>(task.q + (begin + t) * task.q_stride + int64_t{head} * D + c);
       const float4 a = q[0], b = q[1];
       SplitPair<RowType::kF16>(a.x * by, a.y * by, &most.x, &rest.x);
       SplitPair<RowType::kF16>(a.z * by, a.w * by, &most.y, &rest.y);
@@ -144,12 +162,12 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
   const auto ask = [&](int key, int stage, int values) {
     const uint32_t to = (values ? v_tiles : k_tiles) + static_cast<uint32_t>(stage * kPart);
     Expect(full(stage, values), kPart);
-    for (int slab = 0; slab < kD / kLine; ++slab) {
-      Bring(to + static_cast<uint32_t>(slab * kSlab), &all.rows, values * kD + slab * kLine, key, static_cast<int>(blockIdx.y), full(stage, values));
+    for (int slab = 0; slab < D / kLine; ++slab) {
+      Bring(to + static_cast<uint32_t>(slab * kSlab), &all.rows, values * D + slab * kLine, key, static_cast<int>(blockIdx.y), full(stage, values));
     }
   };
   const bool asks = threadIdx.x == 0;
-  float out[64] = {}, most[2] = {-Infinity(), -Infinity()}, sum[2] = {};
+  float out[D / 2] = {}, most[2] = {-Infinity(), -Infinity()}, sum[2] = {};
   const int query = warp * 16 + g;  // and query + 8
   const int32_t last[2] = {args.first + begin + query, args.first + begin + query + 8}, start[2] = {starts[query], starts[query + 8]};
   const uint32_t q_most = base + static_cast<uint32_t>(warp / 4 * 64 * kLine * 2);
@@ -159,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
   const auto multiply_keys = [&](float(&z)[64], int stage) {
     const uint32_t tile = k_tiles + static_cast<uint32_t>(stage * kPart);
 #pragma unroll
-    for (int c = 0; c < kD; c += 16) {
+    for (int c = 0; c < D; c += 16) {
       const uint32_t at = static_cast<uint32_t>(c / kLine * kSlab + c % kLine * 2);
       if constexpr (L::kSplit) {
         if (c == 0) BeginKeys(z, Matrix(q_rest + at), Matrix(tile + at));
@@ -176,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
     const uint32_t tile = v_tiles + static_cast<uint32_t>(stage * kPart);
 #pragma unroll
     for (int n = 0; n < kKeys / 16; ++n) {
-      const uint64_t values = Matrix(tile + static_cast<uint32_t>(n * 16 * kLine * 2), kSlab);
+      const uint64_t values = Matrix(tile + static_cast<uint32_t>(n * 16 * kLine * 2), D > kLine ? kSlab : 16);
       if constexpr (L::kSplit) MultiplyValues(out, p_rest[n], values);
       MultiplyValues(out, p_most[n], values);
     }
@@ -269,7 +287,7 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
     Settle(out);
     if (lane == 0) Arrive(empty(before, 1));
 #pragma unroll
-    for (int n = 0; n < kD / 8; ++n) {
+    for (int n = 0; n < D / 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) out[n * 4 + e] *= keep[e / 2];
     }
@@ -285,32 +303,37 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
   multiply_values(tile % kStages);
   WaitForProducts<0>();
   Settle(out);
-  const bool odd = StoreTwo<kD>(args, task, head, begin + query, j, sum, [&](int n, int i) { return out[n * 4 + i]; });
+  const bool odd = StoreTwo<D>(args, task, head, begin + query, j, sum, [&](int n, int i) { return out[n * 4 + i]; });
   if (odd) any_odd = 1;
   __syncthreads();
   if (any_odd == 0) return;
-  using S = PrefillShape<kD>;
+  using S = PrefillShape<D>;
   for (int from = 0; from < kQueries; from += S::kPlainQueries) {
-    PlainTile<kD>(args, task, head, begin + from, starts + from, least, *reinterpret_cast<PlainTiles<kD>*>(aligned));
+    PlainTile<D>(args, task, head, begin + from, starts + from, least, *reinterpret_cast<PlainTiles<D>*>(aligned));
   }
 #endif
 }
-}  // namespace
 
-Status PrefillRuns(const RunPrefillParams& params, const PrefillArgs& prefill, cudaStream_t stream) {
+template <int D>
+Status Launch(const RunPrefillParams& params, const PrefillArgs& prefill, cudaStream_t stream) {
   Args args{.prefill = prefill};
   const auto keys = static_cast<cuuint64_t>(params.first) + static_cast<cuuint64_t>(params.queries);
-  const cuuint64_t sizes[] = {2 * kD, keys, static_cast<cuuint64_t>(params.num_tasks)};
-  const cuuint64_t row = 2 * kD * sizeof(Half);
+  const cuuint64_t sizes[] = {2 * D, keys, static_cast<cuuint64_t>(params.num_tasks)};
+  const cuuint64_t row = 2 * D * sizeof(Half);
   const cuuint64_t strides[] = {row, params.num_tasks > 1 ? static_cast<cuuint64_t>(params.pitch) * sizeof(Half) : row * keys};
   const cuuint32_t box[] = {kLine, kKeys, 1};
   const Status made = MakeMap(CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3, params.rows, sizes, strides, box, &args.rows);
   if (!made.ok()) return made.WithContext("prefill");
   const dim3 grid(static_cast<unsigned>(CeilDiv(params.queries, kQueries)), static_cast<unsigned>(params.num_tasks), static_cast<unsigned>(params.group));
-  const auto launch = [&]<PromptPrecision P>(std::integral_constant<PromptPrecision, P>) {
-    return LaunchKernel(PrefillKernel<P>, "prefill", args, {.grid = grid, .threads = kThreads, .shared_bytes = Plan<P>::kShared}, stream);
-  };
-  return DispatchPrecision(params.precision, launch);
+  return DispatchPrecision(params.precision, [&]<PromptPrecision P>(std::integral_constant<PromptPrecision, P>) {
+    return LaunchKernel(PrefillKernel<D, P>, "prefill", args, {.grid = grid, .threads = kThreads, .shared_bytes = Plan<D, P>::kShared}, stream);
+  });
+}
+}  // namespace
+
+bool TakesPrefill(int32_t head_dim) { return head_dim == 64 || head_dim == 128; }
+Status PrefillRuns(const RunPrefillParams& params, const PrefillArgs& args, cudaStream_t stream) {
+  return params.head_dim == 64 ? Launch<64>(params, args, stream) : Launch<128>(params, args, stream);
 }
 
 }  // namespace prehoc::cuda::sm90

@@ -6,8 +6,8 @@ namespace prehoc::cuda {
 struct PrefillArgs;
 namespace sm90 {
 
-constexpr int kPrefillHeadDim = 128;
-// As there, for kPrefillHeadDim, with `rows`, and not nothing. Shapes were checked.
+bool TakesPrefill(int32_t head_dim);
+// As there, for such a head_dim, with `rows`, and not nothing. Shapes were checked.
 Status PrefillRuns(const RunPrefillParams& params, const PrefillArgs& args, cudaStream_t stream);
 
 }  // namespace sm90
