@@ -220,6 +220,7 @@ Status Sequence::Impl::PostBehind(int32_t layer_index, int32_t kv_head, LayerBlo
   PendingFetch fetch;
   fetch.kv_head = kv_head;
   fetch.due = step + lag;
+  const bool widens = geometry().rows != RowFormat::kF16;
   std::vector<TransferPiece> pieces;
   int64_t pinned_chunk = -1;
   for (const int32_t position : positions) {
@@ -229,16 +230,22 @@ Status Sequence::Impl::PostBehind(int32_t layer_index, int32_t kv_head, LayerBlo
       PREHOC_ASSIGN_OR_RETURN(BlockPin pin, cache->host->Pin(layer.blocks[static_cast<size_t>(pinned_chunk)]));
       fetch.sources.push_back(std::move(pin));
     }
-    pieces.push_back({source, nullptr, geometry().stored_row_bytes()});
+    if (widens) {
+      fetch.stored.push_back(source);
+    } else {
+      pieces.push_back({source, nullptr, geometry().row_bytes()});
+    }
   }
   fetch.positions.assign(positions.begin(), positions.end());
-  fetch.slots.reserve(pieces.size());
+  fetch.slots.reserve(positions.size());
   layer.pending.reserve(layer.pending.size() + 1);
-  const bool widens = geometry().rows != RowFormat::kF16;
-  if (widens) fetch.stored.resize(pieces.size() * geometry().stored_row_bytes());
-  for (size_t i = 0; i < pieces.size(); ++i) {
+  for (size_t i = 0; i < positions.size(); ++i) {
     fetch.slots.push_back(head.residency.Reserve());
-    pieces[i].dst = widens ? fetch.stored.data() + i * geometry().stored_row_bytes() : reinterpret_cast<std::byte*>(head.slots + fetch.slots.back() * row);
+    if (!widens) pieces[i].dst = reinterpret_cast<std::byte*>(head.slots + fetch.slots.back() * row);
+  }
+  if (widens) {
+    layer.pending.push_back(std::move(fetch));
+    return {};
   }
   auto request = WithinMemory([&] { return cache->resources.transfer->Prepare(std::move(pieces)); });
   Status status = request.status();
@@ -256,7 +263,7 @@ Status Sequence::Impl::WidenStored(const PendingFetch& fetch, const HeadState& h
   std::vector<RowCopy>& copies = scratch->copies;
   copies.clear();
   for (size_t i = 0; i < fetch.slots.size(); ++i) {
-    copies.push_back({fetch.stored.data() + i * geometry().stored_row_bytes(), head.slots + static_cast<size_t>(fetch.slots[i]) * row_halfs()});
+    copies.push_back({fetch.stored[i], head.slots + static_cast<size_t>(fetch.slots[i]) * row_halfs()});
   }
   return kernels().gather({.rows = copies, .head_dim = geometry().head_dim, .format = geometry().rows}, cache->launch());
 }
@@ -271,8 +278,7 @@ Status Sequence::Impl::LandPending(int32_t layer_index, bool all) {
     }
     HeadState& head = layer.heads[static_cast<size_t>(fetch->kv_head)];
     HeadResidency& residency = head.residency;
-    Status status = fetch->request.Wait();
-    if (status.ok() && !fetch->stored.empty()) status = WithinMemory([&] { return WidenStored(*fetch, head); });
+    Status status = fetch->stored.empty() ? fetch->request.Wait() : WithinMemory([&] { return WidenStored(*fetch, head); });
     // A step may have fetched some of them meanwhile.
     std::vector<int32_t> positions, slots;
     positions.reserve(fetch->positions.size());

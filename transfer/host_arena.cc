@@ -175,6 +175,10 @@ struct HostArena::Impl {
     return status;
   }
 
+  // For a device the CPU's loops have little else to do, and one thread touches memory more slowly than it is pinned; without one they keep
+  // their threads.
+  bool TouchesInParallel() const { return options.registrar != nullptr; }
+
   bool WantsMoreLocked() const PREHOC_REQUIRES(mutex) {
     return !closed && ready < capacity && static_cast<int64_t>(free.size()) * 2 < extent_blocks;
   }
@@ -232,8 +236,8 @@ Result<BlockId> HostArena::Allocate() {
       }
       impl.growing = true;
     }
-    // The background did not keep up. Not in parallel: the caller may be inside a loop of the executor itself.
-    PREHOC_RETURN_IF_ERROR(impl.Grow(/*parallel=*/false));
+    // The background did not keep up.
+    PREHOC_RETURN_IF_ERROR(impl.Grow(impl.TouchesInParallel()));
   }
   if (post) {
     const Status taken = impl.executor->Post([shared = impl_] {
@@ -243,9 +247,8 @@ Result<BlockId> HostArena::Allocate() {
         if (shared->growing || !shared->WantsMoreLocked()) return;
         shared->growing = true;
       }
-      // A failure shows again, and is returned, in the Allocate() that needs the blocks. For a device the CPU's loops have little else to do, and
-      // one thread touches memory more slowly than it is pinned; without one they keep their threads.
-      shared->Grow(/*parallel=*/shared->options.registrar != nullptr).IgnoreError();
+      // A failure shows again, and is returned, in the Allocate() that needs the blocks.
+      shared->Grow(shared->TouchesInParallel()).IgnoreError();
     });
     if (!taken.ok()) {
       MutexLock lock(impl.mutex);

@@ -65,8 +65,8 @@ struct PendingFetch {
   int64_t due = 0;  // step
   std::vector<int32_t> positions, slots;
   std::vector<BlockPin> sources;
-  std::vector<std::byte> stored;  // rows of another format than the device's, which are widened when they land
   TransferRequest request;
+  std::vector<const std::byte*> stored;  // rows of another format than the device's: no copy is under way, they are widened from there when they land
 };
 
 struct HeadState {

@@ -596,8 +596,9 @@ TEST_F(CudaPipelineTest, RowsOfAFormatAreTheRowsThatTheyStandFor) {
         }
         EXPECT_EQ(attended[1], attended[0]);
         EXPECT_EQ(outputs[1], outputs[0]);
-        EXPECT_GT(report[1].rows_host + report[1].rows_behind, 0);
-        EXPECT_EQ(report[1].rows_behind, report[0].rows_behind);
+        // How many of them come in time behind the steps is not the same from run to run.
+        EXPECT_GT(report[1].rows_behind, 0);
+        EXPECT_EQ(report[1].failed_fetches, 0);
       }
     }
   }
