@@ -294,7 +294,7 @@ void Sequence::Impl::SealChunks(int32_t layer_index, int64_t first_chunk, int64_
   if (first_chunk < end_chunk) {
     // Copies under way may read from the block that is to be sealed.
     for (PendingFetch& fetch : layer.pending) {
-      fetch.request.Wait().IgnoreError();  // LandPending() asks again
+      Arrive(fetch, layers[static_cast<size_t>(layer_index)].heads[static_cast<size_t>(fetch.kv_head)]).IgnoreError();  // LandPending() asks again
       fetch.sources.clear();
     }
   }

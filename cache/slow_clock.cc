@@ -259,6 +259,15 @@ Status Sequence::Impl::PostBehind(int32_t layer_index, int32_t kv_head, LayerBlo
   return {};
 }
 
+Status Sequence::Impl::Arrive(PendingFetch& fetch, const HeadState& head) {
+  if (geometry().rows == RowFormat::kF16) return fetch.request.Wait();
+  if (!fetch.stored.empty()) {
+    fetch.widened = WithinMemory([&] { return WidenStored(fetch, head); });
+    fetch.stored.clear();
+  }
+  return fetch.widened;
+}
+
 Status Sequence::Impl::WidenStored(const PendingFetch& fetch, const HeadState& head) {
   std::vector<RowCopy>& copies = scratch->copies;
   copies.clear();
@@ -278,7 +287,7 @@ Status Sequence::Impl::LandPending(int32_t layer_index, bool all) {
     }
     HeadState& head = layer.heads[static_cast<size_t>(fetch->kv_head)];
     HeadResidency& residency = head.residency;
-    Status status = fetch->stored.empty() ? fetch->request.Wait() : WithinMemory([&] { return WidenStored(*fetch, head); });
+    const Status status = Arrive(*fetch, head);
     // A step may have fetched some of them meanwhile.
     std::vector<int32_t> positions, slots;
     positions.reserve(fetch->positions.size());

@@ -66,7 +66,9 @@ struct PendingFetch {
   std::vector<int32_t> positions, slots;
   std::vector<BlockPin> sources;
   TransferRequest request;
-  std::vector<const std::byte*> stored;  // rows of another format than the device's: no copy is under way, they are widened from there when they land
+  // Rows of another format than the device's: no copy is under way, they are widened from where they are when they land, or their sources go.
+  std::vector<const std::byte*> stored;
+  Status widened;
 };
 
 struct HeadState {
@@ -225,6 +227,8 @@ struct Sequence::Impl {
   Status Refresh(int32_t layer, int32_t kv_head, int64_t lag);
   Status BringMissing(int32_t layer, int32_t kv_head, std::vector<int32_t>& wanted, int64_t lag);
   Status PostBehind(int32_t layer, int32_t kv_head, LayerBlocks& rows, std::span<const int32_t> positions, int64_t lag);
+  // Its rows are in their slots, or (an error) will not be. Waits.
+  Status Arrive(PendingFetch& fetch, const HeadState& head);
   Status WidenStored(const PendingFetch& fetch, const HeadState& head);
   Status LandPending(int32_t layer, bool all = false);  // those that are due, or all
   // Frees slots until `wanted` are free, least pooled score first, sparing what a unit has chosen and `spare` (sorted).
