@@ -36,9 +36,11 @@ Status Sequence::Impl::Prefill(int32_t layer_index, const LayerInput& in) {
     // WhileOthersWork() has seen to that.
     PREHOC_RETURN_IF_ERROR(FinishLayers(2));
     if (next_layer < geometry().layers) PrepareNextLayer(next_layer);
+    TraceScope waiting(tracer(), "wait");
     PREHOC_RETURN_IF_ERROR(Settle({.results = true, .rows_but = 1}));
   }
   if (!repairing && visible() == prompt && in.q_skip < count) {
+    TraceScope choosing(tracer(), "first choice");
     PREHOC_RETURN_IF_ERROR(Settle({}));
     PREHOC_RETURN_IF_ERROR(Summarise(*behind.back()));
     const int64_t last = count - in.q_skip - 1;
@@ -61,7 +63,10 @@ Status Sequence::Impl::Prefill(int32_t layer_index, const LayerInput& in) {
 Status Sequence::Impl::RunPrefillLayer(int32_t layer_index, const LayerInput& in) {
   LayerState& layer = layers[static_cast<size_t>(layer_index)];
   if (!repairing) PREHOC_RETURN_IF_ERROR(EnsureTails(layer, visible()));
-  PREHOC_RETURN_IF_ERROR(AppendRows(layer_index, in, first, count));
+  {
+    TraceScope trace(tracer(), "append rows");
+    PREHOC_RETURN_IF_ERROR(AppendRows(layer_index, in, first, count));
+  }
   std::unique_ptr<PrefillLayer> now = std::move(ahead);
   if (!now || now->layer != layer_index) now = LookInto(layer_index);
   LayerBlocks& rows = *now->rows;
@@ -97,6 +102,8 @@ bool Sequence::Impl::LayersOverlap(const LayerInput& in) const {
 
 // What fails here is tried again, and told, when the layer comes.
 void Sequence::Impl::PrepareNextLayer(int32_t layer_index) {
+  TraceScope trace(tracer(), "read ahead");
+  trace.Say("layer", layer_index);
   if (!EnsureTails(layers[static_cast<size_t>(layer_index)], visible()).ok() || complete() || first == 0) return;
   ahead = LookInto(layer_index);
   const auto runs = RunsUpTo(layer_index, *ahead->rows, first);
@@ -116,6 +123,7 @@ Status Sequence::Impl::Summarise(PrefillLayer& done) {
 
 Status Sequence::Impl::FinishLayers(size_t but) {
   if (behind.size() <= but) return {};
+  TraceScope trace(tracer(), "finish layers");
   PREHOC_RETURN_IF_ERROR(Settle({.results = but == 0, .rows_but = static_cast<int32_t>(but)}));
   const int64_t size = geometry().chunk_tokens;
   while (behind.size() > but) {
@@ -141,6 +149,8 @@ void Sequence::Impl::DropLayers() {
 Status Sequence::Impl::IndexRows(int32_t layer_index, LayerBlocks& rows, int64_t end) {
   LayerState& layer = layers[static_cast<size_t>(layer_index)];
   if (!selector().NeedsCodes() && !selector().NeedsPages()) return {};
+  TraceScope trace(tracer(), "index");
+  trace.Say("layer", layer_index);
   const int64_t group = cache->index_group();
   std::vector<IndexedGroup> groups;
   for (int64_t g = layer.coded / group; g < end / group; ++g) {
