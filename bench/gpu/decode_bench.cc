@@ -587,21 +587,10 @@ class Step {
   void Layer(int phase, int l) {
     const LayerWeights& w = m_.layers[size_t(l)];
     const int q_width = s_.heads * s_.d, kv_width = s_.kv_heads * s_.d;
-    const float *const cos = angles_.data(), *const sin = cos + angles_.size() / 2;
-    const bool attends = c_.kind != Case::Kind::kWeights;
-    if (attends && c_.batch == 1) {
-      const reference::VectorRotation rotation{.cos = cos, .sin = sin, .q = q_model_.data(), .k = k_.data(), .v = v_.data(), .heads = s_.heads,
-                                               .kv_heads = s_.kv_heads, .head_dim = s_.d};
-      OrExit(reference::MultiplyVector({.weights = w.qkv.data(), .x = hidden_.data(), .norm = w.norm1.data(), .eps = 1e-5f, .rotation = &rotation,
-                                        .rows = q_width + 2 * kv_width, .cols = s_.hidden}, stream_));
-    } else {
-      Normed(w.qkv.data(), w.norm1.data(), qkv_.data(), q_width + 2 * kv_width, false);
-    }
-    if (attends) {
-      if (c_.batch > 1) {
-        OrExit(reference::RotateHeads({.qkv = qkv_.data(), .cos = cos, .sin = sin, .q = q_model_.data(), .k = k_.data(), .v = v_.data(),
-                                       .tokens = c_.batch, .heads = s_.heads, .kv_heads = s_.kv_heads, .head_dim = s_.d}, stream_));
-      }
+    Normed(w.qkv.data(), w.norm1.data(), qkv_.data(), q_width + 2 * kv_width, false);
+    if (c_.kind != Case::Kind::kWeights) {
+      OrExit(reference::RotateHeads({.qkv = qkv_.data(), .cos = angles_.data(), .sin = angles_.data() + angles_.size() / 2, .q = q_model_.data(), .k = k_.data(), .v = v_.data(),
+                                 .tokens = c_.batch, .heads = s_.heads, .kv_heads = s_.kv_heads, .head_dim = s_.d}, stream_));
       AppendLayer(l);
       if (c_.kind == Case::Kind::kTwoClock) {
         if (!c_.fused) OrExit(cuda::Gate(GateOf(l), stream_));

@@ -224,7 +224,8 @@ class CudaDecoder final : public TokenDecoder {
     PREHOC_RETURN_IF_ERROR(side_.done.Record(side_.stream.get()));
     for (int32_t layer = 0; layer < config_.layers; ++layer) {
       const DeviceLayer& w = weights_->layer(layer);
-      PREHOC_RETURN_IF_ERROR(EnqueueHeads(w));
+      PREHOC_RETURN_IF_ERROR(Multiply(w.qkv, q_width_ + 2 * kv_width_, config_.hidden, hidden_.data(), w.attention_norm, w.qkv_bias, qkv_.data(), false));
+      PREHOC_RETURN_IF_ERROR(Rotate(w, step_q_.data(), nullptr, step_k_.data(), step_v_.data()));
       PREHOC_RETURN_IF_ERROR(backend.EnqueueLayer(layer, stream));
       if (pause) {
         PREHOC_RETURN_IF_ERROR(stream_.Synchronize());
@@ -237,19 +238,6 @@ class CudaDecoder final : public TokenDecoder {
     return backend.EnqueueLast(stream);
   }
 
-  // q, k and v of a step; in one launch where heads are not normed between product and rotation.
-  Status EnqueueHeads(const DeviceLayer& w) {
-    if (w.q_norm != nullptr || w.k_norm != nullptr) {
-      PREHOC_RETURN_IF_ERROR(Multiply(w.qkv, q_width_ + 2 * kv_width_, config_.hidden, hidden_.data(), w.attention_norm, w.qkv_bias, qkv_.data(), false));
-      return Rotate(w, step_q_.data(), nullptr, step_k_.data(), step_v_.data());
-    }
-    const VectorRotation rotation{.cos = cos_.data(), .sin = sin_.data(), .interleaved = config_.rope_layout == RopeLayout::kInterleaved,
-                                  .q = step_q_.data(), .k = step_k_.data(), .v = step_v_.data(), .heads = config_.heads, .kv_heads = config_.kv_heads,
-                                  .head_dim = config_.head_dim};
-    return MultiplyVector({.weights = w.qkv, .x = hidden_.data(), .norm = w.attention_norm, .eps = config_.rms_eps, .bias = w.qkv_bias,
-                           .rotation = &rotation, .rows = static_cast<int32_t>(q_width_ + 2 * kv_width_), .cols = config_.hidden, .type = weights_->type()},
-                          stream_.get());
-  }
   Status Rotate(const DeviceLayer& w, float* q, float* q_before, float* k, float* v) {
     return RotateHeads({.qkv = qkv_.data(), .q_norm = w.q_norm, .k_norm = w.k_norm, .eps = config_.rms_eps, .cos = cos_.data(), .sin = sin_.data(),
                         .interleaved = config_.rope_layout == RopeLayout::kInterleaved, .q = q, .q_before = q_before, .k = k, .v = v, .tokens = count_,

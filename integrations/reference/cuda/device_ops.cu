@@ -53,9 +53,7 @@ struct VectorArgs {
   int32_t rows, cols;
   int32_t gate_rows;  // rows to the ups; 0 = not gated
   bool add;
-  VectorRotation rotation;  // rows: pairs of channels
 };
-enum class VectorKind { kPlain, kGated, kRotated };
 
 template <RowType R>
 __device__ inline float Dot8(const uint4& w, const float4& x0, const float4& x1, float sum) {
@@ -96,23 +94,18 @@ __device__ inline void LoadVector(const VectorArgs& args, float4* x) {
 
 // A warp takes a row at a time, all warps together all rows. The weights of the first row are asked for before the work before this
 // kernel is done: nothing writes them.
-template <RowType R, VectorKind K>
+template <RowType R, bool kGated>
 __global__ void __launch_bounds__(kThreads, 2) VectorKernel(const __grid_constant__ VectorArgs args) {
   extern __shared__ __align__(16) float4 x[];  // [2, cols / 8]
-  constexpr bool kGated = K == VectorKind::kGated, kRotated = K == VectorKind::kRotated;
-  constexpr int kParts = K == VectorKind::kPlain ? 1 : 2;  // rows that are needed together
+  constexpr int kParts = kGated ? 2 : 1;
   constexpr int kLoads = kDepth / kParts;
   const int lane = threadIdx.x % kWarp, warp = blockIdx.x * kWarps + threadIdx.x / kWarp, warps = gridDim.x * kWarps;
   const int words = args.cols / 8;
   uint4 w[kParts][kLoads];
-  const VectorRotation& rotation = args.rotation;
-  const int half = kRotated ? rotation.head_dim / 2 : 1, apart = kGated ? args.gate_rows : !kRotated || rotation.interleaved ? 1 : half;
-  const auto first_row = [&](int row) { return kRotated ? row / half * 2 * half + row % half * (rotation.interleaved ? 2 : 1) : row; };
   const auto load = [&](int row, int from) {
-    const int first = first_row(row);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      const uint4* const weights = args.weights + (int64_t{first} + int64_t{part} * apart) * words;
+      const uint4* const weights = args.weights + (int64_t{row} + int64_t{part} * args.gate_rows) * words;
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         const int at = from + i * kWarp;
@@ -150,16 +143,6 @@ __global__ void __launch_bounds__(kThreads, 2) VectorKernel(const __grid_constan
 #pragma unroll
     for (int part = 0; part < kParts; ++part) sum[part] = WarpSum(sum[part]);
     if (lane != 0) continue;
-    if constexpr (kRotated) {
-      const int head = row / half, c = row % half, first = first_row(row), d = 2 * half, keys = rotation.heads + rotation.kv_heads;
-      float a = sum[0], b = sum[1];
-      if (args.bias != nullptr) a += args.bias[first], b += args.bias[first + apart];
-      float* const to = head < rotation.heads ? rotation.q + head * d : head < keys ? rotation.k + (head - rotation.heads) * d : rotation.v + (head - keys) * d;
-      const float cos = head < keys ? rotation.cos[c] : 1.0f, sin = head < keys ? rotation.sin[c] : 0.0f;
-      to[first % d] = a * cos - b * sin;
-      to[first % d + apart] = b * cos + a * sin;
-      continue;
-    }
     float y = kGated ? Silu(sum[0]) * sum[kParts - 1] : sum[0];
     if (args.bias != nullptr) y += args.bias[row];
     args.y[row] = args.add ? args.y[row] + y : y;
@@ -360,22 +343,14 @@ Status MultiplyVector(const VectorProduct& p, cudaStream_t stream) {
                              .That(p.cols >= 8 && p.cols % 8 == 0 && p.cols <= 24576, "cols", p.cols, "use a multiple of 8 up to 24576").Take());
   if (p.rows == 0) return {};
   PREHOC_ASSIGN_OR_RETURN(const cuda::DeviceLimits limits, cuda::CurrentLimits());
-  VectorArgs args{static_cast<const uint4*>(p.weights), p.x, p.norm, p.bias, p.y, p.eps, p.rows, p.cols, p.gated ? p.rows : 0, p.add, {}};
-  if (p.rotation != nullptr) {
-    const VectorRotation& r = *p.rotation;
-    const bool fits = r.head_dim > 0 && r.head_dim % 2 == 0 && (r.heads + 2 * r.kv_heads) * r.head_dim == p.rows;
-    PREHOC_RETURN_IF_ERROR(Check("vector product").That(fits && !p.add && !p.gated, "rows", p.rows,
-                                                        "with a rotation use (heads + 2 kv_heads) * head_dim, and neither add nor gated").Take());
-    args.rotation = r, args.rows = p.rows / 2;
-  }
-  const auto blocks = std::min<int64_t>(CeilDiv(args.rows, kWarps), int64_t{2} * limits.multiprocessors);
+  const VectorArgs args{static_cast<const uint4*>(p.weights), p.x, p.norm, p.bias, p.y, p.eps, p.rows, p.cols, p.gated ? p.rows : 0, p.add};
+  const auto blocks = std::min<int64_t>(CeilDiv(p.rows, kWarps), int64_t{2} * limits.multiprocessors);
   const cuda::Shape shape{.grid = Grid(blocks), .threads = kThreads, .shared_bytes = static_cast<size_t>(p.cols) * sizeof(float)};
   const bool f16 = p.type == DeviceNumber::kF16;
-  const auto launch = [&]<VectorKind K>(std::integral_constant<VectorKind, K>) {
-    return LaunchKernel(f16 ? VectorKernel<RowType::kF16, K> : VectorKernel<RowType::kBF16, K>, "vector product", args, shape, stream);
-  };
-  if (p.rotation != nullptr) return launch(std::integral_constant<VectorKind, VectorKind::kRotated>());
-  return p.gated ? launch(std::integral_constant<VectorKind, VectorKind::kGated>()) : launch(std::integral_constant<VectorKind, VectorKind::kPlain>());
+  if (p.gated) {
+    return LaunchKernel(f16 ? VectorKernel<RowType::kF16, true> : VectorKernel<RowType::kBF16, true>, "vector product", args, shape, stream);
+  }
+  return LaunchKernel(f16 ? VectorKernel<RowType::kF16, false> : VectorKernel<RowType::kBF16, false>, "vector product", args, shape, stream);
 }
 
 Status MultiplyMatrix(const MatrixProduct& p, cudaStream_t stream) {

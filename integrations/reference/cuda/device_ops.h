@@ -17,13 +17,6 @@ namespace prehoc::reference {
 enum class DeviceNumber : uint8_t { kF16 = 0, kBF16 = 1 };
 
 // --- one token: products of a vector, bound by the bytes of the weights -------------------------------------------------------------
-// q, k and v of the token, rotated (RoPE) and written apart; v as it is.
-struct VectorRotation {
-  const float *cos = nullptr, *sin = nullptr;  // [head_dim / 2]
-  bool interleaved = false;                    // pairs (2i, 2i + 1) instead of (i, i + head_dim / 2)
-  float *q = nullptr, *k = nullptr, *v = nullptr;  // [heads, head_dim], [kv_heads, head_dim] each
-  int32_t heads = 0, kv_heads = 0, head_dim = 0;
-};
 // With `norm`, x is normalised first: x * norm / sqrt(mean(x^2) + eps) (RMSNorm). Reads rows * cols * 2 bytes of weights.
 struct VectorProduct {
   const void* weights = nullptr;   // [rows, cols]; with `gated`, [2 rows, cols]: gates, then ups
@@ -34,7 +27,6 @@ struct VectorProduct {
   float* y = nullptr;              // [rows]
   bool add = false;                // y += instead
   bool gated = false;              // y = silu(gate) * up
-  const VectorRotation* rotation = nullptr;  // in the place of y, of rows = (heads + 2 kv_heads) * head_dim; not with add or gated
   int32_t rows = 0, cols = 0;
   DeviceNumber type = DeviceNumber::kF16;
 };

@@ -212,45 +212,5 @@ TEST_F(CudaEngineTest, ProductsOfEverySize) {
   }
 }
 
-// A product that rotates q and k is the product, then the rotation.
-TEST_F(CudaEngineTest, AProductMayRotateItsHeads) {
-  Rng rng = SeededRng();
-  for (const int32_t head_dim : {2, 6, 64, 96, 128, 256}) {
-    for (const auto& [heads, kv_heads] : {std::pair{1, 1}, {6, 2}, {32, 8}}) {
-      const int32_t rows = (heads + 2 * kv_heads) * head_dim, cols = 264;
-      std::vector<Half> weights(static_cast<size_t>(rows) * static_cast<size_t>(cols));
-      for (Half& h : weights) h = FloatToHalf(static_cast<float>(rng.Normal() / std::sqrt(cols)));
-      const CudaArray<Half> w(weights);
-      const CudaArray<float> x(rng.Normals(static_cast<size_t>(cols), 3)), norm(rng.Normals(static_cast<size_t>(cols))), bias(rng.Normals(static_cast<size_t>(rows)));
-      std::vector<float> cosines, sines;
-      for (int32_t c = 0; c < head_dim / 2; ++c) {
-        const double angle = rng.Uniform() * 6;
-        cosines.push_back(static_cast<float>(std::cos(angle))), sines.push_back(static_cast<float>(std::sin(angle)));
-      }
-      const CudaArray<float> cos(cosines), sin(sines);
-      for (const bool interleaved : {false, true}) {
-        CudaArray<float> y(static_cast<size_t>(rows));
-        VectorProduct product{.weights = w.data(), .x = x.data(), .norm = norm.data(), .eps = 1e-5f, .bias = bias.data(), .y = y.data(), .rows = rows, .cols = cols};
-        const auto q = static_cast<size_t>(heads * head_dim), kv = static_cast<size_t>(kv_heads * head_dim);
-        CudaArray<float> want_q(q), want_k(kv), want_v(kv), got_q(q), got_k(kv), got_v(kv);
-        ASSERT_OK(MultiplyVector(product, nullptr));
-        ASSERT_OK(RotateHeads({.qkv = y.data(), .cos = cos.data(), .sin = sin.data(), .interleaved = interleaved, .q = want_q.data(), .k = want_k.data(),
-                               .v = want_v.data(), .tokens = 1, .heads = heads, .kv_heads = kv_heads, .head_dim = head_dim}, nullptr));
-        const VectorRotation rotation{.cos = cos.data(), .sin = sin.data(), .interleaved = interleaved, .q = got_q.data(), .k = got_k.data(), .v = got_v.data(),
-                                      .heads = heads, .kv_heads = kv_heads, .head_dim = head_dim};
-        product.y = nullptr, product.rotation = &rotation;
-        ASSERT_OK(MultiplyVector(product, nullptr));
-        ASSERT_OK(CudaStatus(cudaDeviceSynchronize(), "wait"));
-        for (const auto& [got, want] : {std::pair{&got_q, &want_q}, {&got_k, &want_k}, {&got_v, &want_v}}) {
-          EXPECT_TRUE(AllClose(got->Read(), want->Read(), {1e-5, 1e-5})) << head_dim << ", " << heads << " heads, interleaved " << interleaved;
-          EXPECT_TRUE(got->GuardsIntact());
-        }
-      }
-      const VectorRotation wrong{.heads = heads + 1, .kv_heads = kv_heads, .head_dim = head_dim};
-      EXPECT_TRUE(HasStatus(MultiplyVector({.weights = w.data(), .x = x.data(), .rotation = &wrong, .rows = rows, .cols = cols}, nullptr), StatusCode::kInvalid, "rows"));
-    }
-  }
-}
-
 }  // namespace
 }  // namespace prehoc::reference
