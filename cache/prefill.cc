@@ -41,7 +41,7 @@ Status Sequence::Impl::Prefill(int32_t layer_index, const LayerInput& in) {
   }
   if (!repairing && visible() == prompt && in.q_skip < count) {
     TraceScope choosing(tracer(), "first choice");
-    PREHOC_RETURN_IF_ERROR(Settle({}));
+    PREHOC_RETURN_IF_ERROR(Settle({.ahead = false}));  // this layer's rows are in host memory; the next one's may be on their way
     PREHOC_RETURN_IF_ERROR(Summarise(*behind.back()));
     const int64_t last = count - in.q_skip - 1;
     const auto row = static_cast<size_t>(geometry().heads) * static_cast<size_t>(geometry().head_dim);

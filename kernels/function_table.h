@@ -278,7 +278,8 @@ struct FollowParams {
 // Waits, and returns what went wrong behind the calls. An error leaves nothing under way.
 struct SettleParams {
   bool results = true;   // until what was enqueued is done: outputs are there
-  int32_t rows_but = 0;  // until the rows of all append calls but the last so many are in host memory; 0 = copies to the device are done, too
+  int32_t rows_but = 0;  // until the rows of all append calls but the last so many are in host memory
+  bool ahead = true;     // with rows_but = 0: until copies to the device are done, too, which are then forgotten
   bool release = false;  // a prompt has ended: what only prompts need of the device's memory is given back
 };
 // The next prefill call will ask for `total` rows of each task, [0, rows) of them in these runs, which stay as and where they are until then.

@@ -20,8 +20,8 @@
 namespace prehoc::cli {
 
 // Prefill goes in pieces of this many tokens: a multiple of the cache's chunk, short enough for Ctrl-C to be answered soon. A GPU has more
-// multiprocessors than a short piece has work.
-inline constexpr int64_t kPieceTokens = 512, kGpuPieceTokens = 2048;
+// multiprocessors than a short piece has work, and every piece reads the rows before it over the link: with 2,048 tokens that takes longer than the layers.
+inline constexpr int64_t kPieceTokens = 512, kGpuPieceTokens = 8192;
 
 struct SessionOptions {
   SelectorOptions selector;

@@ -58,6 +58,9 @@ struct Staged {
   T* device = nullptr;
 };
 
+// Lengths are rounded up to it, so that the plan of a choice, and with it the use of its workspace, changes seldom.
+constexpr int32_t kPlanStep = 4096;
+
 // Device memory that grows, and is zero after it grew or when its use changes.
 struct Workspace {
   std::optional<CudaBytes> bytes;
@@ -79,7 +82,7 @@ struct DeviceKernels::Impl {
   // What a call has staged stays until the stream was waited for.
   std::optional<CudaBytes> in_host PREHOC_GUARDED_BY(mutex), in_device PREHOC_GUARDED_BY(mutex), out PREHOC_GUARDED_BY(mutex);
   size_t in_used PREHOC_GUARDED_BY(mutex) = 0, in_sent PREHOC_GUARDED_BY(mutex) = 0, out_used PREHOC_GUARDED_BY(mutex) = 0;
-  Workspace choosing PREHOC_GUARDED_BY(mutex), attending PREHOC_GUARDED_BY(mutex);
+  Workspace choosing PREHOC_GUARDED_BY(mutex), ranking PREHOC_GUARDED_BY(mutex), attending PREHOC_GUARDED_BY(mutex);
   int64_t launches PREHOC_GUARDED_BY(mutex) = 0, waits PREHOC_GUARDED_BY(mutex) = 0, staged PREHOC_GUARDED_BY(mutex) = 0;
 
   Status Wait() PREHOC_REQUIRES(mutex) {
@@ -177,6 +180,7 @@ struct DeviceKernels::Impl {
   Status Score(const prehoc::ScoreParams& params) PREHOC_REQUIRES(mutex);
   Status Choose(const prehoc::ChooseParams& params) PREHOC_REQUIRES(mutex);
   Status TopK(const prehoc::TopKParams& params, const Launch& launch) PREHOC_REQUIRES(mutex);
+  Status Rank(const prehoc::TopKParams& params) PREHOC_REQUIRES(mutex);
   Status Gather(const prehoc::GatherParams& params) PREHOC_REQUIRES(mutex);
   Status Attend(const prehoc::AttendParams& params) PREHOC_REQUIRES(mutex);
   Status Prefill(const prehoc::PrefillParams& params) PREHOC_REQUIRES(mutex);
@@ -412,9 +416,7 @@ Status DeviceKernels::Impl::Choose(const prehoc::ChooseParams& params) {
     to.rule.lse_all = Out<float>(group);
     to.rule.lse_out = Out<float>(group);
   }
-  // Rounded up, so that the plan, and with it the use of the workspace, changes seldom.
-  constexpr int32_t kStep = 4096;
-  cuda::ChooseParams call{.num_tasks = static_cast<int32_t>(num), .max_n = static_cast<int32_t>(CeilDiv(most, kStep)) * kStep,
+  cuda::ChooseParams call{.num_tasks = static_cast<int32_t>(num), .max_n = static_cast<int32_t>(CeilDiv(most, kPlanStep)) * kPlanStep,
                           .group = params.group, .rule = params.tasks.front().rule, .dilate = dilates};
   call.tasks = tasks.device;
   PREHOC_ASSIGN_OR_RETURN(const size_t bytes, ChooseWorkspaceBytes(call));
@@ -445,6 +447,9 @@ Status DeviceKernels::Impl::Choose(const prehoc::ChooseParams& params) {
 
 Status DeviceKernels::Impl::TopK(const prehoc::TopKParams& params, const Launch& launch) {
   PREHOC_RETURN_IF_ERROR(Validate(params));
+  if (std::all_of(params.tasks.begin(), params.tasks.end(), [&](const prehoc::TopKTask& task) { return OnDevice(task.score); })) {
+    return Rank(params);
+  }
   std::vector<prehoc::TopKTask> tasks(params.tasks.begin(), params.tasks.end());
   std::vector<std::vector<float>> scores(tasks.size());
   PREHOC_RETURN_IF_ERROR(Wait());  // what wrote the scores
@@ -456,6 +461,51 @@ Status DeviceKernels::Impl::TopK(const prehoc::TopKParams& params, const Launch&
     task.score = scores[i].data();
   }
   return BestCpuKernels().top_k({.tasks = tasks}, {.executor = launch.executor});
+}
+
+// The largest scores are those of the largest logits of one head.
+Status DeviceKernels::Impl::Rank(const prehoc::TopKParams& params) {
+  const size_t num = params.tasks.size();
+  if (num == 0) return {};
+  const auto most_of = [](const prehoc::TopKTask& task) { return std::max(0, std::min(task.k, task.hi - task.lo)); };
+  size_t results = num * (Room<int32_t>(1) + Room<float>(1));
+  int32_t most = 0;
+  for (const prehoc::TopKTask& task : params.tasks) {
+    results += Room<int32_t>(static_cast<size_t>(most_of(task)));
+    most = std::max(most, task.hi);
+  }
+  PREHOC_RETURN_IF_ERROR(Begin(Room<cuda::ChooseTask>(num) + num * Room<int32_t>(1), results));
+  const Staged<cuda::ChooseTask> tasks = In<cuda::ChooseTask>(num);
+  for (size_t i = 0; i < num; ++i) {
+    const prehoc::TopKTask& task = params.tasks[i];
+    const int32_t end = std::max(task.lo, task.hi), room = most_of(task);
+    cuda::ChooseTask& to = tasks.host[i] = {.z = task.score, .z_stride = end, .n = In(&end, 1)};
+    to.rule.window = end - task.lo;
+    to.rule.k = to.rule.room = room;
+    to.rule.chosen = Out<int32_t>(static_cast<size_t>(room));
+    to.rule.count = Out<int32_t>(1);
+    to.rule.lse_all = Out<float>(1);
+  }
+  cuda::ChooseParams call{.num_tasks = static_cast<int32_t>(num), .max_n = static_cast<int32_t>(CeilDiv(most, kPlanStep)) * kPlanStep, .group = 1,
+                          .rule = GroupRule::kMaxLogit};
+  call.tasks = tasks.device;
+  PREHOC_ASSIGN_OR_RETURN(const size_t bytes, ChooseWorkspaceBytes(call));
+  PREHOC_RETURN_IF_ERROR(Prepare(bytes, std::to_string(num) + "," + std::to_string(call.max_n), &ranking));
+  call.workspace = ranking.bytes->data();
+  call.workspace_bytes = ranking.bytes->size();
+  PREHOC_RETURN_IF_ERROR(Send());
+  PREHOC_RETURN_IF_ERROR(Sent(cuda::Choose(call, stream.get())));
+  PREHOC_RETURN_IF_ERROR(Wait());
+  for (size_t i = 0; i < num; ++i) {
+    const ChooseRule& from = tasks.host[i].rule;
+    if (*from.count < 0 || *from.count > from.room) {
+      return {StatusCode::kCuda, "top_k on CUDA: task " + std::to_string(i) + " reports " + std::to_string(*from.count) + " of at most " +
+                                     std::to_string(from.room) + " positions"};
+    }
+    *params.tasks[i].count = *from.count;
+    std::copy_n(from.chosen, *from.count, params.tasks[i].chosen);
+  }
+  return {};
 }
 
 Status DeviceKernels::Impl::Gather(const prehoc::GatherParams& params) {
@@ -647,7 +697,7 @@ Status DeviceKernels::Impl::Follow(const FollowParams& params) {
 
 Status DeviceKernels::Impl::Settle(const SettleParams& params) {
   const Status results = params.results ? Wait() : Status();
-  const Status arrived = params.rows_but > 0 ? behind.Arrive(params.rows_but) : behind.Stop();
+  const Status arrived = params.rows_but > 0 || !params.ahead ? behind.Arrive(params.rows_but) : behind.Stop();
   const Status& first = results.ok() ? arrived : results;
   if (!first.ok()) behind.Stop().IgnoreError();  // the first error is told
   if (params.release) behind.Release();

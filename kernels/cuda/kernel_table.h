@@ -11,7 +11,7 @@
 //   scan          blocks and z on the device; err too, if given. Enqueues only
 //   score         rows anywhere, z on the device (enqueues only) or in host memory (waits)
 //   choose        z and pooled on the device. Waits
-//   top_k         scores anywhere; the CPU's table over a copy. Waits
+//   top_k         scores on the device, or (the CPU's table over a copy of what is not) anywhere. Waits
 //   gather        from anywhere to the device. Waits, so that the sources may go
 //   attend        rows anywhere; the rows of one task that are in one kind of memory lie whole rows apart. Waits
 //   prefill       rows anywhere; unless those of a task lie together on the device, copied to scratch there first, or ahead (read_ahead) by

@@ -22,12 +22,6 @@ Status Grow(size_t size, std::optional<CudaBytes>* bytes) {
   bytes->emplace(std::move(made));
   return {};
 }
-
-// `height` pieces of `width` bytes; `from` and `to` say where the first one is, gap and pitch how far apart they are.
-Status CopyPieces(std::byte* to, size_t pitch, const std::byte* from, size_t gap, size_t width, size_t height, cudaStream_t stream) {
-  PREHOC_CUDA_TRY(cudaMemcpy2DAsync(to, pitch, from, gap, width, height, cudaMemcpyDefault, stream));
-  return {};
-}
 }  // namespace
 
 Result<PrefillRows> PrefillRows::Create(const CudaDeviceMemory* memory, cudaStream_t kernels) {
@@ -131,6 +125,7 @@ Status PrefillRows::Copy(std::span<const std::span<const RowRun>> tasks, int64_t
     bool here = false;   // on the device
   };
   std::vector<Cursor> cursors(tasks.size());
+  std::vector<EvenPieces> on_device;  // copied by one kernel in its order
   for (int64_t at = from; at < to;) {
     // As far as every task's rows run on in one place.
     int64_t count = to - at;
@@ -159,13 +154,18 @@ Status PrefillRows::Copy(std::span<const std::span<const RowRun>> tasks, int64_t
     const size_t together = even ? cursors.size() : 1;
     for (size_t i = 0; i < cursors.size(); i += together) {
       const bool here = cursors[i].here;
-      PREHOC_RETURN_IF_ERROR(CopyPieces(target + i * pitch, even ? pitch : width, cursors[i].source, even ? static_cast<size_t>(gap) : width, width,
-                                        together, here ? kernels_ : in_.get()));
-      if (!here) copied_ += static_cast<int64_t>(width * together);
+      const size_t to_pitch = even ? pitch : width, from_pitch = even ? static_cast<size_t>(gap) : width;
+      if (here) {
+        on_device.push_back({cursors[i].source, target + i * pitch, static_cast<int64_t>(from_pitch), static_cast<int64_t>(to_pitch),
+                             static_cast<int64_t>(width), static_cast<int32_t>(together)});
+        continue;
+      }
+      PREHOC_CUDA_TRY(cudaMemcpy2DAsync(target + i * pitch, to_pitch, cursors[i].source, from_pitch, width, together, cudaMemcpyDefault, in_.get()));
+      copied_ += static_cast<int64_t>(width * together);
     }
     at += count;
   }
-  return {};
+  return CopyPieces(on_device, kernels_);
 }
 
 bool PrefillRows::WasReadAhead(std::span<const std::span<const RowRun>> tasks, size_t pitch) const {

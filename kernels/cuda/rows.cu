@@ -6,6 +6,7 @@
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/gate.cuh"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/run_kernels.h"
 #include "kernels/cuda/stored_rows.cuh"
 
 namespace prehoc::cuda {
@@ -79,7 +80,55 @@ __global__ void __launch_bounds__(kGatherThreads) GatherKernel(const __grid_cons
     }
   }
 }
+
+constexpr int kCopyThreads = 256;
+constexpr int kCopyWords = 8;         // of a thread, on their way at once
+constexpr int kMostCopies = 64;       // of a launch: they travel with its arguments
+struct CopyArgs {
+  EvenPieces pieces[kMostCopies];
+};
+static_assert(sizeof(CopyArgs) <= 4096, "what a launch takes");
+// Blocks: parts of a piece, pieces of an entry, entries.
+__global__ void __launch_bounds__(kCopyThreads) CopyKernel(const __grid_constant__ CopyArgs args) {
+  WaitForEarlierWork();
+  LetLaterWorkLaunch();
+  const EvenPieces& even = args.pieces[blockIdx.z];
+  if (static_cast<int>(blockIdx.y) >= even.height) return;
+  const auto* const from = reinterpret_cast<const uint4*>(even.from + blockIdx.y * even.from_pitch);
+  auto* const to = reinterpret_cast<uint4*>(even.to + blockIdx.y * even.to_pitch);
+  const int64_t words = even.width / 16, first = int64_t{blockIdx.x} * (kCopyThreads * kCopyWords) + threadIdx.x;
+  uint4 word[kCopyWords];
+#pragma unroll
+  for (int i = 0; i < kCopyWords; ++i) {
+    if (first + i * kCopyThreads < words) word[i] = from[first + i * kCopyThreads];
+  }
+#pragma unroll
+  for (int i = 0; i < kCopyWords; ++i) {
+    if (first + i * kCopyThreads < words) to[first + i * kCopyThreads] = word[i];
+  }
+}
 }  // namespace
+
+Status CopyPieces(std::span<const EvenPieces> pieces, cudaStream_t stream) {
+  for (size_t at = 0; at < pieces.size(); at += kMostCopies) {
+    const auto part = pieces.subspan(at, std::min<size_t>(kMostCopies, pieces.size() - at));
+    CopyArgs args{};
+    int64_t width = 0;
+    int32_t height = 0;
+    for (size_t i = 0; i < part.size(); ++i) {
+      const EvenPieces& p = part[i];
+      PREHOC_RETURN_IF_ERROR(Check("copy").That(p.width >= 0 && p.width % 16 == 0, "width", p.width, "use a multiple of 16")
+                                 .That(p.height >= 0 && p.height <= 65535, "height", p.height, "use 0 to 65535").Take());
+      args.pieces[i] = p;
+      width = std::max(width, p.width), height = std::max(height, p.height);
+    }
+    if (width == 0 || height == 0) continue;
+    const dim3 grid(static_cast<unsigned>(CeilDiv(width / 16, int64_t{kCopyThreads} * kCopyWords)), static_cast<unsigned>(height),
+                    static_cast<unsigned>(part.size()));
+    PREHOC_RETURN_IF_ERROR(LaunchKernel(CopyKernel, "copy", args, {.grid = grid, .threads = kCopyThreads}, stream));
+  }
+  return {};
+}
 
 Status Gate(const GateParams& params, cudaStream_t stream) {
   PREHOC_RETURN_IF_ERROR(Check("gate").Tasks(params.tasks, params.num_tasks).HeadDim(params.head_dim).Group(params.group).Take());

@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "base/half.h"
 #include "base/precision.h"
@@ -62,6 +63,16 @@ Status MoveRows(const RowMove* moves, int32_t count, int32_t head_dim, cudaStrea
 // The same of `num` tasks with `rows` rows each, which lie together, each task's `from_pitch` and `to_pitch` bytes after the one before.
 Status WidenTasks(const std::byte* from, size_t from_pitch, std::byte* to, size_t to_pitch, int32_t num, int64_t rows, int32_t head_dim, RowFormat format,
                   cudaStream_t stream);
+
+// Pieces of device memory that lie evenly: `height` of `width` bytes, each so many bytes after the one before; all are multiples of 16.
+struct EvenPieces {
+  const std::byte* from = nullptr;
+  std::byte* to = nullptr;
+  int64_t from_pitch = 0, to_pitch = 0, width = 0;
+  int32_t height = 0;
+};
+// By all multiprocessors: a copy engine would put them behind copies over the link.
+Status CopyPieces(std::span<const EvenPieces> pieces, cudaStream_t stream);
 
 // Causal attention of many queries, as PrefillTask of function_table.h, over rows that lie together.
 struct RunPrefillTask {

@@ -417,15 +417,39 @@ TEST_F(CudaTableTest, GatherAndTopKAgree) {
   ASSERT_OK(table().gather({.rows = copies, .head_dim = d}, launch()));
   EXPECT_EQ(Read(to, want.size()), want);
 
-  const std::vector<float> scores = rng.Normals(500);
-  std::vector<int32_t> a(20, -1), b = a;
-  int32_t in_a = -1, in_b = -1;
-  const std::vector<TopKTask> x{{.score = scores.data(), .lo = 7, .hi = 491, .k = 20, .chosen = a.data(), .count = &in_a}};
-  const std::vector<TopKTask> y{{.score = OnDevice(scores), .lo = 7, .hi = 491, .k = 20, .chosen = b.data(), .count = &in_b}};
-  ASSERT_OK(ReferenceKernels().top_k({.tasks = x}, {}));
-  ASSERT_OK(table().top_k({.tasks = y}, launch()));
-  EXPECT_EQ(in_b, in_a);
-  EXPECT_EQ(b, a);
+  enum Scores { kNormal, kFew, kOdd, kNothing };  // few different ones, so that they tie; some that are no numbers; none at all
+  for (const int32_t n : {1, 63, 500, 5000, 70000}) {
+    for (const Scores of : {kNormal, kFew, kOdd, kNothing}) {
+      std::vector<float> scores = rng.Normals(static_cast<size_t>(n));
+      for (float& score : scores) {
+        if (of == kFew) score = std::floor(score * 2);
+        if (of == kOdd && rng.Chance(0.2)) score = rng.Chance(0.3) ? NAN : rng.Chance(0.5) ? INFINITY : -INFINITY;
+        if (of == kNothing) score = -INFINITY;
+      }
+      const float* const here = OnDevice(scores);
+      for (const auto& [lo, hi, k] : {std::tuple{0, n, n / 8}, {n / 3, n, n}, {n / 4, n - n / 5, 20}, {n / 2, n / 2, 5}, {0, n, 0}}) {
+        std::vector<int32_t> a(static_cast<size_t>(n), -1), b = a, c = a, d2 = a;
+        int32_t counts[4] = {-1, -1, -1, -1};
+        const auto task = [&, lo = lo, hi = hi](const float* score, int32_t most, std::vector<int32_t>& chosen, int32_t* count) {
+          return TopKTask{.score = score, .lo = lo, .hi = hi, .k = most, .chosen = chosen.data(), .count = count};
+        };
+        const std::vector<TopKTask> want{task(scores.data(), k, a, &counts[0]), task(scores.data(), k / 2, b, &counts[1])};
+        const std::vector<TopKTask> got{task(here, k, c, &counts[2]), task(here, k / 2, d2, &counts[3])};
+        ASSERT_OK(ReferenceKernels().top_k({.tasks = want}, {}));
+        ASSERT_OK(table().top_k({.tasks = got}, launch()));
+        EXPECT_EQ(counts[2], counts[0]) << "n " << n << " scores " << of << " [" << lo << ", " << hi << ") k " << k;
+        EXPECT_EQ(counts[3], counts[1]);
+        EXPECT_EQ(c, a) << "n " << n << " scores " << of << " [" << lo << ", " << hi << ") k " << k;
+        EXPECT_EQ(d2, b) << "n " << n << " scores " << of << " [" << lo << ", " << hi << ") k " << k;
+        // Host memory in one of the tasks: all go the other way.
+        std::vector<int32_t> e(static_cast<size_t>(n), -1), f = e;
+        const std::vector<TopKTask> mixed{task(here, k, e, &counts[2]), task(scores.data(), k / 2, f, &counts[3])};
+        ASSERT_OK(table().top_k({.tasks = mixed}, launch()));
+        EXPECT_EQ(e, a);
+        EXPECT_EQ(f, b);
+      }
+    }
+  }
 }
 
 // Rows of 8 bits in pinned memory, fp16 rows on the device: what every entry gives is what the reference gives for the fp16 rows.
