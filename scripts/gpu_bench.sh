@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # The GPU benchmarks, on a machine with a GPU: a JSON file each, with command, device, driver and commit. Packed by
 # scripts/gpu_suite.sh --pack DIR.
-#   DIR/gpu_bench.sh OUT_DIR                       all of them, about 8 minutes; 72 GiB of host memory, 60 GiB on the device
+#   DIR/gpu_bench.sh OUT_DIR                       all of them, about 10 minutes; 72 GiB of host memory, 60 GiB on the device
 #   DIR/gpu_bench.sh OUT_DIR --only=decode-128k,operator
-#   names: kernels torch-sdpa operator decode-128k decode-batch decode-long transfer prefill prompt
+#   names: kernels torch-sdpa operator decode-128k decode-batch decode-long decode-long-int8 transfer prefill prefill-half
+#          prompt prompt-half
 # Each has a time limit of its own and does not stop the others. Exit code 0 only if all did what they were asked to: an answer that is
 # wrong or a case over its memory budget is a failure. torch-sdpa is left out, and says so, where PyTorch is not installed.
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-usage() { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 1; }
+usage() { sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 1; }
 [ $# -gt 0 ] && [ "${1#-}" = "$1" ] || usage
 out=$1
 shift
@@ -50,9 +51,13 @@ ours decode-batch 150 decode_bench --steps=64 --host-pool-gib=32 --cases="$(case
   {scan4,gate4@0.8}/b4/n130048/f4/m14 {scan4,gate4@0.8}/b8/n32768/f3/m13 {scan2,gate2@0.8}/b8/n131072/f2/m16)"
 ours decode-long 120 decode_bench --steps=64 --host-pool-gib=32 \
   --cases="$(cases weights {scan4,gate4@0.8}/n524288/m12 {scan2,gate2@0.8}/n1048576/f3/m12)"
+ours decode-long-int8 150 decode_bench --steps=64 --host-pool-gib=32 --rows=int8 \
+  --cases="$(cases weights {scan2,gate2@0.8}/n1048576/f3/m12)"
 ours transfer 150 transfer_bench --pool-gib=64
 ours prefill 120 prefill_bench
+ours prefill-half 60 prefill_bench --only=parts --precision=half
 ours prompt 240 prompt_bench --prefill=131072 --runs=off,tc
+ours prompt-half 180 prompt_bench --prefill=131072 --runs=off,tc --precision=half
 if python3 -c 'import torch' 2>/dev/null; then
   bench torch-sdpa 120 python3 "$here/torch_baseline.py" "$out/torch-sdpa.json" --commit "$commit"
 elif [ -z "$only" ] || [[ $only = *,torch-sdpa,* ]]; then
