@@ -9,7 +9,7 @@
 # wrong or a case over its memory budget is a failure. torch-sdpa is left out, and says so, where PyTorch is not installed.
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-usage() { sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 1; }
+usage() { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 1; }
 [ $# -gt 0 ] && [ "${1#-}" = "$1" ] || usage
 out=$1
 shift
