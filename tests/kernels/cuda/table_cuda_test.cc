@@ -401,7 +401,7 @@ TEST_F(CudaTableTest, PrefillTakesInfiniteRowsAsTheReference) {
   }
 }
 
-TEST_F(CudaTableTest, GatherAndTopKAgree) {
+TEST_F(CudaTableTest, GatherAgrees) {
   Rng rng = SeededRng();
   const int32_t d = 96, count = 77;
   const std::vector<Half> rows = MakeRows(rng, count, d);
@@ -416,7 +416,10 @@ TEST_F(CudaTableTest, GatherAndTopKAgree) {
   }
   ASSERT_OK(table().gather({.rows = copies, .head_dim = d}, launch()));
   EXPECT_EQ(Read(to, want.size()), want);
+}
 
+TEST_F(CudaTableTest, RanksAsTheReferenceDoes) {
+  Rng rng = SeededRng();
   enum Scores { kNormal, kFew, kOdd, kNothing };  // few different ones, so that they tie; some that are no numbers; none at all
   for (const int32_t n : {1, 63, 500, 5000, 70000}) {
     for (const Scores of : {kNormal, kFew, kOdd, kNothing}) {
