@@ -28,11 +28,15 @@ std::string Report(const TortureResult& result) {
   return text;
 }
 
-void ExpectAllFound(const TortureResult& result) {
+void ExpectAllFound(const TortureResult& result, RowFormat rows = RowFormat::kF16) {
   EXPECT_EQ(result.wrong_count, 0u) << Report(result);
   for (size_t f = 0; f < kFaults; ++f) {
     const FaultInfo& info = InfoOf(static_cast<Fault>(f));
     const FaultPlan::Count& count = result.counts[f];
+    if (rows != RowFormat::kF16 && info.name == "copy-error") {  // rows of 8 bits are widened where they lie: there are no copies
+      EXPECT_EQ(count.injected, 0u);
+      continue;
+    }
     EXPECT_GT(count.injected, 0u) << info.name;
     EXPECT_EQ(count.missed, 0u) << info.name;
     if (info.bytes) {
@@ -61,7 +65,7 @@ TEST_P(TortureOfRowsTest, FindsEveryFaultInMemoryAndOnDisk) {
   const auto result = RunTorture(options);
   ASSERT_OK(result);
   EXPECT_EQ(result->rounds, 4);
-  ExpectAllFound(*result);
+  ExpectAllFound(*result, GetParam());
 }
 
 TEST(TortureTest, ASeedRepeatsToTheLastBit) {
