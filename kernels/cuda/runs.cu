@@ -26,11 +26,17 @@ __global__ void __launch_bounds__(kThreads) AppendRunsKernel(const __grid_consta
   LetLaterWorkLaunch();
   const RunAppendTask task = args.tasks[blockIdx.y];
   auto* const rows = static_cast<Half*>(task.rows);
-  const int d = args.head_dim;
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < int64_t{task.count} * d; i += int64_t{gridDim.x} * kThreads) {
-    const int64_t t = i / d, c = i % d;
-    rows[t * 2 * d + c] = __half_as_ushort(__float2half_rn(task.k[t * task.stride + c]));
-    rows[t * 2 * d + d + c] = __half_as_ushort(__float2half_rn(task.v[t * task.stride + c]));
+  // Four channels at a time.
+  const int d = args.head_dim, words = d / 4;
+  const bool aligned = (reinterpret_cast<uintptr_t>(task.k) | reinterpret_cast<uintptr_t>(task.v)) % sizeof(float4) == 0 && task.stride % 4 == 0;
+  const auto load = [&](const float* from) { return aligned ? *reinterpret_cast<const float4*>(from) : float4{from[0], from[1], from[2], from[3]}; };
+  const auto pack = [](const float4& x) { return uint2{Number<RowType::kF16>::Pack(x.x, x.y), Number<RowType::kF16>::Pack(x.z, x.w)}; };
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < int64_t{task.count} * words; i += int64_t{gridDim.x} * kThreads) {
+    const int t = static_cast<int>(i / words), c = static_cast<int>(i % words) * 4;
+    const float4 k = load(task.k + t * task.stride + c), v = load(task.v + t * task.stride + c);
+    Half* const row = rows + int64_t{t} * 2 * d + c;
+    *reinterpret_cast<uint2*>(row) = pack(k);
+    *reinterpret_cast<uint2*>(row + d) = pack(v);
   }
 }
 
@@ -173,7 +179,8 @@ Status AppendRuns(const RunAppendTask* tasks, int32_t num_tasks, int32_t max_cou
   Check check("append");
   PREHOC_RETURN_IF_ERROR(RowsOf(check.Tasks(tasks, num_tasks).Rows("format", format), head_dim).Take());
   if (num_tasks == 0 || max_count <= 0) return {};
-  const auto blocks = std::min<int64_t>(CeilDiv(int64_t{max_count} * head_dim, kThreads), 256);
+  const int64_t of_block = int64_t{kThreads} * (format == RowFormat::kF16 ? 8 : 1);  // channels
+  const auto blocks = std::min<int64_t>(CeilDiv(int64_t{max_count} * head_dim, of_block), 256);
   const Shape shape{.grid = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(num_tasks)), .threads = kThreads};
   return format == RowFormat::kF16 ? LaunchKernel(AppendRunsKernel, "append", AppendRunsArgs{tasks, head_dim}, shape, stream)
                                    : LaunchKernel(AppendNarrowKernel, "append", AppendNarrowArgs{tasks, RowShapeOf(format, head_dim)}, shape, stream);

@@ -264,6 +264,10 @@ struct NormArgs {
   float eps;
   int32_t cols;
 };
+constexpr int kHeld = 8;  // words of a row that a thread keeps
+constexpr int32_t kMostHeld = kHeld * kThreads * 4;
+// A block takes a row; one that threads can hold is read once.
+template <bool HOLDS>
 __global__ void __launch_bounds__(kThreads) NormKernel(const __grid_constant__ NormArgs args) {
   __shared__ float parts[kWarps];
   WaitForEarlierWork();
@@ -271,9 +275,29 @@ __global__ void __launch_bounds__(kThreads) NormKernel(const __grid_constant__ N
   const float* const x = args.x + int64_t{blockIdx.x} * args.cols;
   float* const y = args.y + int64_t{blockIdx.x} * args.cols;
   float square = 0;
-  for (int i = threadIdx.x; i < args.cols; i += kThreads) square += x[i] * x[i];
-  const float scale = 1.0f / sqrtf(BlockSum(square, parts) / static_cast<float>(args.cols) + args.eps);
-  for (int i = threadIdx.x; i < args.cols; i += kThreads) y[i] = args.weight[i] * (x[i] * scale);
+  if constexpr (HOLDS) {
+    const int words = args.cols / 4;
+    float4 held[kHeld];
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int at = static_cast<int>(threadIdx.x) + i * kThreads;
+      if (at >= words) break;
+      held[i] = reinterpret_cast<const float4*>(x)[at];
+      square += (held[i].x * held[i].x + held[i].y * held[i].y) + (held[i].z * held[i].z + held[i].w * held[i].w);
+    }
+    const float scale = 1.0f / sqrtf(BlockSum(square, parts) / static_cast<float>(args.cols) + args.eps);
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int at = static_cast<int>(threadIdx.x) + i * kThreads;
+      if (at >= words) break;
+      const float4 w = __ldg(reinterpret_cast<const float4*>(args.weight) + at);
+      reinterpret_cast<float4*>(y)[at] = {w.x * (held[i].x * scale), w.y * (held[i].y * scale), w.z * (held[i].z * scale), w.w * (held[i].w * scale)};
+    }
+  } else {
+    for (int i = threadIdx.x; i < args.cols; i += kThreads) square += x[i] * x[i];
+    const float scale = 1.0f / sqrtf(BlockSum(square, parts) / static_cast<float>(args.cols) + args.eps);
+    for (int i = threadIdx.x; i < args.cols; i += kThreads) y[i] = args.weight[i] * (x[i] * scale);
+  }
 }
 
 constexpr int kMostHeadDim = 256;
@@ -308,17 +332,61 @@ __global__ void __launch_bounds__(kThreads) RotateKernel(const __grid_constant__
   to[c] = second ? x * cos + other * sin : x * cos - other * sin;
 }
 
+// Rotation alone, four pairs of channels to a thread.
+__global__ void __launch_bounds__(kThreads) RotateWideKernel(const __grid_constant__ RotateParams args) {
+  WaitForEarlierWork();
+  LetLaterWorkLaunch();
+  const int d = args.head_dim, half = d / 2, words = half / 4, all = args.heads + 2 * args.kv_heads, keys = args.heads + args.kv_heads;
+  const int64_t item = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (item >= int64_t{args.tokens} * all * words) return;
+  const int pair = static_cast<int>(item % words) * 4;
+  const int64_t token = item / words / all;
+  const int h = static_cast<int>(item / words % all);
+  // Where the first and the second words lie: of the pairs (i, i + half), or (interleaved) four pairs in a row.
+  const int one = args.interleaved ? 2 * pair : pair, two = args.interleaved ? one + 4 : one + half;
+  const float* const from = args.qkv + (token * all + h) * d;
+  const float4 x = *reinterpret_cast<const float4*>(from + one), y = *reinterpret_cast<const float4*>(from + two);
+  float* const to = h < args.heads ? args.q + (token * args.heads + h) * d
+                    : h < keys     ? args.k + (token * args.kv_heads + h - args.heads) * d
+                                   : args.v + (token * args.kv_heads + h - keys) * d;
+  if (h < args.heads && args.q_before != nullptr) {
+    float* const before = args.q_before + (token * args.heads + h) * d;
+    *reinterpret_cast<float4*>(before + one) = x, *reinterpret_cast<float4*>(before + two) = y;
+  }
+  float4 a = x, b = y;
+  if (h < keys) {
+    const float4 cos = *reinterpret_cast<const float4*>(args.cos + token * half + pair), sin = *reinterpret_cast<const float4*>(args.sin + token * half + pair);
+    if (args.interleaved) {
+      a = {x.x * cos.x - x.y * sin.x, x.y * cos.x + x.x * sin.x, x.z * cos.y - x.w * sin.y, x.w * cos.y + x.z * sin.y};
+      b = {y.x * cos.z - y.y * sin.z, y.y * cos.z + y.x * sin.z, y.z * cos.w - y.w * sin.w, y.w * cos.w + y.z * sin.w};
+    } else {
+      a = {x.x * cos.x - y.x * sin.x, x.y * cos.y - y.y * sin.y, x.z * cos.z - y.z * sin.z, x.w * cos.w - y.w * sin.w};
+      b = {y.x * cos.x + x.x * sin.x, y.y * cos.y + x.y * sin.y, y.z * cos.z + x.z * sin.z, y.w * cos.w + x.w * sin.w};
+    }
+  }
+  *reinterpret_cast<float4*>(to + one) = a, *reinterpret_cast<float4*>(to + two) = b;
+}
+
 struct GateArgs {
   const float* gate_up;
   float* y;
   int32_t width;
 };
+// WORDS: four channels to a thread.
+template <bool WORDS>
 __global__ void __launch_bounds__(kThreads) GateKernel(const __grid_constant__ GateArgs args) {
   WaitForEarlierWork();
   LetLaterWorkLaunch();
   const float* const from = args.gate_up + int64_t{blockIdx.y} * 2 * args.width;
-  const int i = blockIdx.x * kThreads + threadIdx.x;
-  if (i < args.width) args.y[int64_t{blockIdx.y} * args.width + i] = Silu(from[i]) * from[args.width + i];
+  float* const to = args.y + int64_t{blockIdx.y} * args.width;
+  const int i = (blockIdx.x * kThreads + threadIdx.x) * (WORDS ? 4 : 1);
+  if (i >= args.width) return;
+  if constexpr (WORDS) {
+    const float4 gate = *reinterpret_cast<const float4*>(from + i), up = *reinterpret_cast<const float4*>(from + args.width + i);
+    *reinterpret_cast<float4*>(to + i) = {Silu(gate.x) * up.x, Silu(gate.y) * up.y, Silu(gate.z) * up.z, Silu(gate.w) * up.w};
+  } else {
+    to[i] = Silu(from[i]) * from[args.width + i];
+  }
 }
 
 struct EmbedArgs {
@@ -373,21 +441,28 @@ Status MultiplyMatrix(const MatrixProduct& p, cudaStream_t stream) {
 
 Status NormRows(const float* x, const float* weight, float eps, float* y, int32_t tokens, int32_t cols, cudaStream_t stream) {
   if (tokens == 0) return {};
-  return LaunchKernel(NormKernel, "norm", NormArgs{x, weight, y, eps, cols}, {.grid = Grid(tokens), .threads = kThreads}, stream);
+  const bool holds = cols % 4 == 0 && cols <= kMostHeld;
+  return LaunchKernel(holds ? NormKernel<true> : NormKernel<false>, "norm", NormArgs{x, weight, y, eps, cols},
+                      {.grid = Grid(tokens), .threads = kThreads}, stream);
 }
 
 Status RotateHeads(const RotateParams& params, cudaStream_t stream) {
   PREHOC_RETURN_IF_ERROR(Check("rope").That(params.head_dim > 0 && params.head_dim <= kMostHeadDim && params.head_dim % 2 == 0, "head_dim",
                                             params.head_dim, "use an even number up to 256").Take());
   if (params.tokens == 0) return {};
+  if (params.q_norm == nullptr && params.k_norm == nullptr && params.head_dim % 8 == 0) {
+    const int64_t items = int64_t{params.tokens} * (params.heads + 2 * params.kv_heads) * (params.head_dim / 8);
+    return LaunchKernel(RotateWideKernel, "rope", params, {.grid = Grid(CeilDiv(items, kThreads)), .threads = kThreads}, stream);
+  }
   return LaunchKernel(RotateKernel, "rope", params,
                       {.grid = Grid(params.heads + 2 * params.kv_heads, params.tokens), .threads = kThreads}, stream);
 }
 
 Status GateRows(const float* gate_up, float* y, int32_t tokens, int32_t width, cudaStream_t stream) {
   if (tokens == 0) return {};
-  return LaunchKernel(GateKernel, "silu", GateArgs{gate_up, y, width}, {.grid = Grid(CeilDiv(width, kThreads), tokens), .threads = kThreads},
-                      stream);
+  const bool words = width % 4 == 0;
+  return LaunchKernel(words ? GateKernel<true> : GateKernel<false>, "silu", GateArgs{gate_up, y, width},
+                      {.grid = Grid(CeilDiv(width, kThreads * (words ? 4 : 1)), tokens), .threads = kThreads}, stream);
 }
 
 Status EmbedTokens(const void* embedding, DeviceNumber type, const int32_t* tokens, float* y, int32_t count, int32_t cols, cudaStream_t stream) {

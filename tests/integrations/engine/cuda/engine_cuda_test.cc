@@ -212,5 +212,97 @@ TEST_F(CudaEngineTest, ProductsOfEverySize) {
   }
 }
 
+TEST_F(CudaEngineTest, NormsAndGatesOfEverySize) {
+  Rng rng = SeededRng();
+  const int32_t tokens = 3;
+  for (const int32_t cols : {1, 7, 12, 576, 4096, 8192, 8196, 9001}) {
+    const std::vector<float> x = rng.Normals(static_cast<size_t>(tokens * cols), 2), weight = rng.Normals(static_cast<size_t>(cols));
+    const CudaArray<float> dx(x), dweight(weight);
+    CudaArray<float> y(x.size());
+    ASSERT_OK(NormRows(dx.data(), dweight.data(), 1e-5f, y.data(), tokens, cols, nullptr));
+    ASSERT_OK(CudaStatus(cudaDeviceSynchronize(), "wait"));
+    std::vector<double> want;
+    for (int32_t t = 0; t < tokens; ++t) {
+      double square = 0;
+      for (int32_t c = 0; c < cols; ++c) square += static_cast<double>(x[static_cast<size_t>(t * cols + c)]) * x[static_cast<size_t>(t * cols + c)];
+      const double scale = 1 / std::sqrt(square / cols + 1e-5);
+      for (int32_t c = 0; c < cols; ++c) want.push_back(weight[static_cast<size_t>(c)] * x[static_cast<size_t>(t * cols + c)] * scale);
+    }
+    EXPECT_TRUE(AllClose(y.Read(), want, {1e-5, 1e-5}, {tokens, cols})) << "cols " << cols;
+    EXPECT_TRUE(y.GuardsIntact());
+    const CudaArray<float> both(rng.Normals(static_cast<size_t>(2 * tokens * cols), 3));
+    const std::vector<float> gate_up = both.Read();
+    CudaArray<float> gated(static_cast<size_t>(tokens * cols));
+    ASSERT_OK(GateRows(both.data(), gated.data(), tokens, cols, nullptr));
+    ASSERT_OK(CudaStatus(cudaDeviceSynchronize(), "wait"));
+    std::vector<double> product;
+    for (int32_t t = 0; t < tokens; ++t) {
+      for (int32_t c = 0; c < cols; ++c) {
+        const double gate = gate_up[static_cast<size_t>(2 * t * cols + c)], up = gate_up[static_cast<size_t>((2 * t + 1) * cols + c)];
+        product.push_back(gate / (1 + std::exp(-gate)) * up);
+      }
+    }
+    EXPECT_TRUE(AllClose(gated.Read(), product, {1e-5, 1e-5}, {tokens, cols})) << "width " << cols;
+    EXPECT_TRUE(gated.GuardsIntact());
+  }
+}
+
+TEST_F(CudaEngineTest, RotationsOfEverySize) {
+  Rng rng = SeededRng();
+  for (const int32_t d : {2, 6, 8, 64, 96, 128, 256}) {
+    for (const auto& [tokens, heads, kv_heads] : {std::tuple{1, 1, 1}, {5, 6, 2}, {33, 9, 3}}) {
+      for (const bool interleaved : {false, true}) {
+        for (const bool normed : {false, true}) {
+          const int32_t all = heads + 2 * kv_heads, half = d / 2;
+          const std::vector<float> qkv = rng.Normals(static_cast<size_t>(tokens * all * d)), q_norm = rng.Normals(static_cast<size_t>(d)), k_norm = rng.Normals(static_cast<size_t>(d));
+          std::vector<float> cosines, sines;
+          for (int32_t i = 0; i < tokens * half; ++i) {
+            const double angle = rng.Uniform() * 6;
+            cosines.push_back(static_cast<float>(std::cos(angle))), sines.push_back(static_cast<float>(std::sin(angle)));
+          }
+          const CudaArray<float> from(qkv), qn(q_norm), kn(k_norm), cos(cosines), sin(sines);
+          const auto of_q = static_cast<size_t>(tokens * heads * d), of_kv = static_cast<size_t>(tokens * kv_heads * d);
+          CudaArray<float> q(of_q), before(of_q), k(of_kv), v(of_kv);
+          ASSERT_OK(RotateHeads({.qkv = from.data(), .q_norm = normed ? qn.data() : nullptr, .k_norm = normed ? kn.data() : nullptr, .eps = 1e-6f,
+                                 .cos = cos.data(), .sin = sin.data(), .interleaved = interleaved, .q = q.data(), .q_before = before.data(), .k = k.data(),
+                                 .v = v.data(), .tokens = tokens, .heads = heads, .kv_heads = kv_heads, .head_dim = d}, nullptr));
+          ASSERT_OK(CudaStatus(cudaDeviceSynchronize(), "wait"));
+          std::vector<double> want[4];  // q, before, k, v
+          for (int32_t t = 0; t < tokens; ++t) {
+            for (int32_t h = 0; h < all; ++h) {
+              std::vector<double> x;
+              double square = 0;
+              for (int32_t c = 0; c < d; ++c) {
+                x.push_back(qkv[static_cast<size_t>((t * all + h) * d + c)]);
+                square += x.back() * x.back();
+              }
+              const bool is_q = h < heads, is_k = !is_q && h < heads + kv_heads;
+              if (!is_q && !is_k) {
+                want[3].insert(want[3].end(), x.begin(), x.end());
+                continue;
+              }
+              const std::vector<float>& norm = is_q ? q_norm : k_norm;
+              for (int32_t c = 0; normed && c < d; ++c) x[static_cast<size_t>(c)] *= norm[static_cast<size_t>(c)] / std::sqrt(square / d + 1e-6);
+              if (is_q) want[1].insert(want[1].end(), x.begin(), x.end());
+              for (int32_t c = 0; c < d; ++c) {
+                const int32_t pair = interleaved ? c / 2 : c % half;
+                const bool second = interleaved ? c % 2 == 1 : c >= half;
+                const double other = x[static_cast<size_t>(interleaved ? c ^ 1 : second ? c - half : c + half)];
+                const double co = cosines[static_cast<size_t>(t * half + pair)], si = sines[static_cast<size_t>(t * half + pair)];
+                want[is_q ? 0 : 2].push_back(second ? x[static_cast<size_t>(c)] * co + other * si : x[static_cast<size_t>(c)] * co - other * si);
+              }
+            }
+          }
+          const CudaArray<float>* got[4] = {&q, &before, &k, &v};
+          for (int i = 0; i < 4; ++i) {
+            EXPECT_TRUE(AllClose(got[i]->Read(), want[i], {1e-5, 1e-5})) << i << " d " << d << " tokens " << tokens << " interleaved " << interleaved << " normed " << normed;
+            EXPECT_TRUE(got[i]->GuardsIntact());
+          }
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace prehoc::reference
