@@ -18,11 +18,14 @@ struct DeviceLimits {
   int multiprocessors = 0;
   int block_shared_bytes = 0;
   int l2_bytes = 0;
-  int major = 0;  // compute capability
-  bool clusters() const { return major >= 9; }
+  int major = 0;  // compute capability of the device
+  int code = 0;   // major one that its kernels were compiled for: less, where the driver compiled PTX of an older one
+  // What both the device and the code of its kernels have: clusters, and launches while the kernel before ends.
+  bool clusters() const { return major >= 9 && code >= 9; }
 };
 // Of the current device; asked once per device.
 Result<DeviceLimits> CurrentLimits();
+Result<int> CodeOfKernels();  // DeviceLimits::code
 
 // The first thing that is wrong with a call.
 class Check {

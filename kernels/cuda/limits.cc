@@ -11,23 +11,27 @@ namespace prehoc::cuda {
 
 Result<DeviceLimits> CurrentLimits() {
   constexpr int kDevices = 64;
-  static std::array<std::atomic<int>, kDevices> l2{};         // written first
+  static std::array<std::atomic<int>, kDevices> l2{}, code{};  // written first
   static std::array<std::atomic<int64_t>, kDevices> known{};  // major << 48 | multiprocessors << 32 | shared bytes
   int device = 0;
   PREHOC_CUDA_TRY(cudaGetDevice(&device));
   std::atomic<int64_t>* const slot = device < kDevices ? &known[static_cast<size_t>(device)] : nullptr;
   const int64_t packed = slot != nullptr ? slot->load(std::memory_order_acquire) : 0;
   if (packed != 0) {
+    const auto at = static_cast<size_t>(device);
     return DeviceLimits{.multiprocessors = static_cast<int>((packed >> 32) & 0xffff), .block_shared_bytes = static_cast<int>(packed & 0xffffffff),
-                        .l2_bytes = l2[static_cast<size_t>(device)].load(std::memory_order_relaxed), .major = static_cast<int>(packed >> 48)};
+                        .l2_bytes = l2[at].load(std::memory_order_relaxed), .major = static_cast<int>(packed >> 48),
+                        .code = code[at].load(std::memory_order_relaxed)};
   }
   DeviceLimits limits;
   PREHOC_CUDA_TRY(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device));
   PREHOC_CUDA_TRY(cudaDeviceGetAttribute(&limits.block_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   PREHOC_CUDA_TRY(cudaDeviceGetAttribute(&limits.major, cudaDevAttrComputeCapabilityMajor, device));
   PREHOC_CUDA_TRY(cudaDeviceGetAttribute(&limits.l2_bytes, cudaDevAttrL2CacheSize, device));
+  PREHOC_ASSIGN_OR_RETURN(limits.code, CodeOfKernels());
   if (slot != nullptr) {
     l2[static_cast<size_t>(device)].store(limits.l2_bytes, std::memory_order_relaxed);
+    code[static_cast<size_t>(device)].store(limits.code, std::memory_order_relaxed);
     slot->store(int64_t{limits.major} << 48 | int64_t{limits.multiprocessors} << 32 | limits.block_shared_bytes, std::memory_order_release);
   }
   return limits;
@@ -121,7 +125,7 @@ Status LaunchAny(const void* kernel, const char* name, void** args, const Shape&
   PREHOC_ASSIGN_OR_RETURN(const DeviceLimits limits, CurrentLimits());
   if (shape.keeps_l1) PREHOC_RETURN_IF_ERROR(KeepL1(kernel, name, shape));
   Configuration to;
-  PREHOC_RETURN_IF_ERROR(Configure(kernel, name, shape, limits.major >= 9, &to));
+  PREHOC_RETURN_IF_ERROR(Configure(kernel, name, shape, limits.clusters(), &to));
   to.config.stream = stream;
   return CudaStatus(cudaLaunchKernelExC(&to.config, kernel, args), name);
 }

@@ -109,6 +109,13 @@ __global__ void __launch_bounds__(kCopyThreads) CopyKernel(const __grid_constant
 }
 }  // namespace
 
+// All kernels of the library are compiled alike: one speaks for them, but for those that are for one architecture alone.
+Result<int> CodeOfKernels() {
+  cudaFuncAttributes attributes{};
+  PREHOC_CUDA_TRY(cudaFuncGetAttributes(&attributes, GateKernel));
+  return attributes.ptxVersion / 10;
+}
+
 Status CopyPieces(std::span<const EvenPieces> pieces, cudaStream_t stream) {
   for (size_t at = 0; at < pieces.size(); at += kMostCopies) {
     const auto part = pieces.subspan(at, std::min<size_t>(kMostCopies, pieces.size() - at));
