@@ -28,8 +28,6 @@ class Bench {
   bool Wants(const std::string& what) const { return only_ == ",," || only_.find("," + what + ",") != std::string::npos; }
 
   // Of what `enqueue` enqueues, as one graph. [us]
-  step::SelectBy by = step::SelectBy::kAny;
-
   Spread Measure(const std::function<void()>& enqueue) { return Graph(stream(), enqueue).Measure(stream(), repeats_); }
 
   void Report(const std::string& name, const Json& shape, const Spread& times, int layers, double bytes, double floor_rate, int launches) {
@@ -49,6 +47,7 @@ class Bench {
     std::fflush(stdout);
   }
   Json rows() const { return rows_; }
+  step::SelectBy by = step::SelectBy::kAny;
   double rate = 0;  // [GB/s] of a copy on the device, read and write counted
 
  private:

@@ -181,6 +181,9 @@ struct DeviceKernels::Impl {
   Status Choose(const prehoc::ChooseParams& params) PREHOC_REQUIRES(mutex);
   Status TopK(const prehoc::TopKParams& params, const Launch& launch) PREHOC_REQUIRES(mutex);
   Status Rank(const prehoc::TopKParams& params) PREHOC_REQUIRES(mutex);
+  // Chooses for staged tasks of up to `longest` positions, waits, and checks how many were chosen.
+  Status RunChoice(const char* kernel, const Staged<cuda::ChooseTask>& tasks, int32_t longest, cuda::ChooseParams call, Workspace* workspace)
+      PREHOC_REQUIRES(mutex);
   Status Gather(const prehoc::GatherParams& params) PREHOC_REQUIRES(mutex);
   Status Attend(const prehoc::AttendParams& params) PREHOC_REQUIRES(mutex);
   Status Prefill(const prehoc::PrefillParams& params) PREHOC_REQUIRES(mutex);
@@ -416,31 +419,40 @@ Status DeviceKernels::Impl::Choose(const prehoc::ChooseParams& params) {
     to.rule.lse_all = Out<float>(group);
     to.rule.lse_out = Out<float>(group);
   }
-  cuda::ChooseParams call{.num_tasks = static_cast<int32_t>(num), .max_n = static_cast<int32_t>(CeilDiv(most, kPlanStep)) * kPlanStep,
-                          .group = params.group, .rule = params.tasks.front().rule, .dilate = dilates};
-  call.tasks = tasks.device;
-  PREHOC_ASSIGN_OR_RETURN(const size_t bytes, ChooseWorkspaceBytes(call));
-  const std::string use = std::to_string(num) + "," + std::to_string(call.max_n) + "," + std::to_string(call.group) + "," +
-                          std::to_string(dilates);
-  PREHOC_RETURN_IF_ERROR(Prepare(bytes, use, &choosing));
-  call.workspace = choosing.bytes->data();
-  call.workspace_bytes = choosing.bytes->size();
-  PREHOC_RETURN_IF_ERROR(Send());
-  PREHOC_RETURN_IF_ERROR(Sent(cuda::Choose(call, stream.get())));
-  PREHOC_RETURN_IF_ERROR(Wait());
+  PREHOC_RETURN_IF_ERROR(RunChoice("choose", tasks, most, {.num_tasks = static_cast<int32_t>(num), .group = params.group,
+                                                          .rule = params.tasks.front().rule, .dilate = dilates}, &choosing));
   for (size_t i = 0; i < num; ++i) {
     const prehoc::ChooseTask& task = params.tasks[i];
     const ChooseRule& from = tasks.host[i].rule;
-    if (*from.count < 0 || *from.count > from.room) {
-      return {StatusCode::kCuda, "choose on CUDA: task " + std::to_string(i) + " reports " + std::to_string(*from.count) + " of at most " +
-                                     std::to_string(from.room) + " positions"};
-    }
     *task.count = *from.count;
     std::copy_n(from.chosen, *from.count, task.chosen);
     std::copy_n(from.lse_all, group, task.lse_all);
     std::copy_n(from.lse_out, group, task.lse_out);
     const bool finite = std::none_of(from.lse_all, from.lse_all + group, [](float x) { return std::isnan(x); });
     if (task.met != nullptr) *task.met = finite ? 1 : 0;
+  }
+  return {};
+}
+
+Status DeviceKernels::Impl::RunChoice(const char* kernel, const Staged<cuda::ChooseTask>& tasks, int32_t longest, cuda::ChooseParams call,
+                                      Workspace* workspace) {
+  call.tasks = tasks.device;
+  call.max_n = static_cast<int32_t>(CeilDiv(longest, kPlanStep)) * kPlanStep;
+  PREHOC_ASSIGN_OR_RETURN(const size_t bytes, ChooseWorkspaceBytes(call));
+  const std::string use = std::to_string(call.num_tasks) + "," + std::to_string(call.max_n) + "," + std::to_string(call.group) + "," +
+                          std::to_string(call.dilate);
+  PREHOC_RETURN_IF_ERROR(Prepare(bytes, use, workspace));
+  call.workspace = workspace->bytes->data();
+  call.workspace_bytes = workspace->bytes->size();
+  PREHOC_RETURN_IF_ERROR(Send());
+  PREHOC_RETURN_IF_ERROR(Sent(cuda::Choose(call, stream.get())));
+  PREHOC_RETURN_IF_ERROR(Wait());
+  for (int32_t i = 0; i < call.num_tasks; ++i) {
+    const ChooseRule& rule = tasks.host[i].rule;
+    if (*rule.count < 0 || *rule.count > rule.room) {
+      return {StatusCode::kCuda, std::string(kernel) + " on CUDA: task " + std::to_string(i) + " reports " + std::to_string(*rule.count) + " of at most " +
+                                     std::to_string(rule.room) + " positions"};
+    }
   }
   return {};
 }
@@ -472,7 +484,7 @@ Status DeviceKernels::Impl::Rank(const prehoc::TopKParams& params) {
   int32_t most = 0;
   for (const prehoc::TopKTask& task : params.tasks) {
     results += Room<int32_t>(static_cast<size_t>(most_of(task)));
-    most = std::max(most, task.hi);
+    most = std::max({most, task.lo, task.hi});
   }
   PREHOC_RETURN_IF_ERROR(Begin(Room<cuda::ChooseTask>(num) + num * Room<int32_t>(1), results));
   const Staged<cuda::ChooseTask> tasks = In<cuda::ChooseTask>(num);
@@ -486,22 +498,9 @@ Status DeviceKernels::Impl::Rank(const prehoc::TopKParams& params) {
     to.rule.count = Out<int32_t>(1);
     to.rule.lse_all = Out<float>(1);
   }
-  cuda::ChooseParams call{.num_tasks = static_cast<int32_t>(num), .max_n = static_cast<int32_t>(CeilDiv(most, kPlanStep)) * kPlanStep, .group = 1,
-                          .rule = GroupRule::kMaxLogit};
-  call.tasks = tasks.device;
-  PREHOC_ASSIGN_OR_RETURN(const size_t bytes, ChooseWorkspaceBytes(call));
-  PREHOC_RETURN_IF_ERROR(Prepare(bytes, std::to_string(num) + "," + std::to_string(call.max_n), &ranking));
-  call.workspace = ranking.bytes->data();
-  call.workspace_bytes = ranking.bytes->size();
-  PREHOC_RETURN_IF_ERROR(Send());
-  PREHOC_RETURN_IF_ERROR(Sent(cuda::Choose(call, stream.get())));
-  PREHOC_RETURN_IF_ERROR(Wait());
+  PREHOC_RETURN_IF_ERROR(RunChoice("top_k", tasks, most, {.num_tasks = static_cast<int32_t>(num), .group = 1, .rule = GroupRule::kMaxLogit}, &ranking));
   for (size_t i = 0; i < num; ++i) {
     const ChooseRule& from = tasks.host[i].rule;
-    if (*from.count < 0 || *from.count > from.room) {
-      return {StatusCode::kCuda, "top_k on CUDA: task " + std::to_string(i) + " reports " + std::to_string(*from.count) + " of at most " +
-                                     std::to_string(from.room) + " positions"};
-    }
     *params.tasks[i].count = *from.count;
     std::copy_n(from.chosen, *from.count, params.tasks[i].chosen);
   }

@@ -1,4 +1,4 @@
-// gate and gather: small kernels without variants.
+// gate, gather, copies: small kernels without variants.
 #include <algorithm>
 #include <type_traits>
 

@@ -5,6 +5,7 @@
 
 #include "base/cuda/device_memory.h"
 #include "kernels/cuda/kernel_table.h"
+#include "kernels/cuda/run_kernels.h"
 #include "kernels/row_codec.h"
 #include "tests/kernels/cuda/cuda_kernel_test.h"
 
@@ -415,6 +416,27 @@ TEST_F(CudaTableTest, GatherAgrees) {
     std::copy_n(rows.begin() + from, 2 * d, want.begin() + into);
   }
   ASSERT_OK(table().gather({.rows = copies, .head_dim = d}, launch()));
+  EXPECT_EQ(Read(to, want.size()), want);
+}
+
+// More entries than a launch takes, of many sizes, none at all among them; nothing beside them is written.
+TEST_F(CudaTableTest, CopiesEvenPieces) {
+  Rng rng = SeededRng();
+  std::vector<Half> source(1 << 20), want(1 << 20, Half{0x5a5a});
+  for (Half& x : source) x = static_cast<Half>(rng.Int(0, 65535));
+  const auto* const from = reinterpret_cast<const std::byte*>(OnDevice(source));
+  Half* const to = OnDevice(want);
+  std::vector<cuda::EvenPieces> pieces;
+  for (int64_t i = 0, at = 0; i < 150; ++i) {
+    const int64_t width = 16 * rng.Int(0, 100), height = rng.Int(0, 4), pitch = width + 16 * rng.Int(0, 2);
+    pieces.push_back({from + at, reinterpret_cast<std::byte*>(to) + at + 32, pitch, pitch, width, static_cast<int32_t>(height)});
+    for (int64_t h = 0; h < height; ++h) {
+      const auto first = static_cast<std::ptrdiff_t>((at + h * pitch) / 2);
+      std::copy_n(source.begin() + first, width / 2, want.begin() + first + 16);
+    }
+    at += height * pitch;
+  }
+  ASSERT_OK(cuda::CopyPieces(pieces, nullptr));
   EXPECT_EQ(Read(to, want.size()), want);
 }
 
