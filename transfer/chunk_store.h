@@ -83,8 +83,8 @@ class ChunkStore {
   // budget), kIoError (the store then refuses writes until reopened).
   Status Put(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin = {});
 
-  // As Put(), but in the place of a record of this key, if there is one. After a crash there is the old one or the new one; on error the
-  // old one may be gone.
+  // As Put(), but in the place of a record of this key, if there is one. After a crash there is the old one or the new one. On error the
+  // old one stays, as long as the store's bounds let it.
   Status Replace(const ChunkKey& key, std::span<const std::byte> data, const ChunkOrigin& origin = {});
 
   // What Get() would compare the record of `key` with, without reading its payload (nor noticing damage there).

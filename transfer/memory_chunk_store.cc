@@ -116,13 +116,19 @@ Status MemoryChunkStore::Write(const ChunkKey& key, std::span<const std::byte> d
     return {StatusCode::kOutOfSpace, "memory store: the system has no memory for " +
                                          FormatBytes(static_cast<double>(record_bytes()))};
   }
-  const auto there = index_.find(key);
-  if (!replace && there != index_.end()) return {};  // another thread stored the same chunk meanwhile
-  Lru fresh;
-  fresh.push_front({key, std::move(record)});
-  if (there != index_.end()) EraseLocked(there->second);
-  index_.emplace(key, fresh.begin());  // may throw; what follows does not
-  lru_.splice(lru_.begin(), fresh);
+  if (const auto there = index_.find(key); there == index_.end()) {
+    Lru fresh;
+    fresh.push_front({key, std::move(record)});
+    index_.emplace(key, fresh.begin());  // may throw; what follows does not
+    lru_.splice(lru_.begin(), fresh);
+  } else if (replace) {
+    Record& old = there->second->record;
+    if (old.use_count() > 1) removed_.push_back(old);  // may throw; what follows does not
+    old = std::move(record);
+    lru_.splice(lru_.begin(), lru_, there->second);
+  } else {
+    return {};  // another thread stored the same chunk meanwhile
+  }
   ++counters_.puts;
   counters_.written_bytes += data.size();
   return {};

@@ -159,9 +159,10 @@ struct RocksDbStore::Impl final : public rocksdb::EventListener {
   Status MakeRoomLocked(uint64_t bytes) PREHOC_REQUIRES(write_mutex);
   Status EvictOldestLocked() PREHOC_REQUIRES(write_mutex);
   void ReapLeavingLocked() PREHOC_REQUIRES(write_mutex);
-  // Writes a record (none if `header` is empty: tombstones only) as a new number of `key`, and what tombstones wait.
-  Status WriteLocked(const ChunkKey& key, std::span<const std::byte> header, std::span<const std::byte> payload)
-      PREHOC_REQUIRES(write_mutex);
+  // Writes a record (none if `header` is empty: tombstones only) as a new number of `key`, the tombstone of number `replaced`, if given, and
+  // what tombstones wait: all or nothing.
+  Status WriteLocked(const ChunkKey& key, std::span<const std::byte> header, std::span<const std::byte> payload,
+                     std::optional<uint64_t> replaced = {}) PREHOC_REQUIRES(write_mutex);
   Status DropLocked(const ChunkKey& key, std::optional<uint64_t> number) PREHOC_REQUIRES(write_mutex);
 };
 
@@ -445,15 +446,16 @@ Status RocksDbStore::Impl::EvictOldestLocked() {
 }
 
 Status RocksDbStore::Impl::WriteLocked(const ChunkKey& key, std::span<const std::byte> header,
-                                       std::span<const std::byte> payload) {
+                                       std::span<const std::byte> payload, std::optional<uint64_t> replaced) {
   const bool has_record = !header.empty();
   if (!has_record && unwritten_tombstones.empty()) return {};
   // This thread is the only writer, so the write gets the next sequence number; it serves as the record's own.
   const uint64_t number = db->GetLatestSequenceNumber() + 1;
   const SegmentKey db_key = MakeSegmentKey(number, key);
-  const size_t keys_bytes = kSegmentKeyBytes * (unwritten_tombstones.size() + 1);
+  const size_t tombstones = unwritten_tombstones.size() + replaced.has_value();
+  const size_t keys_bytes = kSegmentKeyBytes * (tombstones + 1);
   rocksdb::WriteBatch batch(shape.pad + header.size() + payload.size() + keys_bytes + 64);
-  uint64_t cost = unwritten_tombstones.size() * kTombstoneBytes;
+  uint64_t cost = tombstones * kTombstoneBytes;
   if (has_record) {
     cost += record_cost();
     const rocksdb::Slice key_part = AsSlice(db_key);
@@ -464,6 +466,7 @@ Status RocksDbStore::Impl::WriteLocked(const ChunkKey& key, std::span<const std:
         rocksdb::Slice(reinterpret_cast<const char*>(payload.data()), payload.size())};
     batch.Put(rocksdb::SliceParts(&key_part, 1), rocksdb::SliceParts(parts.data(), 3)).PermitUncheckedError();
   }
+  if (replaced) batch.Delete(AsSlice(MakeSegmentKey(*replaced, key))).PermitUncheckedError();
   for (const SegmentKey& dead : unwritten_tombstones) batch.Delete(AsSlice(dead)).PermitUncheckedError();
   table.BeginWrite(number, cost);  // before the write: its flush may end before we are back
   rocksdb::WriteOptions write_options;
@@ -630,11 +633,11 @@ Status RocksDbStore::Impl::Put(const ChunkKey& key, std::span<const std::byte> d
   Status status = CheckWritableLocked();
   if (status.ok()) status = CheckDisk();
   if (status.ok()) status = MakeRoomLocked(record_cost());
-  if (status.ok() && replace) {
-    // Its tombstone goes with the new record, in one write: both are on disk, or neither.
-    if (const auto erased = table.Erase(key, {})) unwritten_tombstones.push_back(MakeSegmentKey(*erased, key));
+  if (status.ok() && !lost) {
+    // The old one as it is now: making room may have dropped it, or written it again.
+    const auto old = replace ? table.Find(key) : std::nullopt;
+    status = WriteLocked(key, std::as_bytes(std::span(&header, 1)), data, old ? std::optional(old->number) : std::nullopt);
   }
-  if (status.ok() && !lost) status = WriteLocked(key, std::as_bytes(std::span(&header, 1)), data);
   if (!status.ok()) {
     Add(counters.put_dropped);
     return status;

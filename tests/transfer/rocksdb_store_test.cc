@@ -714,6 +714,11 @@ TEST_F(RocksDbStoreTest, NeverWaitsForTheDisk) {
     }
     EXPECT_GT(dropped, 700);
     EXPECT_EQ(CounterOf(*store, "store.put_dropped"), dropped);
+    // What cannot be replaced stays.
+    EXPECT_EQ(store->Replace(TestKey(1), TestChunk(2)).code(), StatusCode::kBusy);
+    std::vector<std::byte> out(kBytes);
+    ASSERT_OK(store->Get(TestKey(1), out));
+    EXPECT_EQ(out, TestChunk(1));
     // A delete in this state survives the restart, too.
     EXPECT_OK(store->Delete(TestKey(0)));
     EXPECT_OK(store->CheckInvariants());
