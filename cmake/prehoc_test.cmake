@@ -1,4 +1,9 @@
-# prehoc_test(NAME SRCS ... DEPS ... [LABELS ...]): one GoogleTest program, registered with ctest as a whole.
+# prehoc_test(NAME SRCS ... DEPS ... [LABELS ...]): one GoogleTest program, registered with ctest as a whole. Labels: `gpu` wants a device,
+# `stress` takes long, `threads` is what ThreadSanitizer has something to see in.
+if(PREHOC_BUILD_TESTS)
+  add_custom_target(threads)  # the programs of tests with that label
+  configure_file(${PROJECT_SOURCE_DIR}/tests/support/source_paths.h.in ${PROJECT_BINARY_DIR}/tests/support/source_paths.h @ONLY)
+endif()
 function(prehoc_test name)
   if(NOT PREHOC_BUILD_TESTS)
     return()
@@ -6,13 +11,15 @@ function(prehoc_test name)
   cmake_parse_arguments(ARG "" "TIMEOUT" "SRCS;DEPS;LABELS" ${ARGN})
   add_executable(${name} ${ARG_SRCS})
   target_link_libraries(${name} PRIVATE ${ARG_DEPS} prehoc_flags GTest::gtest GTest::gtest_main)
-  target_compile_definitions(${name} PRIVATE
-    PREHOC_SOURCE_DIR="${PROJECT_SOURCE_DIR}" PREHOC_TESTDATA_DIR="${PROJECT_SOURCE_DIR}/tests/golden")
+  target_include_directories(${name} PRIVATE ${PROJECT_BINARY_DIR}/tests/support)
   add_test(NAME ${name} COMMAND ${name})
   if(NOT ARG_TIMEOUT)
     set(ARG_TIMEOUT 300)
   endif()
   set_tests_properties(${name} PROPERTIES TIMEOUT ${ARG_TIMEOUT} LABELS "${ARG_LABELS}")
+  if(threads IN_LIST ARG_LABELS)
+    add_dependencies(threads ${name})
+  endif()
 endfunction()
 
 # prehoc_bench(NAME SRCS ... DEPS ...): one Google Benchmark program.

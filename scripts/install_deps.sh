@@ -13,7 +13,7 @@ packages=(
 for argument in "$@"; do
   case $argument in
     --test)
-      packages+=(libgtest-dev libbenchmark-dev clang llvm)
+      packages+=(libgtest-dev libbenchmark-dev clang libclang-rt-dev llvm)
       # Ubuntu's is a snap, which a container cannot run; the tests that want a browser say so and are skipped.
       if grep -q '^ID=debian$' /etc/os-release; then packages+=(chromium fonts-dejavu-core); fi
       ;;

@@ -7,6 +7,7 @@
 #include <map>
 #include <set>
 
+#include "source_paths.h"
 #include "tests/selector/selector_test_util.h"
 #include "tests/support/seeded_rng.h"
 

@@ -1,3 +1,4 @@
+#include "source_paths.h"
 #include "transfer/record_format.h"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+#include "source_paths.h"
 #include "transfer/segment_table.h"
 
 #include <fcntl.h>

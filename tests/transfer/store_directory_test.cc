@@ -1,3 +1,4 @@
+#include "source_paths.h"
 #include "transfer/store_directory.h"
 
 #include <sys/stat.h>

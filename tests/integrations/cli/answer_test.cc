@@ -13,6 +13,7 @@
 #include "base/units.h"
 #include "integrations/cli/exit_code.h"
 #include "integrations/cli/metrics.h"
+#include "source_paths.h"
 #include "tests/integrations/cli/calibration_test_files.h"
 #include "tests/integrations/cli/cli_test_util.h"
 #include "tests/integrations/cli/prometheus_text.h"

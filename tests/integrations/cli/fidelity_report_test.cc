@@ -1,5 +1,6 @@
 // The page as text. What a browser makes of it scripts/check_report.sh sees, over the pages that are written here.
 #include "integrations/cli/fidelity_report.h"
+#include "source_paths.h"
 
 #include <gtest/gtest.h>
 

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "integrations/reference/tokenizer/huggingface.h"
+#include "source_paths.h"
 #include "tests/integrations/cli/cli_test_util.h"
 
 namespace prehoc::cli {

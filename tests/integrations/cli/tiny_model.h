@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "base/rng.h"
+#include "source_paths.h"
 #include "tests/integrations/loader/model_files.h"
 
 namespace prehoc::cli {

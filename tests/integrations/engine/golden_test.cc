@@ -11,6 +11,7 @@
 #include <string>
 
 #include "integrations/reference/engine/rope.h"
+#include "source_paths.h"
 #include "tests/integrations/engine/engine_fixture.h"
 
 namespace prehoc::reference {

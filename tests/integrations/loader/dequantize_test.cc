@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "integrations/reference/model.h"
+#include "source_paths.h"
 #include "tests/integrations/loader/model_files.h"
 #include "tests/support/status_matchers.h"
 

@@ -12,6 +12,7 @@
 #include "integrations/reference/loader/lora_config.h"
 #include "integrations/reference/loader/lora_merge.h"
 #include "integrations/reference/model.h"
+#include "source_paths.h"
 #include "tests/integrations/loader/model_files.h"
 #include "tests/support/seeded_rng.h"
 #include "tests/support/status_matchers.h"

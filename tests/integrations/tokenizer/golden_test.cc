@@ -11,6 +11,7 @@
 #include "integrations/reference/tokenizer/huggingface.h"
 #include "integrations/reference/tokenizer/tokenizer.h"
 #include "integrations/reference/tokenizer/unicode.h"
+#include "source_paths.h"
 
 namespace prehoc::reference {
 namespace {
