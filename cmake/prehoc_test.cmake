@@ -2,7 +2,6 @@
 # `stress` takes long, `threads` is what ThreadSanitizer has something to see in.
 if(PREHOC_BUILD_TESTS)
   add_custom_target(threads)  # the programs of tests with that label
-  configure_file(${PROJECT_SOURCE_DIR}/tests/support/source_paths.h.in ${PROJECT_BINARY_DIR}/tests/support/source_paths.h @ONLY)
 endif()
 function(prehoc_test name)
   if(NOT PREHOC_BUILD_TESTS)
@@ -10,8 +9,7 @@ function(prehoc_test name)
   endif()
   cmake_parse_arguments(ARG "" "TIMEOUT" "SRCS;DEPS;LABELS" ${ARGN})
   add_executable(${name} ${ARG_SRCS})
-  target_link_libraries(${name} PRIVATE ${ARG_DEPS} prehoc_flags GTest::gtest GTest::gtest_main)
-  target_include_directories(${name} PRIVATE ${PROJECT_BINARY_DIR}/tests/support)
+  target_link_libraries(${name} PRIVATE ${ARG_DEPS} prehoc_test_support prehoc_flags GTest::gtest GTest::gtest_main)
   add_test(NAME ${name} COMMAND ${name})
   if(NOT ARG_TIMEOUT)
     set(ARG_TIMEOUT 300)

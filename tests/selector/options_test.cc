@@ -7,9 +7,9 @@
 #include <map>
 #include <set>
 
-#include "source_paths.h"
 #include "tests/selector/selector_test_util.h"
 #include "tests/support/seeded_rng.h"
+#include "tests/support/source_paths.h"
 
 namespace prehoc {
 namespace {
@@ -337,7 +337,7 @@ TEST(Options, APromiseIsProvenUnlessToldOtherwise) {
 // docs/selectors has a row "| `knob` | `default` .. |" for each knob, which names its other values.
 TEST(Options, KnobsAreDocumentedWithTheirDefaults) {
   std::vector<std::string> rows;
-  for (const auto& page : std::filesystem::directory_iterator(PREHOC_SOURCE_DIR "/docs/selectors")) {
+  for (const auto& page : std::filesystem::directory_iterator(SourcePath("/docs/selectors"))) {
     std::ifstream file(page.path());
     for (std::string line; std::getline(file, line);) rows.push_back(line);
   }
@@ -352,7 +352,7 @@ TEST(Options, KnobsAreDocumentedWithTheirDefaults) {
     }
   }
   for (const std::string_view kind : SelectorKindNames()) {
-    EXPECT_TRUE(std::filesystem::exists(PREHOC_SOURCE_DIR "/docs/selectors/" + std::string(kind) + ".md")) << kind;
+    EXPECT_TRUE(std::filesystem::exists(SourcePath("/docs/selectors/") + std::string(kind) + ".md")) << kind;
   }
 }
 

@@ -1,4 +1,3 @@
-#include "source_paths.h"
 #include "transfer/record_format.h"
 
 #include <algorithm>
@@ -9,6 +8,7 @@
 
 #include "tests/support/chunk_data.h"
 #include "tests/support/seeded_rng.h"
+#include "tests/support/source_paths.h"
 #include "tests/support/status_matchers.h"
 
 namespace prehoc {
@@ -196,7 +196,7 @@ TEST_F(RecordFormatTest, TheHeaderLiesAsDocumented) {
 }
 
 std::string Golden(const char* name) {
-  std::ifstream file(std::string(PREHOC_TESTDATA_DIR "/store/") + name, std::ios::binary);
+  std::ifstream file(GoldenPath("/store/") + name, std::ios::binary);
   return {std::istreambuf_iterator<char>(file), {}};
 }
 

@@ -1,4 +1,3 @@
-#include "source_paths.h"
 #include "transfer/segment_table.h"
 
 #include <fcntl.h>
@@ -11,6 +10,7 @@
 
 #include "tests/support/chunk_data.h"
 #include "tests/support/seeded_rng.h"
+#include "tests/support/source_paths.h"
 #include "tests/support/status_matchers.h"
 #include "tests/support/temp_dir.h"
 
@@ -40,7 +40,7 @@ TEST(SegmentKeysTest, ListsComeBackAsTheyWere) {
 }
 
 TEST(SegmentKeysTest, ReadsAndWritesWhatVersionOneWrote) {
-  std::ifstream file(PREHOC_TESTDATA_DIR "/store/segment-keys-v1.bin", std::ios::binary);
+  std::ifstream file(GoldenPath("/store/segment-keys-v1.bin"), std::ios::binary);
   const std::string golden((std::istreambuf_iterator<char>(file)), {});
   auto keys = ParseSegmentKeys(golden, 3);
   ASSERT_OK(keys);

@@ -1,4 +1,3 @@
-#include "source_paths.h"
 #include "transfer/store_directory.h"
 
 #include <sys/stat.h>
@@ -9,6 +8,7 @@
 #include <string>
 
 #include "tests/support/chunk_data.h"
+#include "tests/support/source_paths.h"
 #include "tests/support/status_matchers.h"
 #include "tests/support/temp_dir.h"
 
@@ -43,13 +43,13 @@ TEST(StoreNoteTest, IsTheTextThatIsDocumented) {
 }
 
 TEST(StoreNoteTest, AStoreWithRecordsOfVersionOneIsRefusedWithBothVersions) {
-  auto note = ParseStoreNote(ReadFile(PREHOC_TESTDATA_DIR "/store/note-v1.txt"));
+  auto note = ParseStoreNote(ReadFile(GoldenPath("/store/note-v1.txt")));
   ASSERT_OK(note);
   EXPECT_STATUS(StatusCode::kInvalid, "format version 1, not 2", CheckStoreNote(*note, Note()));
 }
 
 TEST(StoreNoteTest, ReadsAndWritesWhatVersionTwoWrote) {
-  const std::string golden = ReadFile(PREHOC_TESTDATA_DIR "/store/note-v2.txt");
+  const std::string golden = ReadFile(GoldenPath("/store/note-v2.txt"));
   auto note = ParseStoreNote(golden);
   ASSERT_OK(note);
   EXPECT_OK(CheckStoreNote(*note, Note()));

@@ -13,11 +13,11 @@
 #include "base/units.h"
 #include "integrations/cli/exit_code.h"
 #include "integrations/cli/metrics.h"
-#include "source_paths.h"
 #include "tests/integrations/cli/calibration_test_files.h"
 #include "tests/integrations/cli/cli_test_util.h"
 #include "tests/integrations/cli/prometheus_text.h"
 #include "tests/integrations/cli/tiny_model.h"
+#include "tests/support/source_paths.h"
 
 namespace prehoc::cli {
 namespace {
@@ -464,7 +464,7 @@ TEST_F(AnswerTest, TheJsonIsAsDocumented) {
   options_.compare_dense = true;
   const Outcome outcome = Run();
   EXPECT_EQ(outcome.figures["schema"], "prehoc.answer/1");
-  std::ifstream file(PREHOC_SOURCE_DIR "/docs/cli.md");
+  std::ifstream file(SourcePath("/docs/cli.md"));
   const std::string docs{std::istreambuf_iterator<char>(file), {}};
   ASSERT_FALSE(docs.empty());
   ExpectDescribed(outcome.figures, docs);

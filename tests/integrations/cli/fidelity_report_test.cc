@@ -1,6 +1,6 @@
 // The page as text. What a browser makes of it scripts/check_report.sh sees, over the pages that are written here.
 #include "integrations/cli/fidelity_report.h"
-#include "source_paths.h"
+#include "tests/support/source_paths.h"
 
 #include <gtest/gtest.h>
 
@@ -16,7 +16,7 @@ constexpr std::string_view kOpen = R"(<script type="application/json" id="figure
 constexpr std::string_view kClose = "</script>";
 
 std::string Sample() {
-  std::ifstream file(PREHOC_SOURCE_DIR "/tests/integrations/cli/fidelity_sample.json");
+  std::ifstream file(SourcePath("/tests/integrations/cli/fidelity_sample.json"));
   std::ostringstream text;
   text << file.rdbuf();
   return text.str();

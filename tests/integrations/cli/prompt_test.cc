@@ -8,8 +8,8 @@
 #include <string>
 
 #include "integrations/reference/tokenizer/huggingface.h"
-#include "source_paths.h"
 #include "tests/integrations/cli/cli_test_util.h"
+#include "tests/support/source_paths.h"
 
 namespace prehoc::cli {
 namespace {
@@ -19,7 +19,7 @@ constexpr char kChatMl[] = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ 
 constexpr char kLlama2[] = "{{ bos_token }}[INST] <<SYS>>\n{{ system }}\n<</SYS>>\n\n{{ user }} [/INST]";
 
 std::unique_ptr<Tokenizer> LoadTokenizer(const std::string& name, const std::string& chat_template) {
-  std::ifstream file(PREHOC_TESTDATA_DIR "/tokenizers/" + name + ".tokenizer.json", std::ios::binary);
+  std::ifstream file(GoldenPath("/tokenizers/") + name + ".tokenizer.json", std::ios::binary);
   const std::string json{std::istreambuf_iterator<char>(file), {}};
   auto spec = reference::TokenizerSpecFromHuggingFace(json, "");
   EXPECT_TRUE(spec.ok()) << spec.status();

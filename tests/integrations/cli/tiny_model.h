@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "base/rng.h"
-#include "source_paths.h"
 #include "tests/integrations/loader/model_files.h"
+#include "tests/support/source_paths.h"
 
 namespace prehoc::cli {
 
@@ -56,7 +56,7 @@ inline void WriteTinyModel(const std::string& directory, uint64_t seed, const Ti
       {"max_position_embeddings", shape.positions}, {"tie_word_embeddings", false}, {"eos_token_id", 4002}};
   reference::WriteFile(directory + "/config.json", config.dump());
   reference::WriteFile(directory + "/model.safetensors", reference::Safetensors(TinyWeights(shape, seed)));
-  std::filesystem::copy_file(PREHOC_TESTDATA_DIR "/tokenizers/qwen2.tokenizer.json", directory + "/tokenizer.json");
+  std::filesystem::copy_file(GoldenPath("/tokenizers/qwen2.tokenizer.json"), directory + "/tokenizer.json");
 }
 
 }  // namespace prehoc::cli

@@ -11,8 +11,8 @@
 #include <string>
 
 #include "integrations/reference/engine/rope.h"
-#include "source_paths.h"
 #include "tests/integrations/engine/engine_fixture.h"
+#include "tests/support/source_paths.h"
 
 namespace prehoc::reference {
 namespace {
@@ -39,7 +39,7 @@ Golden ReadGolden(const std::string& path) {
   json.at("logits").get_to(g.logits);
   return g;
 }
-std::string GoldenDir() { return std::string(PREHOC_TESTDATA_DIR) + "/engine/"; }
+std::string GoldenDir() { return GoldenPath("/engine/"); }
 
 // The worst relative error over the positions in [begin, end) of logits [.., vocab] that start at position `begin`.
 double WorstError(const Golden& g, const std::vector<float>& logits, size_t begin, size_t end, int64_t vocab) {

@@ -5,8 +5,8 @@
 #include <nlohmann/json.hpp>
 
 #include "integrations/reference/model.h"
-#include "source_paths.h"
 #include "tests/integrations/loader/model_files.h"
+#include "tests/support/source_paths.h"
 #include "tests/support/status_matchers.h"
 
 namespace prehoc::reference {
@@ -24,7 +24,7 @@ constexpr WeightType kAll[] = {WeightType::kF32,  WeightType::kF16,  WeightType:
                                WeightType::kQ4_0, WeightType::kQ4_1, WeightType::kQ4_K, WeightType::kQ6_K};
 
 TEST(DequantizeTest, AgreesWithTheGgufPackage) {
-  const auto golden = nlohmann::json::parse(std::ifstream(PREHOC_TESTDATA_DIR "/loader/dequantize.json"));
+  const auto golden = nlohmann::json::parse(std::ifstream(GoldenPath("/loader/dequantize.json")));
   int compared = 0;
   for (const WeightType type : kAll) {
     const std::string name(WeightTypeName(type));

@@ -12,16 +12,16 @@
 #include "integrations/reference/loader/lora_config.h"
 #include "integrations/reference/loader/lora_merge.h"
 #include "integrations/reference/model.h"
-#include "source_paths.h"
 #include "tests/integrations/loader/model_files.h"
 #include "tests/support/seeded_rng.h"
+#include "tests/support/source_paths.h"
 #include "tests/support/status_matchers.h"
 #include "tests/support/temp_dir.h"
 
 namespace prehoc::reference {
 namespace {
 
-const std::string kGolden = PREHOC_TESTDATA_DIR "/loader/";
+const std::string kGolden = GoldenPath("/loader/");
 
 std::vector<float> Row(const WeightMatrix& m, int64_t row) {
   std::vector<float> out(static_cast<size_t>(m.cols));
@@ -74,7 +74,7 @@ INSTANTIATE_TEST_SUITE_P(Adapters, PeftTest, testing::Values("lora", "rslora"), 
 TEST(LoraGoldenTest, DefaultModelAtLongContext) {
   const char* path = std::getenv("PREHOC_TEST_MODEL");
   if (path == nullptr || !std::filesystem::exists(path)) GTEST_SKIP() << "PREHOC_TEST_MODEL names no SmolLM2-135M GGUF file";
-  const auto model = LoadModel({.path = path, .lora = PREHOC_SOURCE_DIR "/bench/models/smollm2-135m-128k"});
+  const auto model = LoadModel({.path = path, .lora = SourcePath("/bench/models/smollm2-135m-128k")});
   ASSERT_OK(model);
   EXPECT_EQ((*model)->config.rope_theta, 1e7);
   EXPECT_EQ((*model)->config.max_positions, 196608);

@@ -11,13 +11,13 @@
 #include "integrations/reference/tokenizer/huggingface.h"
 #include "integrations/reference/tokenizer/tokenizer.h"
 #include "integrations/reference/tokenizer/unicode.h"
-#include "source_paths.h"
+#include "tests/support/source_paths.h"
 
 namespace prehoc::reference {
 namespace {
 
 std::string ReadGolden(const std::string& name) {
-  std::ifstream file(PREHOC_TESTDATA_DIR "/tokenizers/" + name, std::ios::binary);
+  std::ifstream file(GoldenPath("/tokenizers/") + name, std::ios::binary);
   EXPECT_TRUE(file.good()) << name;
   std::ostringstream text;
   text << file.rdbuf();
