@@ -531,10 +531,9 @@ Status Sequence::Impl::RefreshCandidates(FastStep& s) {
   }
   PREHOC_RETURN_IF_ERROR(kernels().choose({.tasks = s.choose, .group = layer.units.front().heads}, cache->launch()));
   const bool initial = layer.units.front().pooled_scans == 1;
-  for (int32_t h = 0; h < geometry().kv_heads; ++h) {
-    PREHOC_RETURN_IF_ERROR(Refresh(s.layer, h, initial ? 0 : residency.lag));
-  }
-  return {};
+  s.due_heads.resize(static_cast<size_t>(geometry().kv_heads));
+  std::iota(s.due_heads.begin(), s.due_heads.end(), 0);
+  return Refresh(s.layer, s.due_heads, initial ? 0 : residency.lag);
 }
 
 }  // namespace prehoc

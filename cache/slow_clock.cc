@@ -1,6 +1,7 @@
 // The slow clock: what is resident. Each (layer, KV head) turns every `refresh` steps: the best positions of the pooled
 // scores are wanted; those that are missing come in, others make room.
 #include <algorithm>
+#include <numeric>
 
 #include "cache/internal/fast_step.h"
 #include "cache/internal/sequence_impl.h"
@@ -15,14 +16,17 @@ Status Sequence::Impl::SlowClock() {
   trace.Say("step", step);
   const ResidencyRule rule = selector().Residency();
   const bool residents_only = cache->options.selector.kind == SelectorKind::kSharedCandidates;
+  std::vector<int32_t>& heads = scratch->due_heads;
   for (int32_t l = 0; l < geometry().layers; ++l) {
     PREHOC_RETURN_IF_ERROR(LandPending(l));
-    for (int32_t h = 0; h < geometry().kv_heads; ++h) {
-      if (!decoding()) {
-        PREHOC_RETURN_IF_ERROR(FillAtStart(l, h));
-      } else if (!residents_only && rule.factor > 0 && RefreshDue(l, h)) {
-        PREHOC_RETURN_IF_ERROR(Refresh(l, h, rule.lag));
+    if (!decoding()) {
+      PREHOC_RETURN_IF_ERROR(FillAtStart(l));
+    } else if (!residents_only && rule.factor > 0) {
+      heads.clear();
+      for (int32_t h = 0; h < geometry().kv_heads; ++h) {
+        if (RefreshDue(l, h)) heads.push_back(h);
       }
+      PREHOC_RETURN_IF_ERROR(Refresh(l, heads, rule.lag));
     }
   }
   return {};
@@ -35,102 +39,147 @@ bool Sequence::Impl::RefreshDue(int32_t layer, int32_t kv_head) const {
 }
 
 // After the prompt: wanted rows by the first choice's scores, or just what was chosen.
-Status Sequence::Impl::FillAtStart(int32_t layer_index, int32_t kv_head) {
+Status Sequence::Impl::FillAtStart(int32_t layer_index) {
   LayerState& layer = layers[static_cast<size_t>(layer_index)];
+  std::vector<WantedRows>& wanted = scratch->wanted;
   if (selector().Residency().factor > 0) {
     if (cache->options.selector.kind == SelectorKind::kSharedCandidates) return {};  // its choice came with a refresh
-    return Refresh(layer_index, kv_head, 0);
+    scratch->due_heads.resize(static_cast<size_t>(geometry().kv_heads));
+    std::iota(scratch->due_heads.begin(), scratch->due_heads.end(), 0);
+    return Refresh(layer_index, scratch->due_heads, 0);
   }
-  std::vector<int32_t>& chosen = scratch->wanted;
-  chosen.clear();
-  for (const Unit& unit : layer.units) {
-    if (unit.kv_head == kv_head) chosen.insert(chosen.end(), unit.chosen.begin(), unit.chosen.end());
-  }
-  return BringMissing(layer_index, kv_head, chosen, 0);
-}
-
-Status Sequence::Impl::Refresh(int32_t layer_index, int32_t kv_head, int64_t lag) {
-  TraceScope trace(tracer(), "refresh");
-  trace.Say("layer", layer_index).Say("kv_head", kv_head);
-  LayerState& layer = layers[static_cast<size_t>(layer_index)];
-  const ResidencyRule rule = selector().Residency();
-  float* pooled = nullptr;
-  int32_t scans = 0;
-  for (Unit& unit : layer.units) {
-    if (unit.kv_head != kv_head) continue;
-    scans = std::max(scans, unit.pooled_scans);
-    if (pooled == nullptr) {
-      pooled = unit.pooled;
-    } else {  // query heads that choose alone share the slots of their KV head
-      for (int64_t i = 0; i < visible(); ++i) pooled[i] = std::max(pooled[i], unit.pooled[i]);
+  wanted.resize(static_cast<size_t>(geometry().kv_heads));
+  for (size_t h = 0; h < wanted.size(); ++h) {
+    wanted[h].kv_head = static_cast<int32_t>(h);
+    wanted[h].positions.clear();
+    for (const Unit& unit : layer.units) {
+      if (unit.kv_head != wanted[h].kv_head) continue;
+      wanted[h].positions.insert(wanted[h].positions.end(), unit.chosen.begin(), unit.chosen.end());
     }
   }
-  if (scans == 0 || pooled == nullptr) return {};  // nothing was looked at since the last turn
-  if (decoding()) ++step_report.refreshes;
-  const StepRule step_rule =
-      selector().Rule({.layer = layer_index, .layers = geometry().layers, .step = step, .n = visible()});
-  if (step_rule.attend_all) return {};
-
-  const Budget& budget = cache->options.selector.budget;
-  const int32_t most = budget.mass > 0 ? budget.MiddleCap(visible()) : budget.MiddleK(visible());
-  const auto wanted_rows = static_cast<int32_t>(std::min<double>(rule.factor * most, layout.slots));
-  std::vector<int32_t>& wanted = scratch->wanted;
-  wanted.resize(static_cast<size_t>(std::max(0, wanted_rows)));
-  int32_t found = 0;
-  TopKTask task;
-  task.score = pooled;
-  task.lo = step_rule.lo;
-  task.hi = static_cast<int32_t>(visible()) - step_rule.local;
-  task.k = wanted_rows;
-  task.chosen = wanted.data();
-  task.count = &found;
-  PREHOC_RETURN_IF_ERROR(kernels().top_k({.tasks = {&task, 1}}, cache->launch()));
-  wanted.resize(static_cast<size_t>(found));
-  for (Unit& unit : layer.units) {
-    if (unit.kv_head == kv_head && unit.pooled_scans >= rule.pool) unit.pool_restart = true;
-  }
-  return BringMissing(layer_index, kv_head, wanted, lag);
+  return BringMissing(layer_index, wanted, 0);
 }
 
-// Those of `wanted` that are not on the device, or will leave the ring before the next turn.
-Status Sequence::Impl::BringMissing(int32_t layer_index, int32_t kv_head, std::vector<int32_t>& wanted, int64_t lag) {
+Status Sequence::Impl::Refresh(int32_t layer_index, std::span<const int32_t> kv_heads, int64_t lag) {
+  if (kv_heads.empty()) return {};
+  TraceScope trace(tracer(), "refresh");
+  trace.Say("layer", layer_index).Say("kv_heads", static_cast<int64_t>(kv_heads.size()));
   LayerState& layer = layers[static_cast<size_t>(layer_index)];
-  HeadState& head = layer.heads[static_cast<size_t>(kv_head)];
+  std::vector<WantedRows>& wanted = scratch->wanted;
+  if (wanted.size() < kv_heads.size()) wanted.resize(kv_heads.size());
+  PREHOC_ASSIGN_OR_RETURN(const size_t ranked, RankPooled(layer_index, kv_heads, wanted));
+  const std::span<WantedRows> found = std::span<WantedRows>(wanted).first(ranked);
   const ResidencyRule rule = selector().Residency();
-  std::sort(wanted.begin(), wanted.end());
-  wanted.erase(std::unique(wanted.begin(), wanted.end()), wanted.end());
-  const int64_t safe = visible() - layout.ring + rule.refresh + lag + 1;  // from here on the ring keeps it until then
-  std::vector<int32_t>& missing = scratch->missing;
-  missing.clear();
-  for (const int32_t position : wanted) {
-    if (position >= std::max(safe, ring_begin) || head.residency.SlotOf(position) >= 0) continue;
-    if (position < sinks && ring_begin > 0) continue;
-    const auto under_way = [&](const PendingFetch& fetch) {
-      return fetch.kv_head == kv_head && std::binary_search(fetch.positions.begin(), fetch.positions.end(), position);
-    };
-    if (std::any_of(layer.pending.begin(), layer.pending.end(), under_way)) continue;
-    missing.push_back(position);
+  for (const WantedRows& of : found) {
+    for (Unit& unit : layer.units) {
+      if (unit.kv_head == of.kv_head && unit.pooled_scans >= rule.pool) unit.pool_restart = true;
+    }
   }
-  if (missing.empty()) return {};
-  PREHOC_RETURN_IF_ERROR(MakeRoom(layer_index, kv_head, static_cast<int32_t>(missing.size()), wanted));
-  // Without room for all, the lowest positions would win; that is as good as any choice among wanted ones.
-  if (static_cast<int64_t>(missing.size()) > head.residency.free_slots()) {
-    missing.resize(static_cast<size_t>(head.residency.free_slots()));
+  return BringMissing(layer_index, found, lag);
+}
+
+// The best positions of each head that was looked at since its last turn. Returns how many heads those are.
+Result<size_t> Sequence::Impl::RankPooled(int32_t layer_index, std::span<const int32_t> kv_heads, std::span<WantedRows> wanted) {
+  LayerState& layer = layers[static_cast<size_t>(layer_index)];
+  const StepRule step_rule =
+      selector().Rule({.layer = layer_index, .layers = geometry().layers, .step = step, .n = visible()});
+  const Budget& budget = cache->options.selector.budget;
+  const int32_t most = budget.mass > 0 ? budget.MiddleCap(visible()) : budget.MiddleK(visible());
+  const auto rows = static_cast<int32_t>(std::clamp<double>(selector().Residency().factor * most, 0, layout.slots));
+  std::vector<TopKTask>& tasks = scratch->top_k;
+  tasks.clear();
+  std::vector<int32_t>& found = scratch->found;
+  found.assign(kv_heads.size(), 0);
+  for (const int32_t kv_head : kv_heads) {
+    float* pooled = nullptr;
+    int32_t scans = 0;
+    for (Unit& unit : layer.units) {
+      if (unit.kv_head != kv_head) continue;
+      scans = std::max(scans, unit.pooled_scans);
+      if (pooled == nullptr) {
+        pooled = unit.pooled;
+      } else {  // query heads that choose alone share the slots of their KV head
+        for (int64_t i = 0; i < visible(); ++i) pooled[i] = std::max(pooled[i], unit.pooled[i]);
+      }
+    }
+    if (scans == 0 || pooled == nullptr) continue;
+    step_report.refreshes += decoding();
+    if (step_rule.attend_all) continue;
+    WantedRows& of = wanted[tasks.size()];
+    of.kv_head = kv_head;
+    of.positions.resize(static_cast<size_t>(rows));
+    TopKTask task;
+    task.score = pooled;
+    task.lo = step_rule.lo;
+    task.hi = static_cast<int32_t>(visible()) - step_rule.local;
+    task.k = rows;
+    task.chosen = of.positions.data();
+    task.count = &found[tasks.size()];
+    tasks.push_back(task);
   }
-  LayerBlocks rows(cache->host.get(), geometry(), layer.blocks, BlockUse::kKeep);
-  if (lag > 0) {
-    PREHOC_RETURN_IF_ERROR(PostBehind(layer_index, kv_head, rows, missing, lag));
-  } else {
-    PREHOC_ASSIGN_OR_RETURN(const int64_t landed, BringIn(layer_index, kv_head, rows, missing));
-    if (decoding()) step_report.rows_behind += landed;
+  PREHOC_RETURN_IF_ERROR(kernels().top_k({.tasks = tasks}, cache->launch()));
+  for (size_t i = 0; i < tasks.size(); ++i) wanted[i].positions.resize(static_cast<size_t>(found[i]));
+  return tasks.size();
+}
+
+Status Sequence::Impl::BringMissing(int32_t layer_index, std::span<WantedRows> wanted, int64_t lag) {
+  LayerBlocks rows(cache->host.get(), geometry(), layers[static_cast<size_t>(layer_index)].blocks, BlockUse::kKeep);
+  Arrivals& arrivals = scratch->arrivals;
+  arrivals.Clear();
+  int64_t fetched = 0;
+  const auto bring = [&]() -> Status {
+    for (WantedRows& of : wanted) {
+      PREHOC_ASSIGN_OR_RETURN(const std::span<const int32_t> missing, MakeRoomForMissing(layer_index, of, lag));
+      fetched += static_cast<int64_t>(missing.size());
+      if (missing.empty()) continue;
+      PREHOC_RETURN_IF_ERROR(lag > 0 ? PostBehind(layer_index, of.kv_head, rows, missing, lag)
+                                     : Expect(layer_index, of.kv_head, rows, missing, &arrivals));
+    }
+    return {};
+  };
+  if (Status status = bring(); !status.ok()) {
+    GiveBack(layer_index, arrivals);
+    return status;
   }
+  PREHOC_ASSIGN_OR_RETURN(const int64_t landed, Land(layer_index, arrivals));
   if (decoding()) {
-    step_report.bytes_from_host += static_cast<int64_t>(missing.size() * geometry().stored_row_bytes());
+    step_report.rows_behind += landed;
+    step_report.bytes_from_host += fetched * static_cast<int64_t>(geometry().stored_row_bytes());
     step_report.bytes_from_disk += rows.loaded() * static_cast<int64_t>(geometry().block_bytes());
   } else {
     step_report.prefill_bytes_from_disk += rows.loaded() * static_cast<int64_t>(geometry().block_bytes());
   }
   return {};
+}
+
+// Those of `wanted` that are not on the device, or will leave the ring before the next turn; sorts `wanted`. No more than slots are
+// free for now. Valid until the next call.
+Result<std::span<const int32_t>> Sequence::Impl::MakeRoomForMissing(int32_t layer_index, WantedRows& wanted, int64_t lag) {
+  LayerState& layer = layers[static_cast<size_t>(layer_index)];
+  HeadState& head = layer.heads[static_cast<size_t>(wanted.kv_head)];
+  const ResidencyRule rule = selector().Residency();
+  std::vector<int32_t>& positions = wanted.positions;
+  if (!std::is_sorted(positions.begin(), positions.end())) std::sort(positions.begin(), positions.end());
+  positions.erase(std::unique(positions.begin(), positions.end()), positions.end());
+  const int64_t safe = visible() - layout.ring + rule.refresh + lag + 1;  // from here on the ring keeps it until then
+  std::vector<int32_t>& missing = scratch->missing;
+  missing.clear();
+  for (const int32_t position : positions) {
+    if (position >= std::max(safe, ring_begin) || head.residency.SlotOf(position) >= 0) continue;
+    if (position < sinks && ring_begin > 0) continue;
+    const auto under_way = [&](const PendingFetch& fetch) {
+      return fetch.kv_head == wanted.kv_head && std::binary_search(fetch.positions.begin(), fetch.positions.end(), position);
+    };
+    if (std::any_of(layer.pending.begin(), layer.pending.end(), under_way)) continue;
+    missing.push_back(position);
+  }
+  if (missing.empty()) return std::span<const int32_t>();
+  PREHOC_RETURN_IF_ERROR(MakeRoom(layer_index, wanted.kv_head, static_cast<int32_t>(missing.size()), positions));
+  // Without room for all, the lowest positions win; that is as good as any choice among wanted ones.
+  if (static_cast<int64_t>(missing.size()) > head.residency.free_slots()) {
+    missing.resize(static_cast<size_t>(head.residency.free_slots()));
+  }
+  return std::span<const int32_t>(missing);
 }
 
 Status Sequence::Impl::MakeRoom(int32_t layer_index, int32_t kv_head, int32_t wanted, std::span<const int32_t> spare) {
@@ -170,44 +219,74 @@ Status Sequence::Impl::MakeRoom(int32_t layer_index, int32_t kv_head, int32_t wa
 
 Result<int64_t> Sequence::Impl::BringIn(int32_t layer_index, int32_t kv_head, LayerBlocks& rows,
                                         std::span<const int32_t> positions) {
+  scratch->arrivals.Clear();
+  PREHOC_RETURN_IF_ERROR(Expect(layer_index, kv_head, rows, positions, &scratch->arrivals));
+  return Land(layer_index, scratch->arrivals);
+}
+
+Status Sequence::Impl::Expect(int32_t layer_index, int32_t kv_head, LayerBlocks& rows, std::span<const int32_t> positions,
+                              Arrivals* arrivals) {
   HeadState& head = layers[static_cast<size_t>(layer_index)].heads[static_cast<size_t>(kv_head)];
-  const auto landed = std::min<size_t>(positions.size(), static_cast<size_t>(head.residency.free_slots()));
+  positions = positions.first(std::min<size_t>(positions.size(), static_cast<size_t>(head.residency.free_slots())));
   const auto row = static_cast<int64_t>(row_halfs());
-  std::vector<RowCopy>& copies = scratch->copies;
-  std::vector<int32_t>& slots = scratch->slots;
-  copies.clear();
-  slots.clear();
-  copies.reserve(landed);
-  slots.reserve(landed);  // a slot that was taken out is on a list
-  size_t stored = 0;  // of `copies`, the first ones: of the host's format
-  for (const int32_t position : positions.first(landed)) {
-    const void* source = head.ring + position % layout.ring * row;
-    if (position < ring_begin) {
-      auto found = WithinMemory([&] { return rows.Row(position, kv_head); });
+  const auto size = static_cast<int64_t>(geometry().chunk_tokens);
+  // A slot that was taken out is on a list: room for all comes first.
+  arrivals->positions.insert(arrivals->positions.end(), positions.begin(), positions.end());
+  arrivals->slots.reserve(arrivals->positions.size());
+  for (size_t i = 0; i < positions.size(); ++i) arrivals->slots.push_back(head.residency.Reserve());
+  arrivals->heads.push_back({kv_head, arrivals->slots.size()});
+  const int32_t* slot = arrivals->slots.data() + arrivals->slots.size() - positions.size();
+  const std::byte* of_chunk = nullptr;
+  int64_t chunk = -1;
+  for (const int32_t position : positions) {
+    Half* const to = head.slots + *slot++ * row;
+    if (position >= ring_begin) {
+      arrivals->wide.push_back({head.ring + position % layout.ring * row, to});
+      continue;
+    }
+    if (position / size != chunk) {
+      chunk = position / size;
+      auto found = WithinMemory([&] { return rows.Rows(static_cast<size_t>(chunk), kv_head); });
       if (!found.ok()) {
-        for (const int32_t slot : slots) head.residency.GiveBack(slot);
+        GiveBack(layer_index, *arrivals);
         return std::move(found).status();
       }
-      source = *found;
-      stored += geometry().rows != RowFormat::kF16;
+      of_chunk = *found;
     }
-    slots.push_back(head.residency.Reserve());
-    copies.push_back({source, head.slots + slots.back() * row});
+    arrivals->stored.push_back({of_chunk + static_cast<size_t>(position % size) * geometry().stored_row_bytes(), to});
   }
+  return {};
+}
+
+void Sequence::Impl::GiveBack(int32_t layer_index, Arrivals& arrivals) {
+  size_t slot = 0;
+  for (const Arrivals::Head& of : arrivals.heads) {
+    HeadResidency& residency = layers[static_cast<size_t>(layer_index)].heads[static_cast<size_t>(of.kv_head)].residency;
+    for (; slot < of.end; ++slot) residency.GiveBack(arrivals.slots[slot]);
+  }
+  arrivals.Clear();
+}
+
+Result<int64_t> Sequence::Impl::Land(int32_t layer_index, Arrivals& arrivals) {
   const Status copied = WithinMemory([&]() -> Status {
-    const std::span<const RowCopy> all = copies;
     const auto gather = [&](std::span<const RowCopy> of, RowFormat format) {
       return of.empty() ? Status() : kernels().gather({.rows = of, .head_dim = geometry().head_dim, .format = format}, cache->launch());
     };
-    PREHOC_RETURN_IF_ERROR(gather(all.first(stored), geometry().rows));
-    return gather(all.subspan(stored), RowFormat::kF16);
+    PREHOC_RETURN_IF_ERROR(gather(arrivals.stored, geometry().rows));
+    return gather(arrivals.wide, RowFormat::kF16);
   });
   if (!copied.ok()) {
-    for (const int32_t slot : slots) head.residency.GiveBack(slot);
+    GiveBack(layer_index, arrivals);
     return copied;
   }
-  head.residency.Publish(positions.first(landed), slots);
-  return static_cast<int64_t>(landed);
+  size_t begin = 0;
+  for (const Arrivals::Head& of : arrivals.heads) {
+    HeadResidency& residency = layers[static_cast<size_t>(layer_index)].heads[static_cast<size_t>(of.kv_head)].residency;
+    residency.Publish(std::span<const int32_t>(arrivals.positions).subspan(begin, of.end - begin),
+                      std::span<const int32_t>(arrivals.slots).subspan(begin, of.end - begin));
+    begin = of.end;
+  }
+  return static_cast<int64_t>(arrivals.slots.size());
 }
 
 // The same, behind the following steps: the rows are used `lag` steps from now.

@@ -58,7 +58,13 @@ struct FastStep {
   std::vector<size_t> choosing;  // unit of each task
   std::vector<RowCopy> copies;
   std::vector<AttendTask> attend;
-  std::vector<int32_t> missing, landed, slots, wanted;
+  std::vector<int32_t> missing;
+
+  // Of the slow clock.
+  std::vector<int32_t> due_heads, found;
+  std::vector<TopKTask> top_k;
+  std::vector<WantedRows> wanted;
+  Arrivals arrivals;
 };
 
 }  // namespace prehoc

@@ -71,6 +71,31 @@ struct PendingFetch {
   Status widened;
 };
 
+// What a turn of the slow clock wants on the device, of one head.
+struct WantedRows {
+  int32_t kv_head = 0;
+  std::vector<int32_t> positions;
+};
+
+// Rows of one layer that the next gather brings to slots already taken out: one gather for several heads waits once.
+struct Arrivals {
+  struct Head {
+    int32_t kv_head = 0;
+    size_t end = 0;  // of its part of `positions` and `slots`
+  };
+  std::vector<Head> heads;
+  std::vector<int32_t> positions, slots;  // sorted by position within a head
+  std::vector<RowCopy> stored, wide;      // of the host's format, and fp16 rows of the ring
+
+  void Clear() {
+    heads.clear();
+    positions.clear();
+    slots.clear();
+    stored.clear();
+    wide.clear();
+  }
+};
+
 struct HeadState {
   Half *sinks = nullptr, *ring = nullptr, *slots = nullptr;
   std::byte* codes = nullptr;
@@ -223,9 +248,11 @@ struct Sequence::Impl {
   // slow_clock.cc
   Status SlowClock();
   bool RefreshDue(int32_t layer, int32_t kv_head) const;
-  Status FillAtStart(int32_t layer, int32_t kv_head);
-  Status Refresh(int32_t layer, int32_t kv_head, int64_t lag);
-  Status BringMissing(int32_t layer, int32_t kv_head, std::vector<int32_t>& wanted, int64_t lag);
+  Status FillAtStart(int32_t layer);
+  Status Refresh(int32_t layer, std::span<const int32_t> kv_heads, int64_t lag);
+  Result<size_t> RankPooled(int32_t layer, std::span<const int32_t> kv_heads, std::span<WantedRows> wanted);
+  Status BringMissing(int32_t layer, std::span<WantedRows> wanted, int64_t lag);
+  Result<std::span<const int32_t>> MakeRoomForMissing(int32_t layer, WantedRows& wanted, int64_t lag);
   Status PostBehind(int32_t layer, int32_t kv_head, LayerBlocks& rows, std::span<const int32_t> positions, int64_t lag);
   // Its rows are in their slots, or (an error) will not be. Waits.
   Status Arrive(PendingFetch& fetch, const HeadState& head);
@@ -235,6 +262,10 @@ struct Sequence::Impl {
   Status MakeRoom(int32_t layer, int32_t kv_head, int32_t wanted, std::span<const int32_t> spare);
   // Copies rows of `positions` (sorted, not on the device) to free slots now, as many as there are. Returns how many.
   Result<int64_t> BringIn(int32_t layer, int32_t kv_head, LayerBlocks& rows, std::span<const int32_t> positions);
+  // The same in two steps, for several heads: slots are taken out, then all are copied. After an error of either, all slots are back.
+  Status Expect(int32_t layer, int32_t kv_head, LayerBlocks& rows, std::span<const int32_t> positions, Arrivals* arrivals);
+  Result<int64_t> Land(int32_t layer, Arrivals& arrivals);
+  void GiveBack(int32_t layer, Arrivals& arrivals);
 
   // device_step.cc
   static bool ShapeSteps(const CacheShared& cache, int64_t max_tokens, int32_t most, StepShape* shape);

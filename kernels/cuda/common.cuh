@@ -197,24 +197,38 @@ __device__ inline void AddLogit(Mass* mass, float x) {
   }
   mass->sum += x == mass->most ? 1.0f : __expf(x - mass->most);
 }
-__device__ inline void AddLogits(Mass* mass, const float4& x) {
-  const float most = fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w));
+__device__ inline float Most(const float4& x) { return fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w)); }
+template <int N>
+__device__ inline void AddLogits(Mass* mass, const float4 (&x)[N]) {
+  float most = Most(x[0]);
+#pragma unroll
+  for (int i = 1; i < N; ++i) most = fmaxf(most, Most(x[i]));
   if (most > mass->most) {
     mass->sum *= Exp2((mass->most - most) * kLog2E);
     mass->most = most;
   }
   if (isinf(mass->most)) {  // nothing yet, or one that is infinite: few instructions, they lie in the way of the others
-    float4 left = x;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      float4 left = x[i];
 #pragma unroll 1
-    for (int t = 0; t < 4; ++t, left = {left.y, left.z, left.w, 0}) AddLogit(mass, left.x);
+      for (int t = 0; t < 4; ++t, left = {left.y, left.z, left.w, 0}) AddLogit(mass, left.x);
+    }
     return;
   }
   const float unit = -mass->most * kLog2E;
   const auto weight = [&](float z) { return Exp2(fmaf(z, kLog2E, unit)); };
-  mass->sum += (weight(x.x) + weight(x.y)) + (weight(x.z) + weight(x.w));
+  float sum[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) sum[i] = (weight(x[i].x) + weight(x[i].y)) + (weight(x[i].z) + weight(x[i].w));
+#pragma unroll
+  for (int i = 1; i < N; ++i) sum[0] += sum[i];
+  mass->sum += sum[0];
 }
-__device__ inline void AddLogits(Mass* mass, const float2& x) {
-  AddLogit(mass, x.x), AddLogit(mass, x.y);
+template <int N>
+__device__ inline void AddLogits(Mass* mass, const float2 (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) AddLogit(mass, x[i].x), AddLogit(mass, x[i].y);
 }
 __device__ inline Mass Join(Mass a, Mass b) {
   const float most = fmaxf(a.most, b.most);

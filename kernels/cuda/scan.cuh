@@ -120,30 +120,37 @@ template <int D, int BITS, int PAGES, bool WITH_ERROR>
 class BlockScan {
   using S = CodeShape<D, BITS>;
   static constexpr int kLaneTokens = PAGES == 1 ? 2 : 4;
-  static constexpr int kPairs = PAGES == 1 ? 1 : PAGES / 2;  // pieces of 8 * kLaneTokens tokens
   static constexpr float kUp = 16777216.0f;  // 2^24
   static constexpr int kLevels = (1 << BITS) - 1;
   using Piece = typename LaneWords<kLaneTokens>::Piece;
-  using Logits = typename LaneWords<kLaneTokens>::Logits;
 
  public:
+  static constexpr int kPairs = PAGES == 1 ? 1 : PAGES / 2;  // pieces of 8 * kLaneTokens tokens
+  using Logits = typename LaneWords<kLaneTokens>::Logits;
+
   // `header` [2, 4 D bytes] of shared memory of this warp.
   __device__ BlockScan(int pages_at, const uint4* steps, const QueryScale& scale, bool norms, std::byte* header, int lane)
-      : steps_(steps), scale_(scale), header_(header), pages_at_(pages_at), lane_(lane), norms_(norms) {}
+      : steps_(steps), scale_(scale), header_(header), lane_at_(FirstWord(pages_at, lane)), lane_(lane), norms_(norms) {}
 
   // Asks for the first block.
   __device__ void Start(const std::byte* block) {
     LoadHeader(block);
 #pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) LoadPiece(block, 0, pair);
+    for (int m = 0; m < S::kPassPlanes; ++m) {
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) LoadPiece(block, 0, pair, m);
+    }
   }
   // The head of the block that was asked for is there; so is all else that this warp asked for by asynchronous copies.
   __device__ void Arrive() {
     WaitForCopies();
     __syncwarp();
   }
-  // After Arrive(): the logits of `block`, which was asked for; asks for `next`, if it is not null. For each piece
-  //   emit(at, z), and with errors emit_error(at, err): lane (g, j) has those of head j at tokens `at` .. of the block.
+  // The tokens of a lane in piece `piece` of a block: from this one on, one to a number of Logits.
+  static __device__ int TokenOf(int piece, int lane) { return 8 * kLaneTokens * piece + kLaneTokens * (lane / 4); }
+
+  // After Arrive(): the logits of `block`, which was asked for; asks for `next`, if it is not null. emit(z), and with errors emit_error(err), take
+  // all pieces: lane (g, j) has those of head j at the tokens TokenOf().
   template <class Emit, class EmitError>
   __device__ void Run(const std::byte* block, const std::byte* next, Emit&& emit, EmitError&& emit_error) {
     const int g = lane_ / 4, j = lane_ % 4;
@@ -160,28 +167,21 @@ class BlockScan {
 #pragma unroll
     for (int pass = 0; pass < S::kPasses; ++pass) {
       const int plane0 = j + 4 * S::kPassPlanes * pass;
-      uint32_t b[S::kPassSteps][2];
+      const auto quads_of = [&](int m) { return head + 2 * S::kWordChannels * (plane0 + 4 * m); };
+      uint32_t step[S::kPassPlanes][S::kFields][2] = {};
 #pragma unroll
       for (int m = 0; m < S::kPassPlanes; ++m) {
-        uint32_t lo[S::kFields][2] = {}, step[S::kFields][2] = {};
-        if (Exists(plane0, m)) {
-          const std::byte* const at = head + 2 * S::kWordChannels * (plane0 + 4 * m);
-          LoadQuads(at, lo);
-          LoadQuads(at + 2 * D, step);
-        }
-        __half2 most = AsHalf2(step[0][0]);
+        if (Exists(plane0, m)) LoadQuads(quads_of(m) + 2 * D, step[m]);
+      }
+      unbounded = LeaveOutUnbounded(step) || unbounded;
+      // No branch from here on: loads, slopes and products of one plane go on beside those of another, and of four sums in turn.
 #pragma unroll
-        for (int i = 1; i < 2 * S::kFields; ++i) most = __hmax2(most, AsHalf2(step[i / 2][i % 2]));
-        // A step of +inf stands for a channel without a bound, which has no part in the logit.
-        if ((AsBits(most) & 0xffffu) >= 0x7c00u || AsBits(most) >= 0x7c000000u) {
-          unbounded = true;
-#pragma unroll
-          for (int f = 0; f < S::kFields; ++f) step[f][0] &= ~InfiniteHalves(step[f][0]), step[f][1] &= ~InfiniteHalves(step[f][1]);
-        }
+      for (int m = 0; m < S::kPassPlanes; ++m) {
+        uint32_t lo[S::kFields][2] = {};
+        if (Exists(plane0, m)) LoadQuads(quads_of(m), lo);
 #pragma unroll
         for (int f = 0; f < S::kFields; ++f) {
-          const int s = m * S::kFields + f;
-          const uint4 q = steps_[(pass * S::kPassSteps + s) * (kWarp / 2) + g / 2 * 4 + j];
+          const uint4 q = steps_[((pass * S::kPassPlanes + m) * S::kFields + f) * (kWarp / 2) + g / 2 * 4 + j];
           const uint32_t q0 = rest ? q.z : q.x, q1 = rest ? q.w : q.y;
           Number<RowType::kF16>::Mma(base[f], lo[f][0], lo[f][0], lo[f][1], lo[f][1], q0, q1);
           if constexpr (WITH_ERROR) {
@@ -191,56 +191,54 @@ class BlockScan {
             const uint32_t a0 = AsBits(__hadd2(AsHalf2(q0 & 0x7fff7fffu), floor)), a1 = AsBits(__hadd2(AsHalf2(q1 & 0x7fff7fffu), floor));
             const uint32_t l0 = lo[f][0] & 0x7fff7fffu, l1 = lo[f][1] & 0x7fff7fffu;
             Number<RowType::kF16>::Mma(magnitude[f], l0, l0, l1, l1, a0, a1);
-            Number<RowType::kF16>::Mma(spread[f], step[f][0], step[f][0], step[f][1], step[f][1], a0, a1);
+            Number<RowType::kF16>::Mma(spread[f], step[m][f][0], step[m][f][0], step[m][f][1], step[m][f][1], a0, a1);
           }
-          const uint32_t s0 = Slope(q.x, q.z, step[f][0], rest), s1 = Slope(q.y, q.w, step[f][1], rest);
-          b[s][0] = LowHalves(s0, s1), b[s][1] = HighHalves(s0, s1);  // channels 0 and 2, 1 and 3: as bytes of words lie
-        }
-      }
+          const uint32_t s0 = Slope(q.x, q.z, step[m][f][0], rest), s1 = Slope(q.y, q.w, step[m][f][1], rest);
+          const uint32_t b0 = LowHalves(s0, s1), b1 = HighHalves(s0, s1);  // channels 0 and 2, 1 and 3: as bytes of words lie
+          constexpr uint32_t kField = (uint32_t{kLevels} << 16) | kLevels;
+          const uint32_t mask = kField << (f * BITS);
 #pragma unroll
-      for (int pair = 0; pair < kPairs; ++pair) {
+          for (int pair = 0; pair < kPairs; ++pair) {
 #pragma unroll
-        for (int m = 0; m < S::kPassPlanes; ++m) {
-#pragma unroll
-          for (int t = 0; t < kLaneTokens; t += 2) {
-            const uint32_t even0 = WordOf(word_[pair][m], t), odd0 = even0 >> 8, even1 = WordOf(word_[pair][m], t + 1), odd1 = even1 >> 8;
-#pragma unroll
-            for (int f = 0; f < S::kFields; ++f) {
-              constexpr uint32_t kField = (uint32_t{kLevels} << 16) | kLevels;
-              const uint32_t mask = kField << (f * BITS);
-              const uint32_t(&x)[2] = b[m * S::kFields + f];
-              Number<RowType::kF16>::Mma(sum[pair][t / 2], even0 & mask, even1 & mask, odd0 & mask, odd1 & mask, x[0], x[1]);
+            for (int t = 0; t < kLaneTokens; t += 2) {
+              const uint32_t even0 = WordOf(word_[pair][m], t), odd0 = even0 >> 8, even1 = WordOf(word_[pair][m], t + 1), odd1 = even1 >> 8;
+              Number<RowType::kF16>::Mma(sum[pair][t / 2], even0 & mask, even1 & mask, odd0 & mask, odd1 & mask, b0, b1);
             }
           }
         }
-        if (pass + 1 < S::kPasses) {
-          LoadPiece(block, pass + 1, pair);
-        } else if (next != nullptr) {
-          LoadPiece(next, 0, pair);
+#pragma unroll
+        for (int pair = 0; pair < kPairs; ++pair) {
+          if (pass + 1 < S::kPasses) {
+            LoadPiece(block, pass + 1, pair, m);
+          } else if (next != nullptr) {
+            LoadPiece(next, 0, pair, m);
+          }
         }
       }
     }
     const float unit = scale_.unit[j], start = Whole(base) * unit, up = unit * kUp;
-    if constexpr (WITH_ERROR) unbounded = __any_sync(kAllLanes, unbounded);
+    Logits z[kPairs];
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
-      const int at = 8 * kLaneTokens * pair + kLaneTokens * g;
-      Logits z;
 #pragma unroll
       for (int t = 0; t < kLaneTokens; t += 2) {
         const float(&s)[4] = sum[pair][t / 2];
-        SetLogit(&z, t, fmaf(s[0] + s[1], up, start)), SetLogit(&z, t + 1, fmaf(s[2] + s[3], up, start));
+        SetLogit(&z[pair], t, fmaf(s[0] + s[1], up, start)), SetLogit(&z[pair], t + 1, fmaf(s[2] + s[3], up, start));
       }
-      emit(at, z);
-      if constexpr (WITH_ERROR) {
-        const float step_sum = Whole(spread) * unit, lo_sum = Whole(magnitude) * unit;
-        Logits err;
-        const float* const of = &z.x;
+    }
+    emit(z);
+    if constexpr (WITH_ERROR) {
+      unbounded = __any_sync(kAllLanes, unbounded);
+      const float step_sum = Whole(spread) * unit, lo_sum = Whole(magnitude) * unit;
+      Logits err[kPairs];
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) {
+        const float* const of = &z[pair].x;
 #pragma unroll
         for (int t = 0; t < kLaneTokens; ++t) {
           float quantisation = 0.5f * step_sum;
           if (norms_) {
-            const __half norm = reinterpret_cast<const __half*>(block + 4 * D)[at + t];
+            const __half norm = reinterpret_cast<const __half*>(block + 4 * D)[TokenOf(pair, lane_) + t];
             const float by_norm = scale_.norm[j] * __half2float(norm);
             if (by_norm < quantisation) quantisation = by_norm;
           }
@@ -250,10 +248,10 @@ class BlockScan {
           const float arithmetic = 0x1p-14f * (lo_sum + kLevels * step_sum) + 0x1p-7f * step_sum;
           const float grain = unit * static_cast<float>(D) * kLevels * 0x1p-22f * static_cast<float>(1 << (8 - BITS));
           const float bound = quantisation * 1.0002f + arithmetic + grain + scale_.absolute[j] * 0x1p-25f;
-          SetLogit(&err, t, unbounded || !isfinite(of[t]) || !(bound < Infinity()) ? Infinity() : bound);
+          SetLogit(&err[pair], t, unbounded || !isfinite(of[t]) || !(bound < Infinity()) ? Infinity() : bound);
         }
-        emit_error(at, err);
       }
+      emit_error(err);
     }
   }
 
@@ -261,6 +259,22 @@ class BlockScan {
   static __device__ bool Exists(int plane0, int m) {
     if constexpr (S::kPlanes % 4 == 0) return true;
     return plane0 + 4 * m < S::kPlanes;
+  }
+  // A step of +inf stands for a channel without a bound, which has no part in the logit: it becomes 0. Whether there was one.
+  static __device__ bool LeaveOutUnbounded(uint32_t (&step)[S::kPassPlanes][S::kFields][2]) {
+    __half2 most = AsHalf2(step[0][0][0]);
+#pragma unroll
+    for (int m = 0; m < S::kPassPlanes; ++m) {
+#pragma unroll
+      for (int i = 0; i < 2 * S::kFields; ++i) most = __hmax2(most, AsHalf2(step[m][i / 2][i % 2]));
+    }
+    if ((AsBits(most) & 0xffffu) < 0x7c00u && AsBits(most) < 0x7c000000u) return false;
+#pragma unroll
+    for (int m = 0; m < S::kPassPlanes; ++m) {
+#pragma unroll
+      for (int i = 0; i < 2 * S::kFields; ++i) step[m][i / 2][i % 2] &= ~InfiniteHalves(step[m][i / 2][i % 2]);
+    }
+    return true;
   }
   __device__ bool HasHeader(int i) const {
     if constexpr ((4 * D / 16) % kWarp == 0) return true;
@@ -272,14 +286,16 @@ class BlockScan {
       if (HasHeader(i)) CopyAsync16(SharedAddress(header_ + half_ + 16 * (lane_ + i * kWarp)), block + 16 * (lane_ + i * kWarp), true);
     }
   }
-  __device__ void LoadPiece(const std::byte* block, int pass, int pair) {
-    const int g = lane_ / 4, plane0 = lane_ % 4 + 4 * S::kPassPlanes * pass, token = 8 * kLaneTokens * pair + kLaneTokens * g;
-    const std::byte* const at = block + pages_at_ + token / kCodePageTokens * S::kPageBytes + token % kCodePageTokens * 4 + 64 * plane0;
-#pragma unroll
-    for (int m = 0; m < S::kPassPlanes; ++m) {
-      word_[pair][m] = Piece{};
-      if (Exists(plane0, m)) word_[pair][m] = LoadOnce(reinterpret_cast<const Piece*>(at + 256 * m));
-    }
+  // What differs from piece to piece is known when this is compiled.
+  __device__ void LoadPiece(const std::byte* block, int pass, int pair, int m) {
+    constexpr int kPiecePages = 8 * kLaneTokens / kCodePageTokens;
+    word_[pair][m] = Piece{};
+    if (!Exists(lane_ % 4 + 4 * S::kPassPlanes * pass, m)) return;
+    word_[pair][m] = LoadOnce(reinterpret_cast<const Piece*>(block + lane_at_ + (kPiecePages * pair * S::kPageBytes + 256 * (S::kPassPlanes * pass + m))));
+  }
+  static __device__ int FirstWord(int pages_at, int lane) {
+    const int token = TokenOf(0, lane);
+    return pages_at + token / kCodePageTokens * S::kPageBytes + token % kCodePageTokens * 4 + 64 * (lane % 4);
   }
   // What is read once leaves the first-level cache to others.
   static __device__ uint4 LoadOnce(const uint4* p) {
@@ -316,7 +332,8 @@ class BlockScan {
   const uint4* const steps_;
   const QueryScale& scale_;
   std::byte* const header_;
-  const int pages_at_, lane_;
+  const int lane_at_;  // of a lane's first word in a block
+  const int lane_;
   const bool norms_;
   int half_ = 0;  // of header_: where the block that was asked for last has its head
   Piece word_[kPairs][S::kPassPlanes] = {};
@@ -365,17 +382,21 @@ __device__ inline void ScanBlocks(const ScanArgs& args, const ScanTask& task, in
   int64_t at = int64_t{me} * kTokens;
   if (at >= coded) return;
   const std::byte* block = task.source.blocks + at / kTokens * block_bytes;
-  BlockScan<D, BITS, PAGES, WITH_ERROR> scan(static_cast<int>(args.layout.pages), steps, scale, args.format.error_norms, header, lane);
+  using Scan = BlockScan<D, BITS, PAGES, WITH_ERROR>;
+  using Logits = typename Scan::Logits;
+  Scan scan(static_cast<int>(args.layout.pages), steps, scale, args.format.error_norms, header, lane);
   scan.Start(block);
 #pragma unroll 1
   for (; at < coded; at += int64_t{warps} * kTokens) {
     const std::byte* const next = at + int64_t{warps} * kTokens < coded ? block + int64_t{warps} * block_bytes : nullptr;
-    const auto emit = [&](int token, const auto& z) {
-      if (mine) *reinterpret_cast<std::decay_t<decltype(z)>*>(task.z + row + at + token) = z;
+    const auto store = [&](float* to, const Logits (&x)[Scan::kPairs]) {
+#pragma unroll
+      for (int pair = 0; pair < Scan::kPairs; ++pair) {
+        if (mine) *reinterpret_cast<Logits*>(to + row + at + Scan::TokenOf(pair, lane)) = x[pair];
+      }
     };
-    const auto emit_error = [&](int token, const auto& err) {
-      if (mine) *reinterpret_cast<std::decay_t<decltype(err)>*>(task.err + row + at + token) = err;
-    };
+    const auto emit = [&](const auto& z) { store(task.z, z); };
+    const auto emit_error = [&](const auto& err) { store(task.err, err); };
     scan.Arrive();
     scan.Run(block, next, emit, emit_error);
     block = next;

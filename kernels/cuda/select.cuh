@@ -135,28 +135,36 @@ class Selector : public TeamMember<Selector<D, BITS>, ScanMemory<D, BITS>::kByte
     const std::byte* block = source_->blocks + int64_t{at / kTokens} * block_bytes;
     Mass mass = NoMass();
     if (at >= coded_end) return mass;
-    BlockScan<D, BITS, PAGES, false> scan(static_cast<int>(args_.layout.pages), steps(), scale, false, header(), lane());
+    using Scan = BlockScan<D, BITS, PAGES, false>;
+    using Logits = typename Scan::Logits;
+    Scan scan(static_cast<int>(args_.layout.pages), steps(), scale, false, header(), lane());
     scan.Start(block);
 #pragma unroll 1
     for (; at < coded_end; at += kStride) {
       const std::byte* const next = at + kStride < coded_end ? block + int64_t{kSelectWarps} * block_bytes : nullptr;
-      const bool whole = at >= lo_ || at + kTokens <= sinks_;
-      const auto emit = [&](int token, auto z) {
-        if (!exists) return;
-        const int32_t i = at + token;
-        *reinterpret_cast<decltype(z)*>(mine + i) = z;
-        if (!whole) {  // what is out of sight has no weight
-          const auto seen = [&](int t, float x) { return InSight(i + t) ? x : -Infinity(); };
-          z.x = seen(0, z.x), z.y = seen(1, z.y);
-          if constexpr (sizeof(z) == sizeof(float4)) z.z = seen(2, z.z), z.w = seen(3, z.w);
+      const auto emit = [&](Logits (&z)[Scan::kPairs]) {
+#pragma unroll
+        for (int pair = 0; pair < Scan::kPairs; ++pair) {
+          if (exists) *reinterpret_cast<Logits*>(mine + at + Scan::TokenOf(pair, lane())) = z[pair];
+        }
+        if (at < lo_ && at + kTokens > sinks_) {  // what is out of sight has no weight
+#pragma unroll
+          for (int pair = 0; pair < Scan::kPairs; ++pair) HideUnseen(at + Scan::TokenOf(pair, lane()), &z[pair]);
         }
         AddLogits(&mass, z);
       };
       scan.Arrive();
-      scan.Run(block, next, emit, [](int, const auto&) {});
+      scan.Run(block, next, emit, [](const auto&) {});
       block = next;
     }
     return mass;
+  }
+
+  template <class Logits>
+  __device__ void HideUnseen(int32_t i, Logits* z) const {
+    const auto seen = [&](int t, float x) { return InSight(i + t) ? x : -Infinity(); };
+    z->x = seen(0, z->x), z->y = seen(1, z->y);
+    if constexpr (sizeof(Logits) == sizeof(float4)) z->z = seen(2, z->z), z->w = seen(3, z->w);
   }
 
   // Of the own positions that `counts` takes, for each head, to `parts`.

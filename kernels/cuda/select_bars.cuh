@@ -190,6 +190,22 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
       if ((counts >> t) & 1) atomicAdd(own_bins() + lane() % 4 * kHeadBins + bin, 1u);
     }
   }
+  // Of a code block of the middle, mostly: nothing reaches a bar, and all of it goes to `sum`. False if something might.
+  template <int N>
+  __device__ bool NoneListed(const float4 (&z)[N], float* sum) const {
+    const float2 bars = Fresh2(shared().bars[lane() % 4]);
+    float most = Most(z[0]);
+#pragma unroll
+    for (int i = 1; i < N; ++i) most = fmaxf(most, Most(z[i]));
+    if (__any_sync(kAllLanes, most >= fminf(bars.x, bars.y))) return false;
+    const float unit = -HigherBar(bars) * kLog2E;
+    const auto weight = [&](float x) { return Exp2(fmaf(x, kLog2E, unit)); };
+    float more = 0;
+#pragma unroll
+    for (int i = 0; i < N; ++i) more += (weight(z[i].x) + weight(z[i].y)) + (weight(z[i].z) + weight(z[i].w));
+    *sum += more;
+    return true;
+  }
   // Lists what reaches a bar; the mass of all else in the middle goes to `sum`, in units of the higher bar. Not `whole`: some of the positions may
   // not be of the middle.
   __device__ void Take(int32_t i, const float4& z, uint32_t resident, bool whole, float* sum) const {
@@ -276,7 +292,8 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
     int32_t unsampled = at + samples * kTokens;  // below it is the sample, until the bars stand
     float* to = sample_z(lane() % 4) + warp() * samples * kTokens - at;
     float other = 0;
-    BlockScan<D, BITS, kTokens / kCodePageTokens, false> scan(static_cast<int>(args_.layout.pages), steps(), scale, false, header(), lane());
+    using Scan = BlockScan<D, BITS, kTokens / kCodePageTokens, false>;
+    Scan scan(static_cast<int>(args_.layout.pages), steps(), scale, false, header(), lane());
     const std::byte* block = source_->blocks + int64_t{at / kTokens} * block_bytes;
     if (at < stop) {
       scan.Start(block);
@@ -306,16 +323,25 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
         atomicAdd(&shared().sampled, static_cast<uint32_t>(max(min(at + kTokens, Fresh(shared().hi)) - max(at, Fresh(shared().lo)), 0)));
       }
       const bool whole = at >= Fresh(shared().lo) && at + kTokens <= Fresh(shared().hi);
-      const auto emit = [&](int token, const auto& z) {
-        if (Fresh(shared().pooled) != nullptr) Pool(at + token, z, Fresh(side_scores(at)[token / 32 * 32 + lane()]));
-        const uint32_t resident = static_cast<uint32_t>(Fresh(*side_word(at)) >> token) & 15u;
-        if (at < unsampled) {
-          Sample(at + token, z, resident, to + at + token);
-        } else {
-          Take(at + token, z, resident, whole, &other);
+      const auto emit = [&](const float4 (&z)[Scan::kPairs]) {
+        if (Fresh(shared().pooled) != nullptr) {
+#pragma unroll
+          for (int piece = 0; piece < Scan::kPairs; ++piece) Pool(at + Scan::TokenOf(piece, lane()), z[piece], Fresh(side_scores(at)[piece * 32 + lane()]));
+        }
+        if (at >= unsampled && whole && NoneListed(z, &other)) return;
+        const uint64_t word = Fresh(*side_word(at));
+#pragma unroll
+        for (int piece = 0; piece < Scan::kPairs; ++piece) {
+          const int token = Scan::TokenOf(piece, lane());
+          const uint32_t resident = static_cast<uint32_t>(word >> token) & 15u;
+          if (at < unsampled) {
+            Sample(at + token, z[piece], resident, to + at + token);
+          } else {
+            Take(at + token, z[piece], resident, whole, &other);
+          }
         }
       };
-      scan.Run(block, next, emit, [](int, const auto&) {});
+      scan.Run(block, next, emit, [](const auto&) {});
       block = next;
     }
     StoreMasses(other);
