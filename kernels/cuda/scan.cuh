@@ -30,7 +30,9 @@ struct CodeShape {
   static constexpr int kHeaderPieces = (4 * D / 16 + kWarp - 1) / kWarp;  // of 16 bytes, of each lane
   static_assert(kLanePlanes % kPassPlanes == 0);
   static constexpr size_t kHeaderBytes = size_t{4} * D;             // lo and step of a block
-  static constexpr size_t kQueryBytes = size_t{kSteps} * kWarp / 2 * sizeof(uint4);  // of a tile
+  static constexpr int kPassBases = (kPassSteps + 1) / 2;           // a product with lo takes two quads
+  static constexpr size_t kSlopeBytes = size_t{kSteps} * kWarp / 2 * sizeof(uint4);
+  static constexpr size_t kQueryBytes = kSlopeBytes + size_t{kPasses} * kPassBases * kWarp * sizeof(uint4);  // of a tile
 };
 
 // What is the same for every block: of the heads of a tile.
@@ -40,9 +42,10 @@ struct QueryScale {
   float absolute[kScanHeads];   // |q|_1 / sqrt(d), rounded up
 };
 
-// q of heads [first, first + 4) as steps of the right operand, in shared memory: [step][head][j] = {most of channels 0 and 1 of the quad,
-// most of 2 and 3, rest of 0 and 1, rest of 2 and 3}, over 2^(field * BITS), which the place of the field in its byte makes up for. Of one
-// warp; the others wait for it.
+// q of heads [first, first + 4), in shared memory, twice. For slopes [step][head][j] = {most of channels 0 and 1 of the quad, most of 2 and 3,
+// rest of 0 and 1, rest of 2 and 3}, over 2^(field * BITS), which the place of the field in its byte makes up for. Behind them, as the right
+// operand beside lo, [pair of quads][lane (g, j)] = {channels 0 and 1 of both, 2 and 3 of both}: most of head g / 2 where g is even, else its rest.
+// Of one warp; the others wait for it.
 template <int D, int BITS>
 __device__ inline void PrepareQuery(const float* q, int first, int group, int lane, uint4* steps, QueryScale* scale) {
   using S = CodeShape<D, BITS>;
@@ -78,6 +81,14 @@ __device__ inline void PrepareQuery(const float* q, int first, int group, int la
     SplitPair<RowType::kF16>(x.x * by, x.y * by, &step.x, &step.z);
     SplitPair<RowType::kF16>(x.z * by, x.w * by, &step.y, &step.w);
     steps[s * (kWarp / 2) + head * 4 + j] = step;
+    SplitPair<RowType::kF16>(x.x * down, x.y * down, &step.x, &step.z);
+    SplitPair<RowType::kF16>(x.z * down, x.w * down, &step.y, &step.w);
+    const int of_pass = s % S::kPassSteps, base = s / S::kPassSteps * S::kPassBases + of_pass / 2;
+    uint32_t* const most_of = reinterpret_cast<uint32_t*>(steps) + S::kSlopeBytes / 4 + (base * kWarp + 8 * head + j) * 4 + of_pass % 2;
+    uint32_t* const rest_of = most_of + 16;
+    most_of[0] = step.x, most_of[2] = step.y;
+    rest_of[0] = step.z, rest_of[2] = step.w;
+    if (S::kPassSteps % 2 != 0 && of_pass + 1 == S::kPassSteps) most_of[1] = most_of[3] = rest_of[1] = rest_of[3] = 0;
   }
 }
 
@@ -160,15 +171,15 @@ class BlockScan {
       half_ ^= static_cast<int>(S::kHeaderBytes);
       LoadHeader(next);
     }
-    float base[S::kFields][4] = {};
+    float base[2][4] = {};
     float sum[kPairs][kLaneTokens / 2][4] = {};
-    float magnitude[S::kFields][4] = {}, spread[S::kFields][4] = {};  // of |lo|, of steps
+    float magnitude[2][4] = {}, spread[2][4] = {};  // of |lo|, of steps
     bool unbounded = false;
 #pragma unroll
     for (int pass = 0; pass < S::kPasses; ++pass) {
       const int plane0 = j + 4 * S::kPassPlanes * pass;
       const auto quads_of = [&](int m) { return head + 2 * S::kWordChannels * (plane0 + 4 * m); };
-      uint32_t step[S::kPassPlanes][S::kFields][2] = {};
+      uint32_t step[S::kPassPlanes][S::kFields][2] = {}, lo[S::kPassPlanes][S::kFields][2] = {};
 #pragma unroll
       for (int m = 0; m < S::kPassPlanes; ++m) {
         if (Exists(plane0, m)) LoadQuads(quads_of(m) + 2 * D, step[m]);
@@ -177,22 +188,12 @@ class BlockScan {
       // No branch from here on: loads, slopes and products of one plane go on beside those of another, and of four sums in turn.
 #pragma unroll
       for (int m = 0; m < S::kPassPlanes; ++m) {
-        uint32_t lo[S::kFields][2] = {};
-        if (Exists(plane0, m)) LoadQuads(quads_of(m), lo);
+        if (Exists(plane0, m)) LoadQuads(quads_of(m), lo[m]);
 #pragma unroll
         for (int f = 0; f < S::kFields; ++f) {
-          const uint4 q = steps_[((pass * S::kPassPlanes + m) * S::kFields + f) * (kWarp / 2) + g / 2 * 4 + j];
-          const uint32_t q0 = rest ? q.z : q.x, q1 = rest ? q.w : q.y;
-          Number<RowType::kF16>::Mma(base[f], lo[f][0], lo[f][0], lo[f][1], lo[f][1], q0, q1);
-          if constexpr (WITH_ERROR) {
-            // 2^-11 more than |q| (before the field is divided out): a share of 2^-14 of the sums then covers what is lost of a q below
-            // 2^-14, too.
-            const __half2 floor = __float2half2_rn(rest ? 0.0f : 0x1p-11f);
-            const uint32_t a0 = AsBits(__hadd2(AsHalf2(q0 & 0x7fff7fffu), floor)), a1 = AsBits(__hadd2(AsHalf2(q1 & 0x7fff7fffu), floor));
-            const uint32_t l0 = lo[f][0] & 0x7fff7fffu, l1 = lo[f][1] & 0x7fff7fffu;
-            Number<RowType::kF16>::Mma(magnitude[f], l0, l0, l1, l1, a0, a1);
-            Number<RowType::kF16>::Mma(spread[f], step[m][f][0], step[m][f][0], step[m][f][1], step[m][f][1], a0, a1);
-          }
+          const int s = m * S::kFields + f;
+          if (s % 2 != 0 || s + 1 == S::kPassSteps) AddBase<WITH_ERROR>(pass, s / 2, lo, step, base, magnitude, spread);
+          const uint4 q = steps_[(pass * S::kPassSteps + s) * (kWarp / 2) + g / 2 * 4 + j];
           const uint32_t s0 = Slope(q.x, q.z, step[m][f][0], rest), s1 = Slope(q.y, q.w, step[m][f][1], rest);
           const uint32_t b0 = LowHalves(s0, s1), b1 = HighHalves(s0, s1);  // channels 0 and 2, 1 and 3: as bytes of words lie
           constexpr uint32_t kField = (uint32_t{kLevels} << 16) | kLevels;
@@ -260,6 +261,34 @@ class BlockScan {
     if constexpr (S::kPlanes % 4 == 0) return true;
     return plane0 + 4 * m < S::kPlanes;
   }
+  // Adds q lo of two quads. What a lane (g, j) has of lo depends on j alone, and serves as rows g and g + 8: of the first product counts what rows
+  // g say, which is of channels 0 and 1 of the quads, of the second what rows g + 8 say. With errors |q| |lo| and |q| step likewise.
+  template <bool ERRORS>
+  __device__ void AddBase(int pass, int i, const uint32_t (&lo)[S::kPassPlanes][S::kFields][2], const uint32_t (&step)[S::kPassPlanes][S::kFields][2],
+                          float (&base)[2][4], float (&magnitude)[2][4], float (&spread)[2][4]) const {
+    const uint4 q = steps_[S::kSlopeBytes / sizeof(uint4) + (pass * S::kPassBases + i) * kWarp + lane_];
+    constexpr uint32_t kNone[2] = {0, 0};
+    const int a = 2 * i, b = 2 * i + 1;
+    const bool both = b < S::kPassSteps;
+    const auto add = [&](const uint32_t (&x)[S::kPassPlanes][S::kFields][2], const uint4& y, uint32_t keep, float (&to)[2][4]) {
+      const uint32_t(&x0)[2] = x[a / S::kFields][a % S::kFields];
+      const uint32_t(&x1)[2] = both ? x[b / S::kFields % S::kPassPlanes][b % S::kFields] : kNone;
+      const uint32_t w[4] = {x0[0] & keep, x0[1] & keep, x1[0] & keep, x1[1] & keep};
+      Number<RowType::kF16>::Mma(to[0], w[0], w[1], w[2], w[3], y.x, y.y);
+      Number<RowType::kF16>::Mma(to[1], w[0], w[1], w[2], w[3], y.z, y.w);
+    };
+    add(lo, q, ~0u, base);
+    if constexpr (ERRORS) {
+      // 2^-11 more than what |q| is over its field: a share of 2^-14 of the sums then covers what is lost of a q below 2^-14, too.
+      const bool rest = lane_ / 4 % 2 != 0;
+      const auto more = [&](uint32_t x, int s) {
+        return AsBits(__hadd2(AsHalf2(x & 0x7fff7fffu), __float2half2_rn(rest ? 0.0f : 0x1p-11f * static_cast<float>(1 << (s % S::kFields * BITS)))));
+      };
+      const uint4 up = {more(q.x, a), more(q.y, b), more(q.z, a), more(q.w, b)};
+      add(lo, up, 0x7fff7fffu, magnitude);
+      add(step, up, ~0u, spread);
+    }
+  }
   // A step of +inf stands for a channel without a bound, which has no part in the logit: it becomes 0. Whether there was one.
   static __device__ bool LeaveOutUnbounded(uint32_t (&step)[S::kPassPlanes][S::kFields][2]) {
     __half2 most = AsHalf2(step[0][0][0]);
@@ -308,13 +337,8 @@ class BlockScan {
     asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(p));
     return x;
   }
-  // Both columns of the head, and every field in its own unit.
-  static __device__ float Whole(const float (&sum)[S::kFields][4]) {
-    float whole = 0;
-#pragma unroll
-    for (int f = 0; f < S::kFields; ++f) whole += (sum[f][0] + sum[f][1]) * static_cast<float>(1 << (f * BITS));
-    return whole;
-  }
+  // Both columns of the head, of AddBase()'s sums.
+  static __device__ float Whole(const float (&sum)[2][4]) { return (sum[0][0] + sum[0][1]) + (sum[1][2] + sum[1][3]); }
   // fp16 numbers of the channels of one word: [quad][channels 0 and 1, 2 and 3].
   static __device__ void LoadQuads(const std::byte* at, uint32_t (&x)[S::kFields][2]) {
     if constexpr (S::kFields == 1) {

@@ -26,6 +26,9 @@ class Selector : public TeamMember<Selector<D, BITS>, ScanMemory<D, BITS>::kByte
  public:
   static constexpr bool kScans = BITS != 0;
   static constexpr bool kLists = false;
+  // Where a warp's code blocks are in the part of a block.
+  static __device__ int32_t FirstOfWarp(int32_t /*chunk*/, int32_t tokens, int warp) { return warp * tokens; }
+  static __device__ int32_t StepOfWarp(int32_t tokens) { return kSelectWarps * tokens; }
   // Keys and logits of the own part, if they fit.
   static size_t SharedBytes(const SelectArgs& args) {
     size_t bytes = 0;

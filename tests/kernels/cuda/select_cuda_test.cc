@@ -507,7 +507,7 @@ class SelectByBarsCudaTest : public SelectCudaTest {
       for (int32_t h = 0; h < c.group && p >= host.lo && p < host.hi; ++h) {
         want = std::max(want, static_cast<double>(logits[static_cast<size_t>(h * stride + p)]) - (h == 0 ? 0 : static_cast<double>(level[static_cast<size_t>(h)])));
       }
-      EXPECT_NEAR(first.pooled[static_cast<size_t>(p)], want, 1e-4 + 1e-6 * std::abs(want)) << p;
+      EXPECT_NEAR(first.pooled[static_cast<size_t>(p)], want, 1e-4 + 4e-6 * std::abs(want)) << p;  // two kernels, whose sums round apart
       if (testing::Test::HasFailure()) return -1;
     }
     for (const Results& other : results) {

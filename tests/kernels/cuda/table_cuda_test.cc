@@ -43,7 +43,7 @@ class CudaTableTest : public CudaTest {
     auto buffer = memory_.Allocate(std::max<size_t>(values.size(), 1) * sizeof(T), "test");
     EXPECT_OK(buffer);
     buffers_.push_back(std::move(*buffer));
-    EXPECT_OK(CudaStatus(cudaMemcpy(buffers_.back().data(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice), "copy"));
+    EXPECT_OK(memory_.Write(values.data(), values.size() * sizeof(T), buffers_.back().data()));
     return buffers_.back().template as<T>();
   }
   template <class T>
