@@ -143,9 +143,9 @@ class BlockScan {
   __device__ BlockScan(int pages_at, const uint4* steps, const QueryScale& scale, bool norms, std::byte* header, int lane)
       : steps_(steps), scale_(scale), header_(header), lane_at_(FirstWord(pages_at, lane)), lane_(lane), norms_(norms) {}
 
-  // Asks for the first block.
-  __device__ void Start(const std::byte* block) {
-    LoadHeader(block);
+  // Asks for the first block. `odd`: of a block's place among those of this warp; the one after it has the other half of `header`.
+  __device__ void Start(const std::byte* block, bool odd) {
+    LoadHeader(block, odd);
 #pragma unroll
     for (int m = 0; m < S::kPassPlanes; ++m) {
 #pragma unroll
@@ -163,14 +163,11 @@ class BlockScan {
   // After Arrive(): the logits of `block`, which was asked for; asks for `next`, if it is not null. emit(z), and with errors emit_error(err), take
   // all pieces: lane (g, j) has those of head j at the tokens TokenOf().
   template <class Emit, class EmitError>
-  __device__ void Run(const std::byte* block, const std::byte* next, Emit&& emit, EmitError&& emit_error) {
+  __device__ void Run(const std::byte* block, const std::byte* next, bool odd, Emit&& emit, EmitError&& emit_error) {
     const int g = lane_ / 4, j = lane_ % 4;
     const bool rest = g % 2 != 0;
-    const std::byte* const head = header_ + half_;
-    if (next != nullptr) {
-      half_ ^= static_cast<int>(S::kHeaderBytes);
-      LoadHeader(next);
-    }
+    const std::byte* const head = header_ + (odd ? S::kHeaderBytes : 0);
+    if (next != nullptr) LoadHeader(next, !odd);
     float base[2][4] = {};
     float sum[kPairs][kLaneTokens / 2][4] = {};
     float magnitude[2][4] = {}, spread[2][4] = {};  // of |lo|, of steps
@@ -309,10 +306,11 @@ class BlockScan {
     if constexpr ((4 * D / 16) % kWarp == 0) return true;
     return lane_ + i * kWarp < 4 * D / 16;
   }
-  __device__ void LoadHeader(const std::byte* block) {
+  __device__ void LoadHeader(const std::byte* block, bool odd) {
+    const std::byte* const to = header_ + (odd ? S::kHeaderBytes : 0);
 #pragma unroll
     for (int i = 0; i < S::kHeaderPieces; ++i) {
-      if (HasHeader(i)) CopyAsync16(SharedAddress(header_ + half_ + 16 * (lane_ + i * kWarp)), block + 16 * (lane_ + i * kWarp), true);
+      if (HasHeader(i)) CopyAsync16(SharedAddress(to + 16 * (lane_ + i * kWarp)), block + 16 * (lane_ + i * kWarp), true);
     }
   }
   // What differs from piece to piece is known when this is compiled.
@@ -359,7 +357,6 @@ class BlockScan {
   const int lane_at_;  // of a lane's first word in a block
   const int lane_;
   const bool norms_;
-  int half_ = 0;  // of header_: where the block that was asked for last has its head
   Piece word_[kPairs][S::kPassPlanes] = {};
 };
 
@@ -409,9 +406,10 @@ __device__ inline void ScanBlocks(const ScanArgs& args, const ScanTask& task, in
   using Scan = BlockScan<D, BITS, PAGES, WITH_ERROR>;
   using Logits = typename Scan::Logits;
   Scan scan(static_cast<int>(args.layout.pages), steps, scale, args.format.error_norms, header, lane);
-  scan.Start(block);
+  scan.Start(block, false);
+  bool odd = false;
 #pragma unroll 1
-  for (; at < coded; at += int64_t{warps} * kTokens) {
+  for (; at < coded; at += int64_t{warps} * kTokens, odd = !odd) {
     const std::byte* const next = at + int64_t{warps} * kTokens < coded ? block + int64_t{warps} * block_bytes : nullptr;
     const auto store = [&](float* to, const Logits (&x)[Scan::kPairs]) {
 #pragma unroll
@@ -422,7 +420,7 @@ __device__ inline void ScanBlocks(const ScanArgs& args, const ScanTask& task, in
     const auto emit = [&](const auto& z) { store(task.z, z); };
     const auto emit_error = [&](const auto& err) { store(task.err, err); };
     scan.Arrive();
-    scan.Run(block, next, emit, emit_error);
+    scan.Run(block, next, odd, emit, emit_error);
     block = next;
   }
 }

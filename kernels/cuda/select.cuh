@@ -141,7 +141,8 @@ class Selector : public TeamMember<Selector<D, BITS>, ScanMemory<D, BITS>::kByte
     using Scan = BlockScan<D, BITS, PAGES, false>;
     using Logits = typename Scan::Logits;
     Scan scan(static_cast<int>(args_.layout.pages), steps(), scale, false, header(), lane());
-    scan.Start(block);
+    const auto odd = [](int32_t i) { return (i / kStride & 1) != 0; };
+    scan.Start(block, odd(at));
 #pragma unroll 1
     for (; at < coded_end; at += kStride) {
       const std::byte* const next = at + kStride < coded_end ? block + int64_t{kSelectWarps} * block_bytes : nullptr;
@@ -157,7 +158,8 @@ class Selector : public TeamMember<Selector<D, BITS>, ScanMemory<D, BITS>::kByte
         AddLogits(&mass, z);
       };
       scan.Arrive();
-      scan.Run(block, next, emit, [](const auto&) {});
+      if (at + 2 * kStride < coded_end) PrefetchToL2(next + int64_t{kSelectWarps} * block_bytes, block_bytes, lane());
+      scan.Run(block, next, odd(at), emit, [](const auto&) {});
       block = next;
     }
     return mass;

@@ -210,53 +210,79 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
     *sum += more;
     return true;
   }
-  // Lists what reaches a bar; the mass of all else in the middle goes to `sum`, in units of the higher bar. Not `whole`: some of the positions may
-  // not be of the middle.
-  __device__ void Take(int32_t i, const float4& z, uint32_t resident, bool whole, float* sum) const {
+  // Lists what reaches a bar; the mass of all else in the middle goes to `sum`, in units of the higher bar. Of N pieces, 32 positions apart, the
+  // first at `i`; `resident` has four bits of each. Not `whole`: some of the positions may not be of the middle.
+  template <int N>
+  __device__ void Take(int32_t i, const float4 (&z)[N], uint32_t resident, bool whole, float* sum) const {
+    constexpr uint32_t kAll = (1u << (4 * N)) - 1;
     const int j = lane() % 4;
     const float2 bars = Fresh2(shared().bars[j]);
-    const auto bar = [&](int t) { return ((resident >> t) & 1) != 0 ? bars.x : bars.y; };
-    uint32_t passes = (z.x >= bar(0) ? 1u : 0u) | (z.y >= bar(1) ? 2u : 0u) | (z.z >= bar(2) ? 4u : 0u) | (z.w >= bar(3) ? 8u : 0u);
+    uint32_t over_x = 0, over_y = 0;
+#pragma unroll
+    for (int t = 0; t < 4 * N; ++t) {
+      const float x = Of(z[t / 4], t % 4);
+      over_x |= x >= bars.x ? 1u << t : 0;
+      over_y |= x >= bars.y ? 1u << t : 0;
+    }
+    uint32_t passes = (over_x & resident) | (over_y & ~resident);
     passes |= __shfl_xor_sync(kAllLanes, passes, 1);
     passes |= __shfl_xor_sync(kAllLanes, passes, 2);
-    uint32_t others = ~passes;
+    uint32_t others = ~passes & kAll;
     if (!whole) {
-      const uint32_t middle = OfMiddle(i);
+      uint32_t middle = 0;
+#pragma unroll
+      for (int p = 0; p < N; ++p) middle |= OfMiddle(i + 32 * p) << (4 * p);
       passes &= middle, others &= middle;
-      if (middle != 15u && HasHead()) {
+      if (middle != kAll && HasHead()) {
         float2* const mass = edge_mass();
         Mass edges{mass->x, mass->y};
+#pragma unroll
+        for (int p = 0; p < N; ++p) {
+          float4 left = z[p];
 #pragma unroll 1
-        for (int t = 0; t < 4; ++t) {
-          if (((middle >> t) & 1) == 0 && (i + t < Fresh(shared().sinks) || i + t >= Fresh(shared().lo))) AddLogit(&edges, Of(z, t));
+          for (int t = 0; t < 4; ++t, left = {left.y, left.z, left.w, 0}) {
+            const int32_t at = i + 32 * p + t;
+            if (((middle >> (4 * p + t)) & 1) == 0 && (at < Fresh(shared().sinks) || at >= Fresh(shared().lo))) AddLogit(&edges, left.x);
+          }
         }
         *mass = {edges.most, edges.sum};
       }
     }
     const float unit = -HigherBar(bars) * kLog2E;
-    const auto weight = [&](float x) { return Exp2(fmaf(x, kLog2E, unit)); };
-    const float a = weight(z.x), b = weight(z.y), c = weight(z.z), d = weight(z.w);
-    if ((others & 1) != 0) *sum += a;
-    if ((others & 2) != 0) *sum += b;
-    if ((others & 4) != 0) *sum += c;
-    if ((others & 8) != 0) *sum += d;
-    // Lane j of a quad speaks for token j.
-    const uint32_t listed = __ballot_sync(kAllLanes, ((passes >> j) & 1) != 0);
-    if (listed == 0) return;
-    uint32_t entry = 0, count = __popc(listed);
+    float more = 0;
+#pragma unroll
+    for (int t = 0; t < 4 * N; ++t) {
+      const float weight = Exp2(fmaf(Of(z[t / 4], t % 4), kLog2E, unit));
+      if ((others >> t & 1) != 0) more += weight;
+    }
+    *sum += more;
+    // Lane j of a quad speaks for token j of each piece.
+    uint32_t listed[N], count = 0;
+#pragma unroll
+    for (int p = 0; p < N; ++p) {
+      listed[p] = __ballot_sync(kAllLanes, ((passes >> (4 * p + j)) & 1) != 0);
+      count += __popc(listed[p]);
+    }
+    if (count == 0) return;
+    uint32_t entry = 0;
     if (lane() == 0) entry = atomicAdd(&shared().listed, count);
     entry = __shfl_sync(kAllLanes, entry, 0);
     if (entry + count > static_cast<uint32_t>(args_.list_room)) return;  // too many: they are counted
-    float* to = Fresh(shared().list_z[j]) + entry + __popc(listed & ((1u << (lane() - j)) - 1));  // behind those of the quads before
-    if ((passes & 1) != 0) *to = z.x;
-    to += passes & 1;
-    if ((passes & 2) != 0) *to = z.y;
-    to += (passes >> 1) & 1;
-    if ((passes & 4) != 0) *to = z.z;
-    to += (passes >> 2) & 1;
-    if ((passes & 8) != 0) *to = z.w;
-    if (((passes >> j) & 1) != 0) {
-      Fresh(shared().list_at)[entry + __popc(listed & ((1u << lane()) - 1))] = static_cast<uint32_t>(i + j) | ((resident >> j) & 1) << 31;
+    float* const list = Fresh(shared().list_z[j]);
+    uint32_t* const places = Fresh(shared().list_at);
+#pragma unroll
+    for (int p = 0; p < N; ++p) {
+      uint32_t at = entry + __popc(listed[p] & ((1u << (lane() - j)) - 1));  // behind those of the quads before
+#pragma unroll
+      for (int t = 0; t < 4; ++t) {
+        const bool passed = (passes >> (4 * p + t) & 1) != 0;
+        if (passed) {
+          list[at] = Of(z[p], t);
+          if (t == j) places[at] = static_cast<uint32_t>(i + 32 * p + t) | (resident >> (4 * p + t) & 1) << 31;
+          ++at;
+        }
+      }
+      entry += __popc(listed[p]);
     }
   }
 
@@ -300,7 +326,7 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
     Scan scan(static_cast<int>(args_.layout.pages), steps(), scale, false, header(), lane());
     const std::byte* block = source_->blocks + int64_t{at / kTokens} * block_bytes;
     if (at < stop) {
-      scan.Start(block);
+      scan.Start(block, Odd(at) != 0);
       FetchSide(at);
     }
 #pragma unroll 1
@@ -322,6 +348,7 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
       if (at + kTokens < stop) {
         next = block + block_bytes;
         FetchSide(at + kTokens);
+        if (at + 2 * kTokens < stop) PrefetchToL2(next + block_bytes, block_bytes, lane());
       }
       if (at < unsampled && lane() == 0) {
         atomicAdd(&shared().sampled, static_cast<uint32_t>(max(min(at + kTokens, Fresh(shared().hi)) - max(at, Fresh(shared().lo)), 0)));
@@ -333,19 +360,18 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
           for (int piece = 0; piece < Scan::kPairs; ++piece) Pool(at + Scan::TokenOf(piece, lane()), z[piece], Fresh(side_scores(at)[piece * 32 + lane()]));
         }
         if (at >= unsampled && whole && NoneListed(z, &other)) return;
-        const uint64_t word = Fresh(*side_word(at));
+        static_assert(Scan::kPairs == 2 && kTokens == 64, "pieces are 32 positions apart");
+        const int token = Scan::TokenOf(0, lane());
+        const uint64_t word = Fresh(*side_word(at)) >> token;
+        const uint32_t resident = (static_cast<uint32_t>(word) & 15u) | (static_cast<uint32_t>(word >> 28) & 0xf0u);
+        if (at < unsampled) {
 #pragma unroll
-        for (int piece = 0; piece < Scan::kPairs; ++piece) {
-          const int token = Scan::TokenOf(piece, lane());
-          const uint32_t resident = static_cast<uint32_t>(word >> token) & 15u;
-          if (at < unsampled) {
-            Sample(at + token, z[piece], resident, to + at + token);
-          } else {
-            Take(at + token, z[piece], resident, whole, &other);
-          }
+          for (int piece = 0; piece < 2; ++piece) Sample(at + token + 32 * piece, z[piece], resident >> (4 * piece) & 15u, to + at + token + 32 * piece);
+        } else {
+          Take(at + token, z, resident, whole, &other);
         }
       };
-      scan.Run(block, next, emit, [](const auto&) {});
+      scan.Run(block, next, Odd(at) != 0, emit, [](const auto&) {});
       block = next;
     }
     StoreMasses(other);
@@ -366,9 +392,9 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
       const uint64_t word = rule_->resident != nullptr ? rule_->resident[of / kTokens] : ~uint64_t{0};
 #pragma unroll 1
       for (int token = first; token < kTokens; token += 32) {
-        const float4 z = *reinterpret_cast<const float4*>(tail ? tail_z(lane() % 4) + token : z_at + at + token);
+        const float4 z[1] = {*reinterpret_cast<const float4*>(tail ? tail_z(lane() % 4) + token : z_at + at + token)};
         const int32_t i = of + token + lane() % 4;
-        if (tail && rule_->pooled != nullptr) Pool(of + token, z, i < n_ ? rule_->pooled[i] : 0);
+        if (tail && rule_->pooled != nullptr) Pool(of + token, z[0], i < n_ ? rule_->pooled[i] : 0);
         Take(of + token, z, static_cast<uint32_t>(word >> token) & 15u, false, other);
       }
       if (tail) return;
