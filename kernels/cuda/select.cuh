@@ -26,9 +26,6 @@ class Selector : public TeamMember<Selector<D, BITS>, ScanMemory<D, BITS>::kByte
  public:
   static constexpr bool kScans = BITS != 0;
   static constexpr bool kLists = false;
-  // Where a warp's code blocks are in the part of a block.
-  static __device__ int32_t FirstOfWarp(int32_t /*chunk*/, int32_t tokens, int warp) { return warp * tokens; }
-  static __device__ int32_t StepOfWarp(int32_t tokens) { return kSelectWarps * tokens; }
   // Keys and logits of the own part, if they fit.
   static size_t SharedBytes(const SelectArgs& args) {
     size_t bytes = 0;
@@ -158,7 +155,6 @@ class Selector : public TeamMember<Selector<D, BITS>, ScanMemory<D, BITS>::kByte
         AddLogits(&mass, z);
       };
       scan.Arrive();
-      if (at + 2 * kStride < coded_end) PrefetchToL2(next + int64_t{kSelectWarps} * block_bytes, block_bytes, lane());
       scan.Run(block, next, odd(at), emit, [](const auto&) {});
       block = next;
     }

@@ -37,10 +37,6 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
   static constexpr int32_t kTokens = M::kTokens;
   static constexpr int kMostSamples = 4;
   static constexpr bool kLists = true;
-  static constexpr bool kScans = true;
-  static __device__ int32_t RunOf(int32_t chunk) { return (chunk / kTokens + kSelectWarps - 1) / kSelectWarps; }  // code blocks of a warp
-  static __device__ int32_t FirstOfWarp(int32_t chunk, int32_t /*tokens*/, int warp) { return warp * RunOf(chunk) * kTokens; }
-  static __device__ int32_t StepOfWarp(int32_t tokens) { return tokens; }
   static constexpr int kHeadBins = kBins / kScanHeads;
   static constexpr float kSampleBinsPerNat = 4;  // the bins reach 64 nats to both sides of the head's centre
 
@@ -289,7 +285,7 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
   // The sample, the bars, the rest: lists, and masses to `parts` (all) and `outside` (what is not listed). False without bars.
   __device__ bool ScanByBars(int32_t k) {
     __shared__ QueryScale scale;
-    const int32_t coded = n_ / kTokens * kTokens, coded_end = min(end_, coded), run = RunOf(chunk_);
+    const int32_t coded = n_ / kTokens * kTokens, coded_end = min(end_, coded), run = (chunk_ / kTokens + kSelectWarps - 1) / kSelectWarps;
     const int32_t samples = min((run + 7) / 8, args_.most_samples);
     if (warp() > 0 && warp() <= args_.group) FindCentre(warp() - 1, min(lo_, coded - 1) / kTokens);
     const bool has_tail = end_ > max(begin_, coded);  // one block: its part ends with less than a code block
@@ -317,7 +313,7 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
     __syncthreads();
 
     const int block_bytes = static_cast<int>(args_.layout.bytes);
-    int32_t at = begin_ + FirstOfWarp(chunk_, kTokens, warp());
+    int32_t at = begin_ + warp() * run * kTokens;
     const int32_t stop = min(at + run * kTokens, coded_end);
     int32_t unsampled = at + samples * kTokens;  // below it is the sample, until the bars stand
     float* to = sample_z(lane() % 4) + warp() * samples * kTokens - at;
@@ -348,7 +344,6 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
       if (at + kTokens < stop) {
         next = block + block_bytes;
         FetchSide(at + kTokens);
-        if (at + 2 * kTokens < stop) PrefetchToL2(next + block_bytes, block_bytes, lane());
       }
       if (at < unsampled && lane() == 0) {
         atomicAdd(&shared().sampled, static_cast<uint32_t>(max(min(at + kTokens, Fresh(shared().hi)) - max(at, Fresh(shared().lo)), 0)));

@@ -604,26 +604,8 @@ __device__ inline void RunTasks(const SelectArgs& args) {
   }
 }
 
-// The code blocks that each warp takes first go to L2 while the work before this kernel ends: all but the last of them were written long ago.
-// Where they lie follows from `n`, which may be that of the step before: then a few are other ones.
-template <class WAY>
-__device__ inline void PrefetchCodes(const SelectArgs& args) {
-  constexpr int kBlocks = 2;
-  const int team = static_cast<int>(blockIdx.x) / args.team_blocks, block = static_cast<int>(blockIdx.x) % args.team_blocks;
-  if (args.select == nullptr || team >= args.num_tasks) return;
-  const ScanSource& source = args.select[team].source;
-  const int32_t n = min(max(*static_cast<const volatile int32_t*>(source.n), 0), args.max_n), tokens = args.format.group_tokens;
-  const int32_t chunk = (n + 64 * args.team_blocks - 1) / (64 * args.team_blocks) * 64, begin = block * chunk, end = min(begin + chunk, n);
-  const int warp = static_cast<int>(threadIdx.x / kWarp), bytes = static_cast<int>(args.layout.bytes);
-  int32_t at = begin + WAY::FirstOfWarp(chunk, tokens, warp);
-  for (int i = 0; i < kBlocks && at + tokens <= end; ++i, at += WAY::StepOfWarp(tokens)) {
-    PrefetchToL2(source.blocks + int64_t{at / tokens} * bytes, bytes, static_cast<int>(threadIdx.x % kWarp));
-  }
-}
-
 template <class WAY>
 __global__ void __launch_bounds__(kSelectThreads, 1) SelectKernel(const __grid_constant__ SelectArgs args) {
-  if constexpr (WAY::kScans) PrefetchCodes<WAY>(args);
   WaitForEarlierWork();
   LetLaterWorkLaunch();
   RunTasks<WAY>(args);
