@@ -137,7 +137,7 @@ Status Sequence::Impl::BringMissing(int32_t layer_index, std::span<WantedRows> w
     }
     return {};
   };
-  if (Status status = bring(); !status.ok()) {
+  if (Status status = WithinMemory(bring); !status.ok()) {
     GiveBack(layer_index, arrivals);
     return status;
   }
@@ -219,9 +219,13 @@ Status Sequence::Impl::MakeRoom(int32_t layer_index, int32_t kv_head, int32_t wa
 
 Result<int64_t> Sequence::Impl::BringIn(int32_t layer_index, int32_t kv_head, LayerBlocks& rows,
                                         std::span<const int32_t> positions) {
-  scratch->arrivals.Clear();
-  PREHOC_RETURN_IF_ERROR(Expect(layer_index, kv_head, rows, positions, &scratch->arrivals));
-  return Land(layer_index, scratch->arrivals);
+  Arrivals& arrivals = scratch->arrivals;
+  arrivals.Clear();
+  if (Status status = WithinMemory([&] { return Expect(layer_index, kv_head, rows, positions, &arrivals); }); !status.ok()) {
+    GiveBack(layer_index, arrivals);
+    return status;
+  }
+  return Land(layer_index, arrivals);
 }
 
 Status Sequence::Impl::Expect(int32_t layer_index, int32_t kv_head, LayerBlocks& rows, std::span<const int32_t> positions,
@@ -230,12 +234,15 @@ Status Sequence::Impl::Expect(int32_t layer_index, int32_t kv_head, LayerBlocks&
   positions = positions.first(std::min<size_t>(positions.size(), static_cast<size_t>(head.residency.free_slots())));
   const auto row = static_cast<int64_t>(row_halfs());
   const auto size = static_cast<int64_t>(geometry().chunk_tokens);
-  // A slot that was taken out is on a list: room for all comes first.
+  // A slot that was taken out is on a list, whatever fails then: room for all comes first.
+  const size_t slots_before = arrivals->slots.size();
+  for (auto* list : {&arrivals->stored, &arrivals->wide}) list->reserve(list->size() + positions.size());
+  arrivals->heads.reserve(arrivals->heads.size() + 1);
+  arrivals->slots.reserve(slots_before + positions.size());
   arrivals->positions.insert(arrivals->positions.end(), positions.begin(), positions.end());
-  arrivals->slots.reserve(arrivals->positions.size());
   for (size_t i = 0; i < positions.size(); ++i) arrivals->slots.push_back(head.residency.Reserve());
   arrivals->heads.push_back({kv_head, arrivals->slots.size()});
-  const int32_t* slot = arrivals->slots.data() + arrivals->slots.size() - positions.size();
+  const int32_t* slot = arrivals->slots.data() + slots_before;
   const std::byte* of_chunk = nullptr;
   int64_t chunk = -1;
   for (const int32_t position : positions) {
@@ -246,12 +253,7 @@ Status Sequence::Impl::Expect(int32_t layer_index, int32_t kv_head, LayerBlocks&
     }
     if (position / size != chunk) {
       chunk = position / size;
-      auto found = WithinMemory([&] { return rows.Rows(static_cast<size_t>(chunk), kv_head); });
-      if (!found.ok()) {
-        GiveBack(layer_index, *arrivals);
-        return std::move(found).status();
-      }
-      of_chunk = *found;
+      PREHOC_ASSIGN_OR_RETURN(of_chunk, rows.Rows(static_cast<size_t>(chunk), kv_head));
     }
     arrivals->stored.push_back({of_chunk + static_cast<size_t>(position % size) * geometry().stored_row_bytes(), to});
   }

@@ -262,7 +262,8 @@ struct Sequence::Impl {
   Status MakeRoom(int32_t layer, int32_t kv_head, int32_t wanted, std::span<const int32_t> spare);
   // Copies rows of `positions` (sorted, not on the device) to free slots now, as many as there are. Returns how many.
   Result<int64_t> BringIn(int32_t layer, int32_t kv_head, LayerBlocks& rows, std::span<const int32_t> positions);
-  // The same in two steps, for several heads: slots are taken out, then all are copied. After an error of either, all slots are back.
+  // The same in two steps, for several heads: slots are taken out, then all are copied. After an error of the first GiveBack() is due; after one of
+  // the second all slots are back.
   Status Expect(int32_t layer, int32_t kv_head, LayerBlocks& rows, std::span<const int32_t> positions, Arrivals* arrivals);
   Result<int64_t> Land(int32_t layer, Arrivals& arrivals);
   void GiveBack(int32_t layer, Arrivals& arrivals);
