@@ -132,7 +132,7 @@ Result<Sequence::StepPlan> Sequence::Impl::PlanStep(const LayerInput& io) {
   TraceScope trace(tracer(), "plan step");
   trace.Say("step", step);
   const StepRule rule =
-      selector().Rule({.layer = 0, .layers = geometry().layers, .step = step, .n = visible(), .complete = complete()});
+      selector().Rule({.layer = 0, .layers = geometry().layers, .step = step, .n = visible(), .complete = complete(), .reads_store = ReadsStore()});
   DeviceStep::Way way = DeviceStep::Way::kNone;
   if (first >= sinks && rule.lo <= rule.sinks && !rule.cut_sinks) {
     if (rule.attend_all && ring_begin == 0) way = DeviceStep::Way::kEverything;
@@ -153,7 +153,7 @@ Result<Sequence::StepPlan> Sequence::Impl::PlanStep(const LayerInput& io) {
   }
   if (!d->active) PREHOC_RETURN_IF_ERROR(EnterSteps());
   const bool same_rule = rule.sinks == d->rule.sinks && rule.local == d->rule.local && rule.may_inherit == d->rule.may_inherit &&
-                         rule.tau == d->rule.tau && rule.max_age == d->rule.max_age;
+                         rule.tau == d->rule.tau && rule.max_age == d->rule.max_age && rule.theta == d->rule.theta;
   d->rule = rule;
   const int32_t rows = RowsBucket(way == DeviceStep::Way::kEverything ? visible() : rule.sinks + rule.k + rule.local);
   const bool same_io = io.q == d->io.q && io.k == d->io.k && io.v == d->io.v && io.out == d->io.out;

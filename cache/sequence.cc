@@ -386,6 +386,7 @@ Status Sequence::Impl::End() {
   if (ExactNow()) exact_tokens = visible();
   if (decoding()) {
     step_report.decode_steps = 1;
+    store_was_read = store_was_read || step_report.bytes_from_disk > 0;
   } else {
     step_report.prompt_tokens = count;
     if (cache->health) cache->health->OnPrefill(first, count, cache->resources.clock->NowNanos() - began_at);

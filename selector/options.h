@@ -87,6 +87,7 @@ struct EtfOptions : DepthOptions {
 
 // The slow clock, and what a step may bring (docs/selectors/tc.md).
 struct TwoClockOptions {
+  static constexpr int32_t kAuto = -1;
   // tc.gate: what decides whether a choice is kept: the cosine of the queries, or the mass that it is expected to miss.
   enum class Gate : uint8_t { kCosine, kMass } gate = Gate::kCosine;
   double epsilon = 0.01;     // tc.epsilon, for the mass gate: at most this share of the mass may be missed more
@@ -95,7 +96,10 @@ struct TwoClockOptions {
   CisOptions::GateScope gate_scope = CisOptions::GateScope::kKvHead;   // tc.gate_scope: kv_head | group_mean | layer
   int32_t max_age = 16;      // tc.max_age: steps a choice may be inherited
   Scorer scorer = Scorer::kCodes;  // tc.scorer: codes | exact
-  double theta = 0.001;      // tc.theta: a missing position heavier than this is fetched within the step
+  // tc.theta: a missing position heavier than this is fetched within the step; auto: kThetaOfMemory, or kThetaOfStore while some of a sequence's
+  // rows may have to be read from the store.
+  static constexpr double kThetaOfMemory = 0.0001, kThetaOfStore = 0.001;
+  double theta = kAuto;
   double factor = 4;         // tc.factor c: wanted = c * k
   int32_t refresh = 16;      // tc.refresh s, steps
   int32_t pool = 16;         // tc.pool w, scans
@@ -103,7 +107,6 @@ struct TwoClockOptions {
   bool stagger = true;       // tc.stagger: layers and heads refresh at different steps
   // tc.dense_below: while the device holds every row and fewer positions than this are visible, a step attends to all of them;
   // auto: what pays on the cache's device (KvCache::Create), 0 where nobody says.
-  static constexpr int32_t kAuto = -1;
   int32_t dense_below = kAuto;
 };
 struct SharedCandidatesOptions {

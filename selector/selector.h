@@ -18,6 +18,7 @@ struct StepContext {
   int64_t step = 0;    // u: 0 = the last prompt token (select only), 1 = the first decode step
   int64_t n = 0;       // visible positions, the current one included
   bool complete = false;  // the device holds, or will hold, every row of the sequence
+  bool reads_store = false;  // some of its rows may have to be read from the store
 };
 
 // What one layer does at one step, before anything is known about a head.

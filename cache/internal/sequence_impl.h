@@ -326,6 +326,11 @@ struct Sequence::Impl {
   const Selector& selector() const { return *cache->selector; }
   const KernelTable& kernels() const { return *cache->resources.kernels; }
   bool complete() const { return layout.complete(max_tokens); }
+  // Rows are in the store alone, or will be: host memory cannot hold all of them, or did not.
+  bool ReadsStore() const {
+    const int64_t blocks = geometry().layers * ((max_tokens + geometry().chunk_tokens - 1) / geometry().chunk_tokens);
+    return cache->resources.store != nullptr && (store_was_read || blocks > cache->host->capacity_blocks());
+  }
   size_t row_halfs() const { return static_cast<size_t>(geometry().head_dim) * 2; }
   uint64_t SeedOf(int32_t layer, int32_t kv_head) const {
     return CodeBlockSeed(dither_seed, int64_t{layer} * geometry().kv_heads + kv_head);
@@ -360,6 +365,7 @@ struct Sequence::Impl {
   int64_t prompt = 0;        // whole prompt's length; 0 = decode
   int32_t next_layer = 0;
   int64_t step = 0;          // u of the open or last call
+  bool store_was_read = false;  // by a decode step
   bool unsealed = false;     // whole chunks are still tails: there was no memory to seal them
   std::optional<ChunkIndex> repairing;
   std::vector<BlockRef> repair_blocks;  // [layers]

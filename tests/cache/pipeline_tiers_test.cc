@@ -763,6 +763,37 @@ TEST(PipelineTiers, DeviceSlotsLimitWhatIsResidentAndNothingElse) {
   EXPECT_TRUE(HasStatus(world.cache().Open({.max_tokens = kPrompt, .device_slots = -1}), StatusCode::kInvalid, "device_slots"));
 }
 
+// What a row costs decides how light one is that is not worth its way: tc.theta = auto.
+TEST(PipelineTiers, ThetaIsThatOfTheTierWhereRowsAre) {
+  constexpr int64_t kMany = 2000;
+  for (const bool small : {false, true}) {
+    SCOPED_TRACE(small ? "rows in the store" : "rows in host memory");
+    WorldOptions options = WorldOptions::Default();
+    options.cache.selector.budget.tokens = 700;  // the lightest that are chosen lie between the two thetas
+    options.device_budget = SmallestDevice(options, kMany + kSteps);
+    const KvGeometry& geometry = options.cache.geometry;
+    const auto least = static_cast<uint64_t>(geometry.layers + CeilDiv(kMany + kSteps, geometry.chunk_tokens)) * geometry.block_bytes();
+    options.cache.host_budget = small ? least : uint64_t{64} << 20;
+    const auto run = [&](double theta, SequenceReport* report) {
+      options.cache.selector.tc.theta = theta;
+      World world(options);
+      const Stream stream(options.cache.geometry, kMany + kSteps, 11);
+      auto sequence = Open(world, kMany + kSteps);
+      EXPECT_OK(PrefillAll(*sequence, stream, kMany, 128));
+      const std::vector<float> out = Decode(*sequence, stream, kSteps);
+      *report = sequence->Report();
+      return out;
+    };
+    SequenceReport chosen, near, far;
+    const std::vector<float> out = run(TwoClockOptions::kAuto, &chosen);
+    const std::vector<float> of_memory = run(TwoClockOptions::kThetaOfMemory, &near), of_store = run(TwoClockOptions::kThetaOfStore, &far);
+    EXPECT_EQ(out, small ? of_store : of_memory);
+    EXPECT_EQ(chosen.rows_host + chosen.rows_disk, small ? far.rows_host + far.rows_disk : near.rows_host + near.rows_disk);
+    EXPECT_GT(near.rows_host + near.rows_disk, far.rows_host + far.rows_disk) << "no row lies between the two";
+    EXPECT_EQ(small, chosen.bytes_from_disk > 0);
+  }
+}
+
 // The first choice is made when no row is on the device yet; it must be as large as any other.
 TEST(PipelineTiers, TwoClocksStartWithAWholeBudget) {
   WorldOptions options = WorldOptions::Default();

@@ -33,7 +33,8 @@ TEST(TwoClock, IsTheDefaultWithTheGateOfCisAndDensePrefill) {
   EXPECT_DOUBLE_EQ(rule.tau, 0.9);
   EXPECT_EQ(rule.max_age, 16);
   EXPECT_EQ(rule.scorer, Scorer::kCodes);
-  EXPECT_DOUBLE_EQ(rule.theta, 0.001);
+  EXPECT_DOUBLE_EQ(rule.theta, 0.0001);
+  EXPECT_DOUBLE_EQ(selector->Rule({.layer = 2, .layers = 4, .step = 5, .n = 16'000, .reads_store = true}).theta, 0.001) << "rows of the store are dear";
   EXPECT_FALSE(rule.residents_only);
   EXPECT_EQ(rule.sinks, 8);
   EXPECT_EQ(rule.local, 32);
@@ -142,7 +143,9 @@ TEST(TwoClock, KnobsOfTheSlowClock) {
   EXPECT_EQ(residency.pool, 8);
   EXPECT_EQ(residency.lag, 4);
   EXPECT_FALSE(residency.stagger);
-  EXPECT_DOUBLE_EQ(selector->Rule({.layer = 0, .layers = 1, .step = 1, .n = 100}).theta, 0.01);
+  for (const bool reads_store : {false, true}) {
+    EXPECT_DOUBLE_EQ(selector->Rule({.layer = 0, .layers = 1, .step = 1, .n = 100, .reads_store = reads_store}).theta, 0.01);
+  }
   SelectorOptions options = Small();
   options.tc.lag = 17;
   EXPECT_STATUS(StatusCode::kInvalid, "tc.lag=17", options.Validate());
