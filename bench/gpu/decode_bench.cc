@@ -1,7 +1,7 @@
 // How long does a decode step take with two clocks, beside the weights alone and beside dense attention with all of K and V on the device?
 //
 //   decode_bench --out=FILE.json [--commit=ID] [--model=llama-3.1-8b] [--cases=weights,dense,scan4,gate4@0.8/b8/n32768/m13,...] [--steps=N]
-//                [--context=131072] [--batch=1] [--k=2048] [--factor=4] [--refresh=64] [--pool=16] [--max-age=14] [--theta=0.001]
+//                [--context=131072] [--batch=1] [--k=2048] [--factor=4] [--refresh=64] [--pool=16] [--max-age=14] [--theta=0.0001]
 //                [--budget-gib=G] [--host-pool-gib=G] [--fused=1] [--rows=f16|int8|e4m3]
 //
 // A case may end in settings of its own: /b batch, /n context, /k chosen rows, /f factor, /r refresh, /m budget in GiB.
@@ -72,7 +72,7 @@ struct Case {
   enum class Kind { kWeights, kDense, kTwoClock } kind = Kind::kWeights;
   int bits = 4;
   float tau = 1;  // at 1 every step scans
-  float theta = 0.001f;  // a missing position lighter than this is left out, and counted as dropped
+  float theta = 0.0001f;  // a missing position lighter than this is left out, and counted as dropped
   int32_t batch = 1, context = 0, k = 0, refresh = 64, max_age = 14, pool = 16;
   double factor = 4, budget_gib = 0;
   bool fused = true;
@@ -710,7 +710,7 @@ int Main(int argc, char** argv) {
   const std::string texts = flags.Text("cases", "weights,dense,scan4,gate4@0.8,gate4@0.9,scan2,gate2@0.8");
   defaults.context = flags.Int("context", 131072), defaults.batch = flags.Int("batch", 1), defaults.k = flags.Int("k", 2048);
   defaults.factor = flags.Number("factor", 4), defaults.refresh = flags.Int("refresh", 64), defaults.pool = flags.Int("pool", 16);
-  defaults.max_age = flags.Int("max-age", 14), defaults.theta = float(flags.Number("theta", 0.001)), defaults.budget_gib = flags.Number("budget-gib", 0);
+  defaults.max_age = flags.Int("max-age", 14), defaults.theta = float(flags.Number("theta", 0.0001)), defaults.budget_gib = flags.Number("budget-gib", 0);
   const double pool_gib = flags.Number("host-pool-gib", 0);
   defaults.fused = flags.Int("fused", 1) != 0;
   const std::string rows_of = flags.Text("rows", "f16");
