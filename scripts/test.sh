@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Builds and runs every test: as users build, with AddressSanitizer and UBSan, and those with threads under ThreadSanitizer, which clang builds
-# so that it checks locks on the way. Installs what is missing and fetches the default model first.
+# so that it checks locks on the way; then fuzzes the readers of foreign bytes for a minute, with every check that UBSan has. Installs what is
+# missing and fetches the default model first.
 #   scripts/test.sh                  everything
-#   scripts/test.sh cpu asan         only these presets (cpu, asan, tsan, gpu); gpu is left out where there is no nvcc
+#   scripts/test.sh cpu asan         only these presets (cpu, asan, tsan, fuzz, gpu); gpu is left out where there is no nvcc
 #   scripts/test.sh --no-install     leaves the system's packages alone
 #   scripts/test.sh --no-fetch       without the default model: tests that need it are skipped, and say so
 # Exit code 0 only if all of it passed.
@@ -12,15 +13,15 @@ set -euo pipefail
 install=yes fetch=yes presets=()
 for argument in "$@"; do
   case $argument in
-    cpu | asan | tsan | gpu) presets+=("$argument") ;;
+    cpu | asan | tsan | fuzz | gpu) presets+=("$argument") ;;
     --no-install) install=no ;;
     --no-fetch) fetch=no ;;
-    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) die "unknown argument $argument; see scripts/test.sh --help" ;;
   esac
 done
 if [ ${#presets[@]} -eq 0 ]; then
-  presets=(cpu asan tsan)
+  presets=(cpu asan tsan fuzz)
   # Everything of the CUDA build compiles and links without a GPU; tests that need one say that they were skipped.
   ! command -v nvcc >/dev/null || presets+=(gpu)
 fi
