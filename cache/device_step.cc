@@ -131,8 +131,7 @@ Result<Sequence::StepPlan> Sequence::Impl::PlanStep(const LayerInput& io) {
   if (d == nullptr || d->planned) return StepPlan{};
   TraceScope trace(tracer(), "plan step");
   trace.Say("step", step);
-  const StepRule rule =
-      selector().Rule({.layer = 0, .layers = geometry().layers, .step = step, .n = visible(), .complete = complete(), .reads_store = ReadsStore()});
+  const StepRule rule = RuleAt(0, step);
   DeviceStep::Way way = DeviceStep::Way::kNone;
   if (first >= sinks && rule.lo <= rule.sinks && !rule.cut_sinks) {
     if (rule.attend_all && ring_begin == 0) way = DeviceStep::Way::kEverything;

@@ -49,7 +49,7 @@ Status Sequence::Impl::Attend(int32_t layer_index, const LayerInput& in) {
   s.u = step;
   s.n = static_cast<int32_t>(visible());
   s.in = in;
-  s.rule = selector().Rule({.layer = layer_index, .layers = geometry().layers, .step = step, .n = visible(), .complete = complete(), .reads_store = ReadsStore()});
+  s.rule = RuleAt(layer_index, step);
   {
     ScopedTimer timer(clock, &step_report.times.append);
     TraceScope trace(tracer(), "append");
@@ -86,7 +86,7 @@ Status Sequence::Impl::FirstSelection(int32_t layer_index, const float* q, const
   s.in = {};
   s.in.q = q;
   s.in.q_pre_rope = q_pre;
-  s.rule = selector().Rule({.layer = layer_index, .layers = geometry().layers, .step = 0, .n = visible(), .complete = complete(), .reads_store = ReadsStore()});
+  s.rule = RuleAt(layer_index, 0);
   for (Unit& unit : layer.units) {
     unit.has_choice = false;
     unit.chosen.clear();

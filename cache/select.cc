@@ -531,9 +531,7 @@ Status Sequence::Impl::RefreshCandidates(FastStep& s) {
   }
   PREHOC_RETURN_IF_ERROR(kernels().choose({.tasks = s.choose, .group = layer.units.front().heads}, cache->launch()));
   const bool initial = layer.units.front().pooled_scans == 1;
-  s.due_heads.resize(static_cast<size_t>(geometry().kv_heads));
-  std::iota(s.due_heads.begin(), s.due_heads.end(), 0);
-  return Refresh(s.layer, s.due_heads, initial ? 0 : residency.lag);
+  return Refresh(s.layer, AllHeads(), initial ? 0 : residency.lag);
 }
 
 }  // namespace prehoc

@@ -38,16 +38,20 @@ bool Sequence::Impl::RefreshDue(int32_t layer, int32_t kv_head) const {
   return (step + offset) % rule.refresh == 0;
 }
 
+std::span<const int32_t> Sequence::Impl::AllHeads() const {
+  scratch->due_heads.resize(static_cast<size_t>(geometry().kv_heads));
+  std::iota(scratch->due_heads.begin(), scratch->due_heads.end(), 0);
+  return scratch->due_heads;
+}
+
 // After the prompt: wanted rows by the first choice's scores, or just what was chosen.
 Status Sequence::Impl::FillAtStart(int32_t layer_index) {
-  LayerState& layer = layers[static_cast<size_t>(layer_index)];
-  std::vector<WantedRows>& wanted = scratch->wanted;
   if (selector().Residency().factor > 0) {
     if (cache->options.selector.kind == SelectorKind::kSharedCandidates) return {};  // its choice came with a refresh
-    scratch->due_heads.resize(static_cast<size_t>(geometry().kv_heads));
-    std::iota(scratch->due_heads.begin(), scratch->due_heads.end(), 0);
-    return Refresh(layer_index, scratch->due_heads, 0);
+    return Refresh(layer_index, AllHeads(), 0);
   }
+  const LayerState& layer = layers[static_cast<size_t>(layer_index)];
+  std::vector<WantedRows>& wanted = scratch->wanted;
   wanted.resize(static_cast<size_t>(geometry().kv_heads));
   for (size_t h = 0; h < wanted.size(); ++h) {
     wanted[h].kv_head = static_cast<int32_t>(h);
@@ -81,8 +85,7 @@ Status Sequence::Impl::Refresh(int32_t layer_index, std::span<const int32_t> kv_
 // The best positions of each head that was looked at since its last turn. Returns how many heads those are.
 Result<size_t> Sequence::Impl::RankPooled(int32_t layer_index, std::span<const int32_t> kv_heads, std::span<WantedRows> wanted) {
   LayerState& layer = layers[static_cast<size_t>(layer_index)];
-  const StepRule step_rule =
-      selector().Rule({.layer = layer_index, .layers = geometry().layers, .step = step, .n = visible()});
+  const StepRule step_rule = RuleAt(layer_index, step);
   const Budget& budget = cache->options.selector.budget;
   const int32_t most = budget.mass > 0 ? budget.MiddleCap(visible()) : budget.MiddleK(visible());
   const auto rows = static_cast<int32_t>(std::clamp<double>(selector().Residency().factor * most, 0, layout.slots));
@@ -242,13 +245,14 @@ Status Sequence::Impl::Expect(int32_t layer_index, int32_t kv_head, LayerBlocks&
   arrivals->positions.insert(arrivals->positions.end(), positions.begin(), positions.end());
   for (size_t i = 0; i < positions.size(); ++i) arrivals->slots.push_back(head.residency.Reserve());
   arrivals->heads.push_back({kv_head, arrivals->slots.size()});
+  std::vector<RowCopy>& near = geometry().rows == RowFormat::kF16 ? arrivals->stored : arrivals->wide;  // one gather, if one can take both
   const int32_t* slot = arrivals->slots.data() + slots_before;
   const std::byte* of_chunk = nullptr;
   int64_t chunk = -1;
   for (const int32_t position : positions) {
     Half* const to = head.slots + *slot++ * row;
     if (position >= ring_begin) {
-      arrivals->wide.push_back({head.ring + position % layout.ring * row, to});
+      near.push_back({head.ring + position % layout.ring * row, to});
       continue;
     }
     if (position / size != chunk) {

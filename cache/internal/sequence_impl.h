@@ -85,7 +85,7 @@ struct Arrivals {
   };
   std::vector<Head> heads;
   std::vector<int32_t> positions, slots;  // sorted by position within a head
-  std::vector<RowCopy> stored, wide;      // of the host's format, and fp16 rows of the ring
+  std::vector<RowCopy> stored, wide;      // of the host's format; fp16 rows of the ring, where that is another one
 
   void Clear() {
     heads.clear();
@@ -248,6 +248,7 @@ struct Sequence::Impl {
   // slow_clock.cc
   Status SlowClock();
   bool RefreshDue(int32_t layer, int32_t kv_head) const;
+  std::span<const int32_t> AllHeads() const;  // until the next call that asks for some
   Status FillAtStart(int32_t layer);
   Status Refresh(int32_t layer, std::span<const int32_t> kv_heads, int64_t lag);
   Result<size_t> RankPooled(int32_t layer, std::span<const int32_t> kv_heads, std::span<WantedRows> wanted);
@@ -326,9 +327,12 @@ struct Sequence::Impl {
   const Selector& selector() const { return *cache->selector; }
   const KernelTable& kernels() const { return *cache->resources.kernels; }
   bool complete() const { return layout.complete(max_tokens); }
+  StepRule RuleAt(int32_t layer, int64_t at_step) const {
+    return selector().Rule({.layer = layer, .layers = geometry().layers, .step = at_step, .n = visible(), .complete = complete(), .reads_store = ReadsStore()});
+  }
   // Rows are in the store alone, or will be: host memory cannot hold all of them, or did not.
   bool ReadsStore() const {
-    const int64_t blocks = geometry().layers * ((max_tokens + geometry().chunk_tokens - 1) / geometry().chunk_tokens);
+    const int64_t blocks = geometry().layers * CeilDiv(max_tokens, geometry().chunk_tokens);
     return cache->resources.store != nullptr && (store_was_read || blocks > cache->host->capacity_blocks());
   }
   size_t row_halfs() const { return static_cast<size_t>(geometry().head_dim) * 2; }

@@ -160,6 +160,9 @@ Status ReadSelector(const Reader& top, CalibrationFile* file) {
   }
   const Status valid = file->selector.Validate();
   if (!valid.ok()) return top.Bad("selector.knobs: " + valid.message());
+  if (file->selector.kind == SelectorKind::kTwoClock && file->selector.tc.theta == TwoClockOptions::kAuto) {
+    return top.Bad("selector.knobs: \"tc.theta=auto\" differs from tier to tier; expected the number that was calibrated with");
+  }
   PREHOC_ASSIGN_OR_RETURN(const std::string codes, selector.Text("codes"));
   const Result<CodeFormat> parsed = ParseCodes(codes);
   if (!parsed.ok()) return top.Bad("selector.codes " + Quoted(codes) + ": expected bits over tokens, such as 4/64");

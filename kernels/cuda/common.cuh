@@ -134,13 +134,6 @@ __device__ inline void LetLaterWorkLaunch() {
 #endif
 }
 
-// `bytes` from `from` on, a multiple of 16, go to L2; of a whole warp. Nothing waits for it, and what is written there later is seen.
-__device__ inline void PrefetchToL2(const void* from, int bytes, int lane) {
-  for (int at = lane * 128; at < bytes; at += 128 * kWarp) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(from) + at));
-  }
-}
-
 // What this block wrote (before a __syncthreads()) is seen by who sees the sum, and the other way round.
 __device__ inline uint32_t AddAcquireRelease(uint32_t* p, uint32_t value) {
   uint32_t before;

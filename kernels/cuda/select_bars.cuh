@@ -374,7 +374,8 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
   }
   // While the team waits, memory need not: what comes after the code block that is on its way goes to L2.
   __device__ void PrefetchBlocks(const std::byte* from, int32_t tokens) const {
-    PrefetchToL2(from, static_cast<int>(args_.layout.bytes) * min(max(tokens, 0) / kTokens, 2), lane());
+    const int bytes = static_cast<int>(args_.layout.bytes) * min(max(tokens, 0) / kTokens, 2);
+    for (int at = lane() * 128; at < bytes; at += 128 * kWarp) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
   }
   // What was sampled, of which a lane finds what it stored itself, and the tail.
   __device__ void TakeSample(int32_t from, int32_t stop, const float* z_at, int32_t coded, bool has_tail, float* other) const {

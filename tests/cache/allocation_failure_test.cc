@@ -121,8 +121,11 @@ class Life {
   }
 
   template <class Fn>
-  void Try(Fn&& fn) {
+  void Try(Fn&& fn, const Sequence* touched = nullptr) {
     const Status status = fn();
+    if (touched != nullptr) {
+      EXPECT_OK(touched->CheckInvariants());
+    }
     if (status.ok()) return;
     // An error of one allocation; whatever had to be told otherwise (a chunk that is lost) can be mended.
     failed_ = true;
@@ -200,7 +203,7 @@ class Life {
       Try([&] {
         PREHOC_RETURN_IF_ERROR(Mend(sequence));
         return Call(sequence, at, count, false, [&] { return sequence.Begin(stream_.ids(at, count), kPrompt); }, [&] { return sequence.End(); });
-      });
+      }, &sequence);
       if (testing::Test::HasFailure()) return;
       RunJobs();
     }
@@ -209,7 +212,7 @@ class Life {
       Try([&] {
         PREHOC_RETURN_IF_ERROR(Mend(sequence));
         return Call(sequence, at, 1, true, [&] { return sequence.Begin(stream_.ids(at, 1), 0); }, [&] { return sequence.End(); });
-      });
+      }, &sequence);
       for (const auto& layer : out_) outputs_.insert(outputs_.end(), layer.begin(), layer.end());
       RunJobs();
     }

@@ -794,6 +794,40 @@ TEST(PipelineTiers, ThetaIsThatOfTheTierWhereRowsAre) {
   }
 }
 
+// Host memory could hold the sequence, but others have taken it: the first step that reads the store is the last with the lower theta.
+TEST(PipelineTiers, ThetaIsThatOfTheStoreOnceItWasRead) {
+  constexpr int64_t kMany = 2000;
+  WorldOptions options = WorldOptions::Default();
+  options.cache.selector.budget.tokens = 700;
+  options.cache.selector.tc.tau = 1;  // every step chooses
+  options.device_budget = 2 * SmallestDevice(options, kMany + kSteps);
+  const KvGeometry& geometry = options.cache.geometry;
+  options.cache.host_budget = static_cast<uint64_t>((geometry.layers + 1) * CeilDiv(kMany + kSteps, geometry.chunk_tokens)) * geometry.block_bytes();
+  const auto run = [&](double theta, bool beside) {
+    options.cache.selector.tc.theta = theta;
+    World world(options);
+    const Stream stream(options.cache.geometry, kMany + kSteps, 11);
+    const auto open = [&] {
+      auto opened = world.cache().Open({.max_tokens = kMany + kSteps, .device_bytes = options.device_budget / 2});
+      EXPECT_OK(opened);
+      return std::move(opened).value();
+    };
+    auto sequence = open();
+    EXPECT_OK(PrefillAll(*sequence, stream, kMany, 128));
+    if (beside) {
+      EXPECT_OK(PrefillAll(*open(), Stream(options.cache.geometry, kMany, 12), kMany, 128));
+    }
+    Decode(*sequence, stream, kSteps);
+    return sequence->Report();
+  };
+  const auto rows = [](const SequenceReport& report) { return report.rows_host + report.rows_disk; };
+  const SequenceReport near = run(TwoClockOptions::kThetaOfMemory, true), chosen = run(TwoClockOptions::kAuto, true), alone = run(TwoClockOptions::kAuto, false);
+  EXPECT_GT(near.bytes_from_disk, 0);
+  EXPECT_LT(rows(chosen), rows(near));
+  EXPECT_EQ(alone.bytes_from_disk, 0);
+  EXPECT_EQ(rows(alone), rows(near));
+}
+
 // The first choice is made when no row is on the device yet; it must be as large as any other.
 TEST(PipelineTiers, TwoClocksStartWithAWholeBudget) {
   WorldOptions options = WorldOptions::Default();

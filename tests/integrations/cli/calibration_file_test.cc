@@ -84,6 +84,7 @@ TEST(CalibrationFileTest, WhatIsWrongIsNamedWithWhatWasFound) {
   refused("\"tc.tau=0.7\"", "\"tc.tua=0.7\"", "no knob \"tc.tua\"");
   refused("\"tc.tau=0.7\"", "\"tc.lag=0\"", "expected \"tc.max_age=16\", found \"tc.lag=0\"");
   refused("\"tc.tau=0.7\"", "\"tc.tau=0.7\", \"cis.r=1\"", "found \"cis.r=1\"");
+  refused("\"tc.theta=1e-04\"", "\"tc.theta=auto\"", "differs from tier to tier");
   refused("\"value\": \"0.7\"", "\"value\": \"0.8\"", "calibrated \"tc.tau=0.8\": not among selector.knobs");
   refused("\"units\": 500", "\"units\": 500, \"units\": 501", "twice");
 }

@@ -12,7 +12,7 @@ inline CalibrationFile GoodCalibration() {
   file.model_name = "tiny";
   file.text_path = "verses.txt";
   file.text_sha256 = std::string(64, 'b');
-  PREHOC_CHECK(file.selector.Set("budget", "128").ok() && file.selector.Set("tc.tau", "0.7").ok());
+  PREHOC_CHECK(file.selector.Set("budget", "128").ok() && file.selector.Set("tc.tau", "0.7").ok() && file.selector.Set("tc.theta", "0.0001").ok());
   file.codes = {8, 16, true};
   file.knob = "tc.tau";
   file.value = "0.7";
