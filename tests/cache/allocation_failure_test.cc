@@ -16,8 +16,8 @@ KvGeometry TinyGeometry(RowFormat rows = RowFormat::kF16) {
   KvGeometry geometry;
   geometry.rows = rows;
   geometry.layers = 2;
-  geometry.heads = 2;
-  geometry.kv_heads = 1;
+  geometry.heads = 4;
+  geometry.kv_heads = 2;
   geometry.head_dim = 16;
   geometry.chunk_tokens = 16;
   return geometry;
@@ -27,7 +27,7 @@ struct FailureCase {
   std::string name;
   std::vector<std::pair<std::string, std::string>> knobs;
   int64_t run = 1;  // so many allocations in a row fail
-  uint64_t device_bytes = 12 << 10;
+  uint64_t device_bytes = 24 << 10;
   bool whole_steps = false;  // on the device; all blocks stay in host memory
   RowFormat rows = RowFormat::kF16;
 };
@@ -268,10 +268,10 @@ INSTANTIATE_TEST_SUITE_P(Caches, AllocationFailureTest,
                                          FailureCase{"three_in_a_row", {{"selector", "tc"}, {"tc.scorer", "exact"}, {"tc.theta", "0"}, {"tc.tau", "off"}}, 3},
                                          FailureCase{"lag", {{"selector", "tc"}, {"tc.scorer", "exact"}, {"tc.theta", "0"}, {"tc.tau", "off"}, {"tc.refresh", "2"}, {"tc.lag", "1"}}},
                                          FailureCase{"lag_of_int8", {{"selector", "tc"}, {"tc.scorer", "exact"}, {"tc.theta", "0"}, {"tc.tau", "off"}, {"tc.refresh", "2"}, {"tc.lag", "1"}},
-                                                     1, 12 << 10, false, RowFormat::kInt8},
-                                         FailureCase{"whole_steps", {{"selector", "tc"}, {"tc.theta", "0"}, {"tc.tau", "off"}, {"tc.refresh", "2"}}, 1, 96 << 10, true},
-                                         FailureCase{"bounded", {{"selector", "tc"}, {"tc.theta", "0"}, {"max_dropped_mass", "0.2"}}, 1, 15 << 10},
-                                         FailureCase{"certified", {{"selector", "cis"}, {"cis.gate", "certified"}, {"cis.delta_max", "0.9"}, {"cis.local_edge", "held"}}, 1, 16 << 10},
+                                                     1, 24 << 10, false, RowFormat::kInt8},
+                                         FailureCase{"whole_steps", {{"selector", "tc"}, {"tc.theta", "0"}, {"tc.tau", "off"}, {"tc.refresh", "2"}}, 1, 192 << 10, true},
+                                         FailureCase{"bounded", {{"selector", "tc"}, {"tc.theta", "0"}, {"max_dropped_mass", "0.2"}}, 1, 30 << 10},
+                                         FailureCase{"certified", {{"selector", "cis"}, {"cis.gate", "certified"}, {"cis.delta_max", "0.9"}, {"cis.local_edge", "held"}}, 1, 32 << 10},
                                          FailureCase{"window", {{"selector", "window"}}}, FailureCase{"dense", {{"selector", "dense"}}}),
                          [](const auto& of) { return of.param.name; });
 
