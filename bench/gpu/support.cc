@@ -131,9 +131,9 @@ std::vector<std::string> Split(const std::string& text, char at) {
 }
 
 Json Header(const std::string& bench, const Flags& flags, const std::string& commit) {
-  const CudaDevice device = OrExit(CurrentCudaDevice());
-  return {{"bench", bench}, {"command", flags.line()}, {"device", device.name}, {"multiprocessors", device.multiprocessors},
-          {"driver", device.driver_version}, {"runtime", device.runtime_version}, {"commit", commit}};
+  const CudaDevice gpu = OrExit(CurrentCudaDevice());
+  return {{"bench", bench}, {"command", flags.line()}, {"device", gpu.name}, {"multiprocessors", gpu.multiprocessors},
+          {"driver", gpu.driver_version}, {"runtime", gpu.runtime_version}, {"commit", commit}};
 }
 void WriteJson(const Json& json, const std::string& path) {
   if (path.empty()) return;
