@@ -17,9 +17,9 @@
 // step reaches the case's context.
 //
 // A batch has K, V, codes, slots and queries for each sequence, all of one length; its products are those of batch_product.h, one vector's
-// are the reference engine's. Where the host's rows do not fit the pool's limit, heads share its rows at different offsets: the keys of a
-// head are those of the rows that it points to, and addresses are spread over the whole pool. With --rows the host's rows are of 8 bits: codes are
-// made of what they stand for, a row that is read within the step or behind it becomes one of fp16.
+// are the reference engine's, with RoPE in the launch of q, k and v. Where the host's rows do not fit the pool's limit, heads share its rows at
+// different offsets: the keys of a head are those of the rows that it points to, and addresses are spread over the whole pool. With --rows the
+// host's rows are of 8 bits: codes are made of what they stand for, a row that is read within the step or behind it becomes one of fp16.
 //
 // The budget is compared with what the driver says was allocated for K, V and index: rows, codes, residency, lists and workspaces. A case
 // over its budget is marked and makes the program fail.
@@ -587,10 +587,17 @@ class Step {
   void Layer(int phase, int l) {
     const LayerWeights& w = m_.layers[size_t(l)];
     const int q_width = s_.heads * s_.d, kv_width = s_.kv_heads * s_.d;
-    Normed(w.qkv.data(), w.norm1.data(), qkv_.data(), q_width + 2 * kv_width, false);
-    if (c_.kind != Case::Kind::kWeights) {
-      OrExit(reference::RotateHeads({.qkv = qkv_.data(), .cos = angles_.data(), .sin = angles_.data() + angles_.size() / 2, .q = q_model_.data(), .k = k_.data(), .v = v_.data(),
-                                 .tokens = c_.batch, .heads = s_.heads, .kv_heads = s_.kv_heads, .head_dim = s_.d}, stream_));
+    const reference::RotateParams rotation{.qkv = qkv_.data(), .cos = angles_.data(), .sin = angles_.data() + angles_.size() / 2, .q = q_model_.data(),
+                                           .k = k_.data(), .v = v_.data(), .tokens = c_.batch, .heads = s_.heads, .kv_heads = s_.kv_heads, .head_dim = s_.d};
+    const bool rotates = c_.kind != Case::Kind::kWeights;
+    if (rotates && c_.batch == 1) {
+      OrExit(reference::MultiplyRotated({.weights = w.qkv.data(), .x = hidden_.data(), .norm = w.norm1.data(), .eps = 1e-5f, .rows = q_width + 2 * kv_width,
+                                         .cols = s_.hidden}, rotation, stream_));
+    } else {
+      Normed(w.qkv.data(), w.norm1.data(), qkv_.data(), q_width + 2 * kv_width, false);
+      if (rotates) OrExit(reference::RotateHeads(rotation, stream_));
+    }
+    if (rotates) {
       AppendLayer(l);
       if (c_.kind == Case::Kind::kTwoClock) {
         if (!c_.fused) OrExit(cuda::Gate(GateOf(l), stream_));

@@ -224,8 +224,7 @@ class CudaDecoder final : public TokenDecoder {
     PREHOC_RETURN_IF_ERROR(side_.done.Record(side_.stream.get()));
     for (int32_t layer = 0; layer < config_.layers; ++layer) {
       const DeviceLayer& w = weights_->layer(layer);
-      PREHOC_RETURN_IF_ERROR(Multiply(w.qkv, q_width_ + 2 * kv_width_, config_.hidden, hidden_.data(), w.attention_norm, w.qkv_bias, qkv_.data(), false));
-      PREHOC_RETURN_IF_ERROR(Rotate(w, step_q_.data(), nullptr, step_k_.data(), step_v_.data()));
+      PREHOC_RETURN_IF_ERROR(ProjectStep(w, RotationOf(w, step_q_.data(), nullptr, step_k_.data(), step_v_.data())));
       PREHOC_RETURN_IF_ERROR(backend.EnqueueLayer(layer, stream));
       if (pause) {
         PREHOC_RETURN_IF_ERROR(stream_.Synchronize());
@@ -238,10 +237,21 @@ class CudaDecoder final : public TokenDecoder {
     return backend.EnqueueLast(stream);
   }
 
-  Status Rotate(const DeviceLayer& w, float* q, float* q_before, float* k, float* v) {
-    return RotateHeads({.qkv = qkv_.data(), .q_norm = w.q_norm, .k_norm = w.k_norm, .eps = config_.rms_eps, .cos = cos_.data(), .sin = sin_.data(),
-                        .interleaved = config_.rope_layout == RopeLayout::kInterleaved, .q = q, .q_before = q_before, .k = k, .v = v, .tokens = count_,
-                        .heads = config_.heads, .kv_heads = config_.kv_heads, .head_dim = config_.head_dim}, stream_.get());
+  RotateParams RotationOf(const DeviceLayer& w, float* q, float* q_before, float* k, float* v) const {
+    return {.qkv = qkv_.data(), .q_norm = w.q_norm, .k_norm = w.k_norm, .eps = config_.rms_eps, .cos = cos_.data(), .sin = sin_.data(),
+            .interleaved = config_.rope_layout == RopeLayout::kInterleaved, .q = q, .q_before = q_before, .k = k, .v = v, .tokens = count_,
+            .heads = config_.heads, .kv_heads = config_.kv_heads, .head_dim = config_.head_dim};
+  }
+  Status Project(const DeviceLayer& w, const RotateParams& rotation) {
+    PREHOC_RETURN_IF_ERROR(Multiply(w.qkv, q_width_ + 2 * kv_width_, config_.hidden, hidden_.data(), w.attention_norm, w.qkv_bias, qkv_.data(), false));
+    return RotateHeads(rotation, stream_.get());
+  }
+  // The same for a step's token, by one launch where heads have no norms.
+  Status ProjectStep(const DeviceLayer& w, const RotateParams& rotation) {
+    if (w.q_norm != nullptr || w.k_norm != nullptr) return Project(w, rotation);
+    return MultiplyRotated({.weights = w.qkv, .x = hidden_.data(), .norm = w.attention_norm, .eps = config_.rms_eps, .bias = w.qkv_bias,
+                            .rows = static_cast<int32_t>(q_width_ + 2 * kv_width_), .cols = config_.hidden, .type = weights_->type()},
+                           rotation, stream_.get());
   }
 
   // What follows attention, from `attended_`.
@@ -268,8 +278,7 @@ class CudaDecoder final : public TokenDecoder {
     float* const out = on_device_ ? attended_.data() : to.out.data();
     const Clock& clock = *options_.clock;
     int64_t start = clock.NowNanos();
-    PREHOC_RETURN_IF_ERROR(Multiply(w.qkv, q_width_ + 2 * kv_width_, config_.hidden, hidden_.data(), w.attention_norm, w.qkv_bias, qkv_.data(), false));
-    PREHOC_RETURN_IF_ERROR(Rotate(w, to.q.data(), to.q_before.data(), to.k.data(), to.v.data()));
+    PREHOC_RETURN_IF_ERROR(Project(w, RotationOf(w, to.q.data(), to.q_before.data(), to.k.data(), to.v.data())));
     // On the device the backend prepares its work while that is done.
     if (!on_device_) PREHOC_RETURN_IF_ERROR(stream_.Synchronize());
     seconds_.projections += clock.SecondsSince(start);

@@ -1,6 +1,7 @@
 #include "integrations/reference/cuda/device_ops.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "base/units.h"
 #include "kernels/cuda/common.cuh"
@@ -54,6 +55,14 @@ struct VectorArgs {
   int32_t gate_rows;  // rows to the ups; 0 = not gated
   bool add;
 };
+// q, k and v of a token, rotated and written apart; y is not used.
+struct RotatedArgs : VectorArgs {
+  const float *cos, *sin;
+  float *q, *q_before, *k, *v;
+  int32_t half;         // of a head
+  int32_t heads, keys;  // q heads; q and k heads
+  bool interleaved;
+};
 
 template <RowType R>
 __device__ inline float Dot8(const uint4& w, const float4& x0, const float4& x1, float sum) {
@@ -92,20 +101,51 @@ __device__ inline void LoadVector(const VectorArgs& args, float4* x) {
   __syncthreads();
 }
 
+// Rotated, warps take items instead of rows: 2p and 2p + 1 are the rows of pair p, counted over all heads, so that a block has both. It keeps
+// the sums of all its rounds and waits for its warps once; then each thread rotates one pair.
+constexpr int kPairs = kWarps / 2;              // of a round
+constexpr int kMostRounds = kThreads / kPairs;  // of a block
+__device__ inline int RowOf(const VectorArgs&, int item) { return item; }
+__device__ inline int RowOf(const RotatedArgs& args, int item) {
+  const int pair = item / 2;
+  return args.interleaved ? item : pair + (pair / args.half + item % 2) * args.half;
+}
+__device__ inline int PairOfThread() { return (threadIdx.x / kPairs * gridDim.x + blockIdx.x) * kPairs + threadIdx.x % kPairs; }
+
+// Cosine and sine, where a pair has them.
+__device__ inline float2 TurnOf(const RotatedArgs& args, int pair) {
+  const int c = pair % args.half;
+  return pair < args.keys * args.half ? float2{args.cos[c], args.sin[c]} : float2{};
+}
+__device__ inline void WriteRotated(const RotatedArgs& args, int pair, float x, float y, float2 turn) {
+  const int h = pair / args.half, c = pair % args.half, d = 2 * args.half;
+  const int one = args.interleaved ? 2 * c : c, two = args.interleaved ? one + 1 : one + args.half;
+  float* const to = h < args.heads ? args.q + h * d : h < args.keys ? args.k + (h - args.heads) * d : args.v + (h - args.keys) * d;
+  if (h < args.heads && args.q_before != nullptr) {
+    float* const before = args.q_before + h * d;
+    before[one] = x, before[two] = y;
+  }
+  float a = x, b = y;
+  if (h < args.keys) a = x * turn.x - y * turn.y, b = y * turn.x + x * turn.y;
+  to[one] = a, to[two] = b;
+}
+
 // A warp takes a row at a time, all warps together all rows. The weights of the first row are asked for before the work before this
 // kernel is done: nothing writes them.
-template <RowType R, bool kGated>
-__global__ void __launch_bounds__(kThreads, 2) VectorKernel(const __grid_constant__ VectorArgs args) {
+template <RowType R, bool kGated, class Args>
+__global__ void __launch_bounds__(kThreads, 2) VectorKernel(const __grid_constant__ Args args) {
   extern __shared__ __align__(16) float4 x[];  // [2, cols / 8]
+  constexpr bool kRotated = std::is_same_v<Args, RotatedArgs>;
+  [[maybe_unused]] __shared__ float sums[kRotated ? kMostRounds * kWarps : 1];  // [rounds, warps]
   constexpr int kParts = kGated ? 2 : 1;
   constexpr int kLoads = kDepth / kParts;
   const int lane = threadIdx.x % kWarp, warp = blockIdx.x * kWarps + threadIdx.x / kWarp, warps = gridDim.x * kWarps;
   const int words = args.cols / 8;
   uint4 w[kParts][kLoads];
-  const auto load = [&](int row, int from) {
+  const auto load = [&](int item, int from) {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      const uint4* const weights = args.weights + (int64_t{row} + int64_t{part} * args.gate_rows) * words;
+      const uint4* const weights = args.weights + (int64_t{RowOf(args, item)} + int64_t{part} * args.gate_rows) * words;
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         const int at = from + i * kWarp;
@@ -116,8 +156,11 @@ __global__ void __launch_bounds__(kThreads, 2) VectorKernel(const __grid_constan
   LetLaterWorkLaunch();
   if (warp < args.rows) load(warp, lane);
   WaitForEarlierWork();
+  [[maybe_unused]] float2 turn{};  // of this thread's pair: there long before the sums
+  if constexpr (kRotated) turn = TurnOf(args, PairOfThread());
   LoadVector(args, x);
-  for (int row = warp; row < args.rows; row += warps) {
+  [[maybe_unused]] int kept = threadIdx.x / kWarp;
+  for (int item = warp; item < args.rows; item += warps) {
     float sum[kParts] = {};
     for (int from = lane; from < words; from += kLoads * kWarp) {
       uint4 now[kParts][kLoads];
@@ -128,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, 2) VectorKernel(const __grid_constan
       }
       // What comes next, of this row or of the next, is on its way while this is multiplied.
       const bool more = from + kLoads * kWarp < words;
-      if (more || row + warps < args.rows) load(more ? row : row + warps, more ? from + kLoads * kWarp : lane);
+      if (more || item + warps < args.rows) load(more ? item : item + warps, more ? from + kLoads * kWarp : lane);
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         const int at = from + i * kWarp;
@@ -139,13 +182,23 @@ __global__ void __launch_bounds__(kThreads, 2) VectorKernel(const __grid_constan
       }
     }
     // A lane without words has loaded nothing of the next row in its loop.
-    if (lane >= words && row + warps < args.rows) load(row + warps, lane);
+    if (lane >= words && item + warps < args.rows) load(item + warps, lane);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) sum[part] = WarpSum(sum[part]);
     if (lane != 0) continue;
     float y = kGated ? Silu(sum[0]) * sum[kParts - 1] : sum[0];
+    const int row = RowOf(args, item);
     if (args.bias != nullptr) y += args.bias[row];
-    args.y[row] = args.add ? args.y[row] + y : y;
+    if constexpr (kRotated) {
+      sums[kept] = y, kept += kWarps;
+    } else {
+      args.y[row] = args.add ? args.y[row] + y : y;
+    }
+  }
+  if constexpr (kRotated) {
+    __syncthreads();
+    const int pair = PairOfThread();
+    if (pair < args.rows / 2) WriteRotated(args, pair, sums[2 * threadIdx.x], sums[2 * threadIdx.x + 1], turn);
   }
 }
 
@@ -404,21 +457,55 @@ __global__ void __launch_bounds__(kThreads) EmbedKernel(const __grid_constant__ 
 }
 
 dim3 Grid(int64_t x, int64_t y = 1) { return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y)); }
+
+Check CheckVector(const char* name, const VectorProduct& p) {
+  return Check(name).That(p.rows >= 0, "rows", p.rows, "use 0 or more")
+      .That(p.cols >= 8 && p.cols % 8 == 0 && p.cols <= 24576, "cols", p.cols, "use a multiple of 8 up to 24576");
+}
+VectorArgs ArgsOf(const VectorProduct& p) {
+  return {static_cast<const uint4*>(p.weights), p.x, p.norm, p.bias, p.y, p.eps, p.rows, p.cols, p.gated ? p.rows : 0, p.add};
+}
+int64_t BlocksOf(const VectorProduct& p, const cuda::DeviceLimits& limits) {
+  return std::min<int64_t>(CeilDiv(p.rows, kWarps), int64_t{2} * limits.multiprocessors);
+}
+cuda::Shape VectorShape(int64_t blocks, const VectorProduct& p) {
+  return {.grid = Grid(blocks), .threads = kThreads, .shared_bytes = static_cast<size_t>(p.cols) * sizeof(float)};
+}
 }  // namespace
 
 Status MultiplyVector(const VectorProduct& p, cudaStream_t stream) {
-  PREHOC_RETURN_IF_ERROR(Check("vector product").That(p.rows >= 0, "rows", p.rows, "use 0 or more")
-                             .That(p.cols >= 8 && p.cols % 8 == 0 && p.cols <= 24576, "cols", p.cols, "use a multiple of 8 up to 24576").Take());
+  PREHOC_RETURN_IF_ERROR(CheckVector("vector product", p).Take());
   if (p.rows == 0) return {};
   PREHOC_ASSIGN_OR_RETURN(const cuda::DeviceLimits limits, cuda::CurrentLimits());
-  const VectorArgs args{static_cast<const uint4*>(p.weights), p.x, p.norm, p.bias, p.y, p.eps, p.rows, p.cols, p.gated ? p.rows : 0, p.add};
-  const auto blocks = std::min<int64_t>(CeilDiv(p.rows, kWarps), int64_t{2} * limits.multiprocessors);
-  const cuda::Shape shape{.grid = Grid(blocks), .threads = kThreads, .shared_bytes = static_cast<size_t>(p.cols) * sizeof(float)};
+  const cuda::Shape shape = VectorShape(BlocksOf(p, limits), p);
+  const VectorArgs args = ArgsOf(p);
   const bool f16 = p.type == DeviceNumber::kF16;
   if (p.gated) {
-    return LaunchKernel(f16 ? VectorKernel<RowType::kF16, true> : VectorKernel<RowType::kBF16, true>, "vector product", args, shape, stream);
+    return LaunchKernel(f16 ? VectorKernel<RowType::kF16, true, VectorArgs> : VectorKernel<RowType::kBF16, true, VectorArgs>, "vector product", args, shape,
+                        stream);
   }
-  return LaunchKernel(f16 ? VectorKernel<RowType::kF16, false> : VectorKernel<RowType::kBF16, false>, "vector product", args, shape, stream);
+  return LaunchKernel(f16 ? VectorKernel<RowType::kF16, false, VectorArgs> : VectorKernel<RowType::kBF16, false, VectorArgs>, "vector product", args, shape,
+                      stream);
+}
+
+Status MultiplyRotated(const VectorProduct& p, const RotateParams& r, cudaStream_t stream) {
+  const int64_t heads = int64_t{r.heads} + 2 * int64_t{r.kv_heads};
+  PREHOC_RETURN_IF_ERROR(CheckVector("rotated product", p).That(!p.add, "add", p.add, "use MultiplyVector and RotateHeads")
+                             .That(!p.gated, "gated", p.gated, "use MultiplyVector and RotateHeads")
+                             .That(r.q_norm == nullptr, "q_norm", 1, "use MultiplyVector and RotateHeads for heads with a norm")
+                             .That(r.k_norm == nullptr, "k_norm", 1, "use MultiplyVector and RotateHeads for heads with a norm")
+                             .That(r.tokens == 1, "tokens", r.tokens, "use 1")
+                             .That(r.heads >= 0, "heads", r.heads, "use 0 or more")
+                             .That(r.kv_heads >= 0, "kv_heads", r.kv_heads, "use 0 or more")
+                             .That(r.head_dim > 0 && r.head_dim % 2 == 0, "head_dim", r.head_dim, "use an even number")
+                             .That(p.rows == heads * r.head_dim, "rows", p.rows, "use (heads + 2 kv_heads) * head_dim").Take());
+  if (p.rows == 0) return {};
+  PREHOC_ASSIGN_OR_RETURN(const cuda::DeviceLimits limits, cuda::CurrentLimits());
+  // More blocks than run at once, where these would have more rounds than they can keep.
+  const int64_t blocks = std::max(BlocksOf(p, limits), CeilDiv(p.rows, kMostRounds * kWarps));
+  const RotatedArgs args{ArgsOf(p), r.cos, r.sin, r.q, r.q_before, r.k, r.v, r.head_dim / 2, r.heads, r.heads + r.kv_heads, r.interleaved};
+  return LaunchKernel(p.type == DeviceNumber::kF16 ? VectorKernel<RowType::kF16, false, RotatedArgs> : VectorKernel<RowType::kBF16, false, RotatedArgs>,
+                      "rotated product", args, VectorShape(blocks, p), stream);
 }
 
 Status MultiplyMatrix(const MatrixProduct& p, cudaStream_t stream) {

@@ -66,6 +66,11 @@ struct RotateParams {
 };
 Status RotateHeads(const RotateParams& params, cudaStream_t stream);
 
+// RotateHeads(rotation) of MultiplyVector(product) by one launch, for the q, k and v of a decode step: `y` and `qkv` are not used. v has the
+// bits of the two, q and k differ by a rounding at most. Requires one token, heads without norms (no block has all of a head), neither `add`
+// nor `gated`, and rows = (heads + 2 kv_heads) * head_dim.
+Status MultiplyRotated(const VectorProduct& product, const RotateParams& rotation, cudaStream_t stream);
+
 // y[t, i] = silu(gate_up[t, i]) * gate_up[t, width + i]; gate_up [tokens, 2 width], y [tokens, width].
 Status GateRows(const float* gate_up, float* y, int32_t tokens, int32_t width, cudaStream_t stream);
 

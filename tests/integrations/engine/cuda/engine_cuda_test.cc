@@ -1,5 +1,6 @@
 // The engine's layers on the device beside those of the CPU, over the same attention.
 #include <cmath>
+#include <tuple>
 
 #include "base/cuda/device_memory.h"
 #include "base/cuda/host_registrar.h"
@@ -302,6 +303,132 @@ TEST_F(CudaEngineTest, RotationsOfEverySize) {
       }
     }
   }
+}
+
+// Pairs that a block takes of two heads, rows of less than a block, of several rounds, and of more rounds than a block keeps; the truth in fp64,
+// and the two calls that this one stands for.
+TEST_F(CudaEngineTest, RotatedProductsOfEverySize) {
+  Rng rng = SeededRng();
+  constexpr float kEps = 1e-5f;
+  for (const auto& [heads, kv_heads, cols] : {std::tuple{1, 1, 8}, {6, 2, 40}, {9, 3, 576}, {32, 8, 4096}, {700, 100, 8}, {30001, 1000, 8}}) {
+    for (const int32_t d : {2, 6, 64, 96, 128}) {
+      if (cols > 1000 && d != 6 && d != 128) continue;  // the truth takes its time
+      if (heads > 100 && d != 6) continue;
+      for (const DeviceNumber type : {DeviceNumber::kF16, DeviceNumber::kBF16}) {
+        const int32_t all = heads + 2 * kv_heads, rows = all * d, half = d / 2;
+        const bool f16 = type == DeviceNumber::kF16;
+        std::vector<uint16_t> weights;
+        for (int64_t i = 0; i < int64_t{rows} * cols; ++i) {
+          const auto w = static_cast<float>(rng.Normal() / std::sqrt(cols));
+          weights.push_back(f16 ? FloatToHalf(w) : FloatToBFloat16(w));
+        }
+        const std::vector<float> x = rng.Normals(static_cast<size_t>(cols), 3), norm = rng.Normals(static_cast<size_t>(cols)), bias = rng.Normals(static_cast<size_t>(rows));
+        std::vector<float> cosines, sines;
+        for (int32_t i = 0; i < half; ++i) {
+          const double angle = rng.Uniform() * 6;
+          cosines.push_back(static_cast<float>(std::cos(angle))), sines.push_back(static_cast<float>(std::sin(angle)));
+        }
+        const CudaArray<uint16_t> w(weights);
+        const CudaArray<float> dx(x), dnorm(norm), dbias(bias), cos(cosines), sin(sines);
+        double square = 0;
+        for (const float v : x) square += static_cast<double>(v) * v;
+        const double scale = 1 / std::sqrt(square / cols + kEps);
+        std::vector<double> sums[2];  // of x, and of x with its norm
+        for (int32_t r = 0; r < rows; ++r) {
+          double plain = 0, with_norm = 0;
+          for (size_t c = 0; c < x.size(); ++c) {
+            const uint16_t bits = weights[static_cast<size_t>(r) * x.size() + c];
+            const double term = static_cast<double>(f16 ? HalfToFloat(bits) : BFloat16ToFloat(bits)) * x[c];
+            plain += term, with_norm += term * norm[c] * scale;
+          }
+          sums[0].push_back(plain), sums[1].push_back(with_norm);
+        }
+        for (const bool interleaved : {false, true}) {
+          for (const bool normed : {false, true}) {
+            for (const bool biased : {false, true}) {
+              SCOPED_TRACE("heads " + std::to_string(heads) + " kv_heads " + std::to_string(kv_heads) + " cols " + std::to_string(cols) + " d " + std::to_string(d) +
+                           (f16 ? " f16" : " bf16") + (interleaved ? " interleaved" : "") + (normed ? " normed" : "") + (biased ? " biased" : ""));
+              const auto of_q = static_cast<size_t>(heads * d), of_kv = static_cast<size_t>(kv_heads * d);
+              // By one launch, then by two; q_before is asked for or not.
+              const CudaArray<float> one[4] = {CudaArray<float>(of_q), CudaArray<float>(of_q), CudaArray<float>(of_kv), CudaArray<float>(of_kv)};
+              const CudaArray<float> two[4] = {CudaArray<float>(of_q), CudaArray<float>(of_q), CudaArray<float>(of_kv), CudaArray<float>(of_kv)};
+              const CudaArray<float> qkv(static_cast<size_t>(rows));
+              const bool keeps = normed || !biased;
+              VectorProduct product{.weights = w.data(), .x = dx.data(), .norm = normed ? dnorm.data() : nullptr, .eps = kEps,
+                                    .bias = biased ? dbias.data() : nullptr, .rows = rows, .cols = cols, .type = type};
+              RotateParams rotation{.cos = cos.data(), .sin = sin.data(), .interleaved = interleaved, .q = one[0].data(), .q_before = keeps ? one[1].data() : nullptr,
+                                    .k = one[2].data(), .v = one[3].data(), .tokens = 1, .heads = heads, .kv_heads = kv_heads, .head_dim = d};
+              ASSERT_OK(MultiplyRotated(product, rotation, nullptr));
+              product.y = qkv.data();
+              rotation.qkv = qkv.data(), rotation.q = two[0].data(), rotation.q_before = keeps ? two[1].data() : nullptr;
+              rotation.k = two[2].data(), rotation.v = two[3].data();
+              ASSERT_OK(MultiplyVector(product, nullptr));
+              ASSERT_OK(RotateHeads(rotation, nullptr));
+              ASSERT_OK(CudaStatus(cudaDeviceSynchronize(), "wait"));
+              std::vector<double> want[4];  // q, before, k, v
+              for (int32_t h = 0; h < all; ++h) {
+                std::vector<double> head;
+                for (int32_t c = 0; c < d; ++c) {
+                  const auto row = static_cast<size_t>(h * d + c);
+                  head.push_back(sums[normed ? 1 : 0][row] + (biased ? bias[row] : 0));
+                }
+                if (h < heads) want[1].insert(want[1].end(), head.begin(), head.end());
+                if (h >= heads + kv_heads) {
+                  want[3].insert(want[3].end(), head.begin(), head.end());
+                  continue;
+                }
+                for (int32_t c = 0; c < d; ++c) {
+                  const auto pair = static_cast<size_t>(interleaved ? c / 2 : c % half);
+                  const bool second = interleaved ? c % 2 == 1 : c >= half;
+                  const double mine = head[static_cast<size_t>(c)], other = head[static_cast<size_t>(interleaved ? c ^ 1 : second ? c - half : c + half)];
+                  want[h < heads ? 0 : 2].push_back(mine * cosines[pair] + (second ? other : -other) * sines[pair]);
+                }
+              }
+              for (int i = 0; i < 4; ++i) {
+                const std::vector<float> got = one[i].Read();
+                EXPECT_TRUE(one[i].GuardsIntact()) << i;
+                if (i == 1 && !keeps) {
+                  EXPECT_EQ(got, two[i].Read()) << "q_before was not asked for";  // poison both
+                  continue;
+                }
+                EXPECT_TRUE(AllClose(got, want[i], {1e-4, 1e-4}, {static_cast<int64_t>(got.size()) / d, d})) << i;
+                // What is not rotated are the same sums; of the rest a product may be rounded, of numbers up to some 16.
+                const bool rotated = i == 0 || i == 2;
+                EXPECT_TRUE(AllClose(got, two[i].Read(), rotated ? Tolerance{4e-6, 1e-6} : Tolerance{}, {static_cast<int64_t>(got.size()) / d, d})) << i << ", against two launches";
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// Before anything is enqueued, so without a device.
+TEST(RotatedProductTest, RefusesWhatItDoesNotRotate) {
+  const VectorProduct product{.rows = 48, .cols = 16};
+  const RotateParams rotation{.tokens = 1, .heads = 4, .kv_heads = 1, .head_dim = 8};
+  const auto with = [&](auto&& change) {
+    VectorProduct p = product;
+    RotateParams r = rotation;
+    change(p, r);
+    return MultiplyRotated(p, r, nullptr);
+  };
+  const float norm[8] = {};
+  EXPECT_STATUS(StatusCode::kInvalid, "rows=47", with([](auto& p, auto&) { p.rows = 47; }));
+  EXPECT_STATUS(StatusCode::kInvalid, "rows=-48", with([](auto& p, auto&) { p.rows = -48; }));
+  EXPECT_STATUS(StatusCode::kInvalid, "cols=12", with([](auto& p, auto&) { p.cols = 12; }));
+  EXPECT_STATUS(StatusCode::kInvalid, "add=1", with([](auto& p, auto&) { p.add = true; }));
+  EXPECT_STATUS(StatusCode::kInvalid, "gated=1", with([](auto& p, auto&) { p.gated = true; }));
+  EXPECT_STATUS(StatusCode::kInvalid, "q_norm", with([&](auto&, auto& r) { r.q_norm = norm; }));
+  EXPECT_STATUS(StatusCode::kInvalid, "k_norm", with([&](auto&, auto& r) { r.k_norm = norm; }));
+  EXPECT_STATUS(StatusCode::kInvalid, "tokens=2", with([](auto&, auto& r) { r.tokens = 2; }));
+  EXPECT_STATUS(StatusCode::kInvalid, "heads=-4", with([](auto&, auto& r) { r.heads = -4; }));
+  EXPECT_STATUS(StatusCode::kInvalid, "kv_heads=-1", with([](auto&, auto& r) { r.kv_heads = -1; }));
+  for (const int32_t d : {-8, 0, 7}) {
+    EXPECT_STATUS(StatusCode::kInvalid, "head_dim=" + std::to_string(d), with([&](auto&, auto& r) { r.head_dim = d; }));
+  }
+  EXPECT_OK(with([](auto& p, auto& r) { p.rows = r.heads = r.kv_heads = 0; }));
 }
 
 }  // namespace

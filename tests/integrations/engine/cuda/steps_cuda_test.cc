@@ -1,5 +1,6 @@
 // The engine over a cache, both on the device: a decode step as one graph beside the steps that wait for each layer.
 #include <cmath>
+#include <tuple>
 
 #include "base/cuda/device_memory.h"
 #include "base/cuda/host_registrar.h"
@@ -58,8 +59,12 @@ class CudaStepsTest : public CudaTest {};
 
 TEST_F(CudaStepsTest, LogitsAreThoseOfTheLayerByLayerSteps) {
   Rng rng = SeededRng();
-  for (const WeightType type : {WeightType::kF16, WeightType::kBF16}) {
-    const auto model = RandomModel(rng, {.layers = 3, .heads = 2, .kv_heads = 2, .head_dim = 64, .hidden = 128, .intermediate = 256, .type = type});
+  // Heads without a norm are rotated by the launch of their product.
+  for (const auto& [type, qk_norm, layout] : {std::tuple{WeightType::kF16, true, RopeLayout::kHalf}, {WeightType::kF16, false, RopeLayout::kInterleaved},
+                                              {WeightType::kBF16, false, RopeLayout::kHalf}}) {
+    SCOPED_TRACE(std::string(WeightTypeName(type)) + (qk_norm ? " with" : " without") + " norms of heads");
+    const auto model = RandomModel(rng, {.layers = 3, .heads = 2, .kv_heads = 2, .head_dim = 64, .hidden = 128, .intermediate = 256, .type = type,
+                                         .qk_norm = qk_norm, .layout = layout});
     const std::vector<int32_t> tokens = RandomTokens(rng, model->config, kPrompt + kSteps);
     const auto vocab = static_cast<size_t>(model->config.vocab);
     for (const bool dense : {true, false}) {
