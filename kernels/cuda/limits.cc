@@ -123,9 +123,9 @@ int ClusterPlaces::Of(const void* kernel, Shape shape, int log) {
 
 Status LaunchAny(const void* kernel, const char* name, void** args, const Shape& shape, cudaStream_t stream) {
   PREHOC_ASSIGN_OR_RETURN(const DeviceLimits limits, CurrentLimits());
-  if (shape.keeps_l1) PREHOC_RETURN_IF_ERROR(KeepL1(kernel, name, shape));
   Configuration to;
   PREHOC_RETURN_IF_ERROR(Configure(kernel, name, shape, limits.clusters(), &to));
+  if (shape.keeps_l1) PREHOC_RETURN_IF_ERROR(KeepL1(kernel, name, shape));
   to.config.stream = stream;
   return CudaStatus(cudaLaunchKernelExC(&to.config, kernel, args), name);
 }

@@ -468,8 +468,14 @@ VectorArgs ArgsOf(const VectorProduct& p) {
 int64_t BlocksOf(const VectorProduct& p, const cuda::DeviceLimits& limits) {
   return std::min<int64_t>(CeilDiv(p.rows, kWarps), int64_t{2} * limits.multiprocessors);
 }
+// All products ask for the same cache beside shared memory: what an MLP of common size needs. A change of its size waits for a multiprocessor to be
+// empty, so that the next product's weights would not be on their way before. After a kernel that took all shared memory they would have the least
+// cache, and all of Llama-3.1-8B's weights would take 3.84 ms instead of 3.75, a step of 128K with two clocks 6.45 instead of 6.32.
 cuda::Shape VectorShape(int64_t blocks, const VectorProduct& p) {
-  return {.grid = Grid(blocks), .threads = kThreads, .shared_bytes = static_cast<size_t>(p.cols) * sizeof(float)};
+  constexpr int32_t kUsualCols = 14336;
+  const auto bytes_of = [](int32_t cols) { return static_cast<size_t>(cols) * sizeof(float); };
+  return {.grid = Grid(blocks), .threads = kThreads, .shared_bytes = bytes_of(p.cols), .most_shared_bytes = bytes_of(std::max(p.cols, kUsualCols)),
+          .keeps_l1 = true};
 }
 }  // namespace
 
