@@ -1,4 +1,4 @@
-// resolve, refresh, land: which rows are in slots. One block a head.
+// resolve, refresh, land: which rows are in slots. One block a head, but for land.
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/residency.cuh"
@@ -7,6 +7,8 @@ namespace prehoc::cuda {
 namespace {
 
 constexpr int kThreads = 512;
+constexpr int kAtOnce = 8;      // of a thread's positions or slots, so that loads do not wait for each other
+constexpr int kLandBlocks = 8;  // of a head
 constexpr int32_t kMostSlots = 32767;
 
 struct ResolveArgs {
@@ -37,35 +39,59 @@ __global__ void __launch_bounds__(kThreads) RefreshKernel(const __grid_constant_
   __syncthreads();
   const int32_t given = *task.wanted_count, count = given >= 0 && given <= at.slots ? given : 0;
   const auto row_of = [&](int32_t p) { return p >= 0 && p < at.max_n ? HostRowOf(task.host, p) : -1; };
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    const int32_t p = task.wanted[i];
-    if (row_of(p) >= 0) atomicOr(&wanted[p / 32], 1u << (p % 32));
+  for (int base = threadIdx.x; base < count; base += kAtOnce * kThreads) {
+    int32_t p[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) p[j] = base + j * kThreads < count ? task.wanted[base + j * kThreads] : -1;
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (row_of(p[j]) >= 0) atomicOr(&wanted[p[j] / 32], 1u << (p[j] % 32));
+    }
   }
   const int32_t n = task.n != nullptr ? *task.n : 0, ring_rows = task.n != nullptr ? task.ring_rows : 0;
   __syncthreads();
-  for (int slot = threadIdx.x; slot < at.slots; slot += kThreads) {
-    if (at.owner[slot] == -1) spare[atomicAdd(&num_free, 1)] = static_cast<int16_t>(slot);
-  }
+  const auto for_slots = [&](auto&& take) {  // take(slot, owner)
+    for (int base = threadIdx.x; base < at.slots; base += kAtOnce * kThreads) {
+      int32_t owner[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) owner[j] = base + j * kThreads < at.slots ? at.owner[base + j * kThreads] : -2;
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) take(base + j * kThreads, owner[j]);
+    }
+  };
+  for_slots([&](int slot, int32_t owner) {
+    if (owner == -1) spare[atomicAdd(&num_free, 1)] = static_cast<int16_t>(slot);
+  });
   __syncthreads();
   if (threadIdx.x == 0) num_spare = num_free;
   __syncthreads();
-  for (int slot = threadIdx.x; slot < at.slots; slot += kThreads) {
-    const int32_t p = at.owner[slot];
-    if (p >= 0 && (wanted[p / 32] >> (p % 32) & 1) == 0) spare[atomicAdd(&num_spare, 1)] = static_cast<int16_t>(slot);
-  }
+  for_slots([&](int slot, int32_t owner) {
+    if (owner >= 0 && (wanted[owner / 32] >> (owner % 32) & 1) == 0) spare[atomicAdd(&num_spare, 1)] = static_cast<int16_t>(slot);
+  });
   __syncthreads();
   // Neighbours stay neighbours: addresses that rise read faster. So places are given out warp by warp, in order.
-  for (int base = 0; base < count; base += kThreads) {
-    const int i = base + threadIdx.x;
-    const int32_t p = i < count ? task.wanted[i] : -1;
-    const int32_t row = row_of(p);
-    const bool missing = row >= 0 && at.slot_of[p] < 0 && (i == 0 || task.wanted[i - 1] != p);
-    const unsigned votes = __ballot_sync(kAllLanes, missing);
-    int first = 0;
-    if (threadIdx.x % kWarp == 0 && votes != 0) first = atomicAdd(&num_missing, __popc(votes));
-    first = __shfl_sync(kAllLanes, first, 0);
-    const int place = first + __popc(votes & ((1u << (threadIdx.x % kWarp)) - 1));
-    if (missing && place < num_spare) {
+  for (int base = 0; base < count; base += kAtOnce * kThreads) {
+    int32_t p[kAtOnce], row[kAtOnce];
+    bool missing[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = base + j * kThreads + threadIdx.x;
+      p[j] = i < count ? task.wanted[i] : -1;
+      missing[j] = i < count && (i == 0 || task.wanted[i - 1] != p[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      row[j] = row_of(p[j]);
+      missing[j] = missing[j] && row[j] >= 0 && at.slot_of[p[j]] < 0;
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const unsigned votes = __ballot_sync(kAllLanes, missing[j]);
+      int first = 0;
+      if (threadIdx.x % kWarp == 0 && votes != 0) first = atomicAdd(&num_missing, __popc(votes));
+      first = __shfl_sync(kAllLanes, first, 0);
+      const int place = first + __popc(votes & ((1u << (threadIdx.x % kWarp)) - 1));
+      if (!missing[j] || place >= num_spare) continue;
       const int slot = spare[place];
       const int32_t old = at.owner[slot];
       if (old >= 0) {
@@ -74,8 +100,8 @@ __global__ void __launch_bounds__(kThreads) RefreshKernel(const __grid_constant_
         if (!in_ring) atomicAnd(reinterpret_cast<uint32_t*>(at.resident) + old / 32, ~(1u << (old % 32)));
       }
       at.owner[slot] = -2;
-      task.position[place] = p;
-      task.from_piece[place] = row;
+      task.position[place] = p[j];
+      task.from_piece[place] = row[j];
       task.to_piece[place] = slot;
     }
   }
@@ -88,13 +114,14 @@ __global__ void __launch_bounds__(kThreads) LandKernel(const __grid_constant__ R
   LetLaterWorkLaunch();
   const RefreshTask task = args.tasks[blockIdx.x];
   const int32_t count = *task.count;
-  for (int i = threadIdx.x; i < count; i += kThreads) {
+  const int me = static_cast<int>(blockIdx.y) * kThreads + static_cast<int>(threadIdx.x), all = static_cast<int>(gridDim.y) * kThreads;
+  for (int i = me; i < count; i += all) {
     const int32_t p = task.position[i], slot = task.to_piece[i];
     task.at.owner[slot] = p;
     task.at.slot_of[p] = static_cast<int16_t>(slot);
     atomicOr(reinterpret_cast<uint32_t*>(task.at.resident) + p / 32, 1u << (p % 32));
   }
-  for (int i = threadIdx.x; task.pooled != nullptr && i < task.at.max_n; i += kThreads) task.pooled[i] = -Infinity();
+  for (int i = me; task.pooled != nullptr && i < task.at.max_n; i += all) task.pooled[i] = -Infinity();
 }
 Status CheckTurn(const char* kernel, const RefreshParams& params) {
   return Check(kernel).Tasks(params.tasks, params.num_tasks).That(params.max_n >= 0, "max_n", params.max_n, "use 0 or more").Take();
@@ -124,7 +151,7 @@ Status Land(const RefreshParams& params, cudaStream_t stream) {
   PREHOC_RETURN_IF_ERROR(CheckTurn("land", params));
   if (params.num_tasks == 0) return {};
   return LaunchKernel(LandKernel, "land", RefreshArgs{params.tasks, 0},
-                      {.grid = dim3(static_cast<unsigned>(params.num_tasks)), .threads = kThreads}, stream);
+                      {.grid = dim3(static_cast<unsigned>(params.num_tasks), kLandBlocks), .threads = kThreads}, stream);
 }
 
 }  // namespace prehoc::cuda
