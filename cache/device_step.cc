@@ -152,7 +152,7 @@ Result<Sequence::StepPlan> Sequence::Impl::PlanStep(const LayerInput& io) {
   }
   if (!d->active) PREHOC_RETURN_IF_ERROR(EnterSteps());
   const bool same_rule = rule.sinks == d->rule.sinks && rule.local == d->rule.local && rule.may_inherit == d->rule.may_inherit &&
-                         rule.tau == d->rule.tau && rule.max_age == d->rule.max_age && rule.theta == d->rule.theta;
+                         rule.tau == d->rule.tau && rule.max_age == d->rule.max_age;  // k and theta are in each step's tasks
   d->rule = rule;
   const int32_t rows = RowsBucket(way == DeviceStep::Way::kEverything ? visible() : rule.sinks + rule.k + rule.local);
   const bool same_io = io.q == d->io.q && io.k == d->io.k && io.v == d->io.v && io.out == d->io.out;

@@ -96,9 +96,11 @@ struct TwoClockOptions {
   CisOptions::GateScope gate_scope = CisOptions::GateScope::kKvHead;   // tc.gate_scope: kv_head | group_mean | layer
   int32_t max_age = 16;      // tc.max_age: steps a choice may be inherited
   Scorer scorer = Scorer::kCodes;  // tc.scorer: codes | exact
-  // tc.theta: a missing position heavier than this is fetched within the step; auto: kThetaOfMemory, or kThetaOfStore while some of a sequence's
+  // tc.theta: a missing position heavier than this is fetched within the step; auto: ThetaOfMemory(), or kThetaOfStore while some of a sequence's
   // rows may have to be read from the store.
-  static constexpr double kThetaOfMemory = 0.0001, kThetaOfStore = 0.001;
+  static constexpr double kThetaOfStore = 0.001;
+  // All that k positions may leave out is then 2 % of the mass: with ten times as much facts are lost at every length (docs/selectors/tc.md).
+  static constexpr double ThetaOfMemory(int32_t k) { return k > 200 ? 0.02 / k : 0.0001; }
   double theta = kAuto;
   double factor = 4;         // tc.factor c: wanted = c * k
   int32_t refresh = 16;      // tc.refresh s, steps

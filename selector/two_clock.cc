@@ -19,7 +19,7 @@ class TwoClock final : public Selector {
     rule.pre_rope = !rule.by_mass && tc.cos_stage == CisOptions::CosStage::kPreRope;
     rule.scope = tc.gate_scope;
     rule.max_age = tc.max_age;
-    rule.theta = tc.theta >= 0 ? tc.theta : context.reads_store ? TwoClockOptions::kThetaOfStore : TwoClockOptions::kThetaOfMemory;
+    rule.theta = tc.theta >= 0 ? tc.theta : context.reads_store ? TwoClockOptions::kThetaOfStore : TwoClockOptions::ThetaOfMemory(rule.k);
     if (context.complete && context.n < tc.dense_below) rule.attend_all = true;  // looking would cost more than it saves
     return rule;
   }

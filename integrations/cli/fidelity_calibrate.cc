@@ -78,13 +78,16 @@ class Calibrator {
     if (base.size() != 2) return UsageError("--calibrate: the last of --selectors is dense, which has nothing to calibrate; name another last");
     for (const std::string& value : grid_.values) {
       FidelityRun run = base.back();
-      // What is measured is promised wherever rows are, and here all are in host memory.
-      if (run.selector.tc.theta == TwoClockOptions::kAuto) run.selector.tc.theta = TwoClockOptions::kThetaOfMemory;
       const Status set = run.selector.Set(grid_.knob, value);
       if (!set.ok()) return UsageError("--calibrate-knob: " + set.message());
       if (!UsesKnob(run.selector, grid_.knob)) return UsageError("--calibrate-knob: the selector " + std::string(SelectorKindName(run.selector.kind)) + " does not use " + grid_.knob);
       PREHOC_RETURN_IF_ERROR(run.selector.Validate().WithContext("--calibrate-knob"));
-      if (run.selector.tc.theta == TwoClockOptions::kAuto) return UsageError("--calibrate-knob tc.theta=auto: stands for a number that differs from tier to tier; give numbers");
+      double& theta = run.selector.tc.theta;
+      if (grid_.knob == "tc.theta" && theta == TwoClockOptions::kAuto) {
+        return UsageError("--calibrate-knob tc.theta=auto: stands for a number that differs from tier to tier; give numbers");
+      }
+      // What is measured is promised wherever rows are, and here all are in host memory.
+      if (theta == TwoClockOptions::kAuto) theta = TwoClockOptions::ThetaOfMemory(run.selector.budget.MiddleK(context_));
       runs_.push_back(std::move(run));
     }
     return {};

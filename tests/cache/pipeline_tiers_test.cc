@@ -786,7 +786,8 @@ TEST(PipelineTiers, ThetaIsThatOfTheTierWhereRowsAre) {
     };
     SequenceReport chosen, near, far;
     const std::vector<float> out = run(TwoClockOptions::kAuto, &chosen);
-    const std::vector<float> of_memory = run(TwoClockOptions::kThetaOfMemory, &near), of_store = run(TwoClockOptions::kThetaOfStore, &far);
+    const double theta = TwoClockOptions::ThetaOfMemory(options.cache.selector.budget.MiddleK(kMany));
+    const std::vector<float> of_memory = run(theta, &near), of_store = run(TwoClockOptions::kThetaOfStore, &far);
     EXPECT_EQ(out, small ? of_store : of_memory);
     EXPECT_EQ(chosen.rows_host + chosen.rows_disk, small ? far.rows_host + far.rows_disk : near.rows_host + near.rows_disk);
     EXPECT_GT(near.rows_host + near.rows_disk, far.rows_host + far.rows_disk) << "no row lies between the two";
@@ -821,7 +822,8 @@ TEST(PipelineTiers, ThetaIsThatOfTheStoreOnceItWasRead) {
     return sequence->Report();
   };
   const auto rows = [](const SequenceReport& report) { return report.rows_host + report.rows_disk; };
-  const SequenceReport near = run(TwoClockOptions::kThetaOfMemory, true), chosen = run(TwoClockOptions::kAuto, true), alone = run(TwoClockOptions::kAuto, false);
+  const double theta = TwoClockOptions::ThetaOfMemory(options.cache.selector.budget.MiddleK(kMany));
+  const SequenceReport near = run(theta, true), chosen = run(TwoClockOptions::kAuto, true), alone = run(TwoClockOptions::kAuto, false);
   EXPECT_GT(near.bytes_from_disk, 0);
   EXPECT_LT(rows(chosen), rows(near));
   EXPECT_EQ(alone.bytes_from_disk, 0);

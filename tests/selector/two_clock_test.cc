@@ -33,7 +33,10 @@ TEST(TwoClock, IsTheDefaultWithTheGateOfCisAndDensePrefill) {
   EXPECT_DOUBLE_EQ(rule.tau, 0.9);
   EXPECT_EQ(rule.max_age, 16);
   EXPECT_EQ(rule.scorer, Scorer::kCodes);
-  EXPECT_DOUBLE_EQ(rule.theta, 0.0001);
+  EXPECT_DOUBLE_EQ(rule.theta * rule.k, 0.02) << "of the mass is what all that are chosen may leave out";
+  EXPECT_DOUBLE_EQ(TwoClockOptions::ThetaOfMemory(2048), 0.02 / 2048);
+  EXPECT_DOUBLE_EQ(TwoClockOptions::ThetaOfMemory(200), 0.0001);
+  EXPECT_DOUBLE_EQ(TwoClockOptions::ThetaOfMemory(0), 0.0001);
   EXPECT_DOUBLE_EQ(selector->Rule({.layer = 2, .layers = 4, .step = 5, .n = 16'000, .reads_store = true}).theta, 0.001) << "rows of the store are dear";
   EXPECT_FALSE(rule.residents_only);
   EXPECT_EQ(rule.sinks, 8);

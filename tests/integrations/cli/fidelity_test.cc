@@ -249,7 +249,7 @@ TEST_F(FidelityTest, ACalibrationNamesItsEvidenceAndReadsBack) {
   EXPECT_EQ(file->model_fingerprint, outcome.json["model"]["fingerprint"]);
   EXPECT_EQ(file->most_prompt_tokens, 512);
   EXPECT_LE(file->upper_limit, 0.3);
-  EXPECT_EQ(file->selector.tc.theta, TwoClockOptions::kThetaOfMemory) << "what was measured, wherever rows are when it is used";
+  EXPECT_EQ(file->selector.tc.theta, TwoClockOptions::ThetaOfMemory(file->selector.budget.MiddleK(512))) << "what was measured, wherever rows are when it is used";
 }
 
 TEST_F(FidelityTest, HeadsThatCannotBeProtectedDoNotCount) {
