@@ -103,7 +103,7 @@ struct TwoClockOptions {
   static constexpr double ThetaOfMemory(int32_t k) { return k > 200 ? 0.02 / k : 0.0001; }
   double theta = kAuto;
   double factor = 4;         // tc.factor c: wanted = c * k
-  int32_t refresh = 16;      // tc.refresh s, steps
+  int32_t refresh = 64;      // tc.refresh s, steps
   int32_t pool = 16;         // tc.pool w, scans
   int32_t lag = 0;           // tc.lag: steps between deciding a fetch and its rows being used
   bool stagger = true;       // tc.stagger: layers and heads refresh at different steps

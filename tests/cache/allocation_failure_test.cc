@@ -264,13 +264,13 @@ TEST_P(AllocationFailureTest, EachGivesAnErrorOrTheRightAnswer) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Caches, AllocationFailureTest,
-                         testing::Values(FailureCase{"two_clocks", {{"selector", "tc"}, {"tc.scorer", "exact"}, {"tc.theta", "0"}, {"tc.tau", "off"}}},
-                                         FailureCase{"three_in_a_row", {{"selector", "tc"}, {"tc.scorer", "exact"}, {"tc.theta", "0"}, {"tc.tau", "off"}}, 3},
+                         testing::Values(FailureCase{"two_clocks", {{"selector", "tc"}, {"tc.scorer", "exact"}, {"tc.theta", "0"}, {"tc.tau", "off"}, {"tc.refresh", "16"}}},
+                                         FailureCase{"three_in_a_row", {{"selector", "tc"}, {"tc.scorer", "exact"}, {"tc.theta", "0"}, {"tc.tau", "off"}, {"tc.refresh", "16"}}, 3},
                                          FailureCase{"lag", {{"selector", "tc"}, {"tc.scorer", "exact"}, {"tc.theta", "0"}, {"tc.tau", "off"}, {"tc.refresh", "2"}, {"tc.lag", "1"}}},
                                          FailureCase{"lag_of_int8", {{"selector", "tc"}, {"tc.scorer", "exact"}, {"tc.theta", "0"}, {"tc.tau", "off"}, {"tc.refresh", "2"}, {"tc.lag", "1"}},
                                                      1, 24 << 10, false, RowFormat::kInt8},
                                          FailureCase{"whole_steps", {{"selector", "tc"}, {"tc.theta", "0"}, {"tc.tau", "off"}, {"tc.refresh", "2"}}, 1, 192 << 10, true},
-                                         FailureCase{"bounded", {{"selector", "tc"}, {"tc.theta", "0"}, {"max_dropped_mass", "0.2"}}, 1, 30 << 10},
+                                         FailureCase{"bounded", {{"selector", "tc"}, {"tc.theta", "0"}, {"max_dropped_mass", "0.2"}, {"tc.refresh", "16"}}, 1, 30 << 10},
                                          FailureCase{"certified", {{"selector", "cis"}, {"cis.gate", "certified"}, {"cis.delta_max", "0.9"}, {"cis.local_edge", "held"}}, 1, 32 << 10},
                                          FailureCase{"window", {{"selector", "window"}}}, FailureCase{"dense", {{"selector", "dense"}}}),
                          [](const auto& of) { return of.param.name; });

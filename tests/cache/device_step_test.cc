@@ -120,6 +120,7 @@ WorldOptions Options() {
   options.cache.geometry.heads = options.cache.geometry.kv_heads = 2;
   options.cache.selector.kind = SelectorKind::kTwoClock;
   options.cache.selector.tc.theta = 0;
+  options.cache.selector.tc.refresh = 16;  // every head turns in some dozens of steps
   options.cache.selector.tc.dense_below = 0;
   options.cache.audit_every = 16;
   options.cache.persist_decode = true;

@@ -64,6 +64,7 @@ WorldOptions OptionsFor(SelectorKind kind) {
   WorldOptions options = WorldOptions::Default();
   options.cache.geometry.head_dim = 64;
   options.cache.selector.kind = kind;
+  options.cache.selector.tc.refresh = 16;  // every head turns in some dozens of steps
   options.cache.audit_every = 8;
   return options;
 }

@@ -74,6 +74,7 @@ TEST_F(CudaStepsTest, LogitsAreThoseOfTheLayerByLayerSteps) {
         SelectorOptions selector;
         selector.kind = dense ? SelectorKind::kDense : SelectorKind::kTwoClock;
         selector.budget.sinks = 4, selector.budget.local = 8, selector.budget.tokens = 64;
+        selector.tc.refresh = 16;  // heads turn within the steps
         selector.tc.theta = 0, selector.tc.dense_below = 0;
         Machine whole(model, selector, true), layered(model, selector, false);
         auto a = whole.cache().Open({.max_tokens = kPrompt + kSteps, .device_slots = slots});
