@@ -63,11 +63,13 @@ class Life {
       return Keep(KvCache::Create(options_, {.executor = &executor_, .device = &device_, .store = store_.get(), .clock = &clock_,
                                               .step_kernels = case_.whole_steps ? &step::ReferenceStepKernels() : nullptr}), &cache);
     });
+    if (cache == nullptr) return 0;
     std::unique_ptr<Sequence> sequence;
     Try([&] {
       const AllocationsMayFail here;
       return Keep(cache->Open(Wanted()), &sequence);
     });
+    if (sequence == nullptr) return 0;  // not for want of an allocation: it has said why
     Play(*sequence);
     RunJobs();
     Try([&] {
@@ -79,6 +81,7 @@ class Life {
       const AllocationsMayFail here;
       return Keep(cache->OpenWithPrefix(Wanted(), stream_.ids(0, kPrompt)), &sequence);
     });
+    if (sequence == nullptr) return 0;
     restored_ = sequence->restored();
     Play(*sequence);
     Try([&] { return Repair(*sequence); });
