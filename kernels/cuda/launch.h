@@ -95,6 +95,7 @@ struct Shape {
   bool cooperative = false;  // all blocks run at once
   bool keeps_l1 = false;     // reads again what the first-level cache holds: shared memory takes no more of it than blocks need.
                              // Of a kernel, not of a launch: the first one's numbers count
+  size_t usual_shared_bytes = 0;  // with keeps_l1: of the launches that this is for, where some take more; 0: the most of any
 };
 // How many clusters of `shape` the current device runs at once; 0 if none. Asks the driver each time.
 int MostClusters(const void* kernel, const Shape& shape);

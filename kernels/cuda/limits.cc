@@ -90,9 +90,9 @@ Status KeepL1(const void* kernel, const char* name, const Shape& shape) {
   cudaFuncAttributes attributes{};
   PREHOC_CUDA_TRY(cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
   PREHOC_RETURN_IF_ERROR(CudaStatus(cudaFuncGetAttributes(&attributes, kernel), name));
-  const size_t most = std::max(shape.shared_bytes, shape.most_shared_bytes);
-  PREHOC_RETURN_IF_ERROR(CudaStatus(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, shape.threads, most), name));
-  const size_t used = static_cast<size_t>(blocks) * (attributes.sharedSizeBytes + most + kOfEachBlock);
+  const size_t bytes = shape.usual_shared_bytes > 0 ? shape.usual_shared_bytes : std::max(shape.shared_bytes, shape.most_shared_bytes);
+  PREHOC_RETURN_IF_ERROR(CudaStatus(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, shape.threads, bytes), name));
+  const size_t used = static_cast<size_t>(blocks) * (attributes.sharedSizeBytes + bytes + kOfEachBlock);
   const size_t percent = std::min<size_t>(100, (100 * used + static_cast<size_t>(room) - 1) / static_cast<size_t>(std::max(room, 1)));
   PREHOC_RETURN_IF_ERROR(CudaStatus(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, static_cast<int>(percent)), name));
   told->emplace(device, kernel);
@@ -125,7 +125,7 @@ Status LaunchAny(const void* kernel, const char* name, void** args, const Shape&
   PREHOC_ASSIGN_OR_RETURN(const DeviceLimits limits, CurrentLimits());
   Configuration to;
   PREHOC_RETURN_IF_ERROR(Configure(kernel, name, shape, limits.clusters(), &to));
-  if (shape.keeps_l1) PREHOC_RETURN_IF_ERROR(KeepL1(kernel, name, shape));
+  if (shape.keeps_l1) PREHOC_RETURN_IF_ERROR(KeepL1(kernel, name, shape));  // counts blocks, which must be allowed their shared memory by then
   to.config.stream = stream;
   return CudaStatus(cudaLaunchKernelExC(&to.config, kernel, args), name);
 }

@@ -458,9 +458,10 @@ __global__ void __launch_bounds__(kThreads) EmbedKernel(const __grid_constant__ 
 
 dim3 Grid(int64_t x, int64_t y = 1) { return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y)); }
 
+constexpr int32_t kMostCols = 24576;
 Check CheckVector(const char* name, const VectorProduct& p) {
   return Check(name).That(p.rows >= 0, "rows", p.rows, "use 0 or more")
-      .That(p.cols >= 8 && p.cols % 8 == 0 && p.cols <= 24576, "cols", p.cols, "use a multiple of 8 up to 24576");
+      .That(p.cols >= 8 && p.cols % 8 == 0 && p.cols <= kMostCols, "cols", p.cols, "use a multiple of 8 up to 24576");
 }
 VectorArgs ArgsOf(const VectorProduct& p) {
   return {static_cast<const uint4*>(p.weights), p.x, p.norm, p.bias, p.y, p.eps, p.rows, p.cols, p.gated ? p.rows : 0, p.add};
@@ -474,8 +475,8 @@ int64_t BlocksOf(const VectorProduct& p, const cuda::DeviceLimits& limits) {
 cuda::Shape VectorShape(int64_t blocks, const VectorProduct& p) {
   constexpr int32_t kUsualCols = 14336;
   const auto bytes_of = [](int32_t cols) { return static_cast<size_t>(cols) * sizeof(float); };
-  return {.grid = Grid(blocks), .threads = kThreads, .shared_bytes = bytes_of(p.cols), .most_shared_bytes = bytes_of(std::max(p.cols, kUsualCols)),
-          .keeps_l1 = true};
+  return {.grid = Grid(blocks), .threads = kThreads, .shared_bytes = bytes_of(p.cols), .most_shared_bytes = bytes_of(kMostCols), .keeps_l1 = true,
+          .usual_shared_bytes = bytes_of(kUsualCols)};
 }
 }  // namespace
 
