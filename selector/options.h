@@ -1,6 +1,7 @@
 // Every open choice of the methods as a knob, with its default (docs/selectors/). One flat struct, so
 // that a run can be described, compared and repeated. Names in the comments are those of the command line.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -99,8 +100,9 @@ struct TwoClockOptions {
   // tc.theta: a missing position heavier than this is fetched within the step; auto: ThetaOfMemory(), or kThetaOfStore while some of a sequence's
   // rows may have to be read from the store.
   static constexpr double kThetaOfStore = 0.001;
-  // All that k positions may leave out is then 2 % of the mass: with ten times as much facts are lost at every length (docs/selectors/tc.md).
-  static constexpr double ThetaOfMemory(int32_t k) { return k > 200 ? 0.02 / k : 0.0001; }
+  // All that k positions may leave out is then 2 % of the mass at most: with ten times as much facts were lost at 16K and at 128K alike
+  // (docs/selectors/tc.md). k is that of a fixed budget, 0 of one by mass.
+  static constexpr double ThetaOfMemory(int32_t k) { return std::min(0.0001, 0.02 / std::max(k, 1)); }
   double theta = kAuto;
   double factor = 4;         // tc.factor c: wanted = c * k
   int32_t refresh = 64;      // tc.refresh s, steps
