@@ -74,7 +74,7 @@ __device__ inline float Dot8(const uint4& w, const float4& x0, const float4& x1,
 }
 
 // Loads of a lane that are on their way at once.
-constexpr int kDepth = 8;
+constexpr int kDepth = 16;
 
 // The vector in shared memory, normalised: two planes of 4 of each 8 channels, so that neighbouring lanes read neighbouring words.
 __device__ inline void LoadVector(const VectorArgs& args, float4* x) {
@@ -109,6 +109,11 @@ __device__ inline int RowOf(const VectorArgs&, int item) { return item; }
 __device__ inline int RowOf(const RotatedArgs& args, int item) {
   const int pair = item / 2;
   return args.interleaved ? item : pair + (pair / args.half + item % 2) * args.half;
+}
+// The weights of an item: those of its row, or (part 1 of a gated product) of the up that goes with it.
+template <class Args>
+__device__ inline const uint4* RowAt(const Args& args, int item, int part) {
+  return args.weights + (int64_t{RowOf(args, item)} + int64_t{part} * args.gate_rows) * (args.cols / 8);
 }
 __device__ inline int PairOfThread() { return (threadIdx.x / kPairs * gridDim.x + blockIdx.x) * kPairs + threadIdx.x % kPairs; }
 
@@ -145,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, 2) VectorKernel(const __grid_constan
   const auto load = [&](int item, int from) {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      const uint4* const weights = args.weights + (int64_t{RowOf(args, item)} + int64_t{part} * args.gate_rows) * words;
+      const uint4* const weights = RowAt(args, item, part);
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         const int at = from + i * kWarp;
@@ -163,22 +168,25 @@ __global__ void __launch_bounds__(kThreads, 2) VectorKernel(const __grid_constan
   for (int item = warp; item < args.rows; item += warps) {
     float sum[kParts] = {};
     for (int from = lane; from < words; from += kLoads * kWarp) {
-      uint4 now[kParts][kLoads];
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-        for (int i = 0; i < kLoads; ++i) now[part][i] = w[part][i];
-      }
-      // What comes next, of this row or of the next, is on its way while this is multiplied.
+      // What comes next, of this row or of the next, is asked for as soon as its place is free.
       const bool more = from + kLoads * kWarp < words;
-      if (more || item + warps < args.rows) load(more ? item : item + warps, more ? from + kLoads * kWarp : lane);
+      const int next_item = more ? item : item + warps, next_from = more ? from + kLoads * kWarp : lane;
+      const bool exists = next_item < args.rows;
+      const uint4* next[kParts];
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) next[part] = RowAt(args, exists ? next_item : 0, part) + next_from;
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         const int at = from + i * kWarp;
-        if (at >= words) break;
-        const float4 x0 = x[at], x1 = x[words + at];
+        if (at < words) {
+          const float4 x0 = x[at], x1 = x[words + at];
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) sum[part] = Dot8<R>(now[part][i], x0, x1, sum[part]);
+          for (int part = 0; part < kParts; ++part) sum[part] = Dot8<R>(w[part][i], x0, x1, sum[part]);
+        }
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          w[part][i] = exists && next_from + i * kWarp < words ? __ldcs(next[part] + i * kWarp) : uint4{0, 0, 0, 0};
+        }
       }
     }
     // A lane without words has loaded nothing of the next row in its loop.
