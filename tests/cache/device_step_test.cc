@@ -325,6 +325,37 @@ TEST_F(DeviceStepTest, LightRowsThatAreMissingAreLeftOutAndCounted) {
   EXPECT_LT(report.estimate_error.mean(), 0.05);
 }
 
+// Right after a prompt both ways have the same residents, so a theta leaves out the same rows.
+TEST_F(DeviceStepTest, TheFirstStepLeavesOutWhatAStepOfTheHostLeavesOut) {
+  std::vector<std::set<int32_t>> whatever;  // of every head: as chosen, with theta 0
+  int64_t heads_that_skip = 0, read = 0;
+  for (const double theta : {0.0, 0.003, 0.01, 0.03}) {
+    WorldOptions options = Options();
+    options.cache.selector.tc.theta = theta;
+    WorldOptions plain = options;
+    plain.step_kernels = nullptr;
+    const Stream stream(options.cache.geometry, kPrompt + 1, 6);
+    StepEngine engine(options.cache.geometry, stream);
+    World there(options), here(plain);
+    const auto device = Open(there, stream, 1, 64), host = Open(here, stream, 1, 64);
+    Outputs out, want;
+    ASSERT_OK(engine.Step(*device, &out));
+    ASSERT_OK(DecodeOne(*host, stream, &want));
+    ASSERT_EQ(engine.planned, 1);
+    for (int32_t l = 0; l < options.cache.geometry.layers; ++l) {
+      for (int32_t h = 0; h < options.cache.geometry.kv_heads; ++h) {
+        const std::set<int32_t> attended = Attended(*device, l, h);
+        EXPECT_EQ(attended, Attended(*host, l, h)) << "theta " << theta << " layer " << l << " head " << h;
+        if (theta == 0) whatever.push_back(attended);
+        heads_that_skip += attended != whatever[static_cast<size_t>(l * options.cache.geometry.kv_heads + h)];
+      }
+    }
+    if (theta > 0) read += device->Report().rows_in_step;
+  }
+  EXPECT_GT(heads_that_skip, 0);
+  EXPECT_GT(read, 0);
+}
+
 // Prompts between steps, steps of the host between those of the device, and steps that broke off: the state goes back and forth.
 TEST_F(DeviceStepTest, StateGoesToTheDeviceAndComesBack) {
   const WorldOptions options = Options();
