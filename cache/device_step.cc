@@ -52,16 +52,18 @@ StepArrays StepArrays::Carve(std::byte* base, const StepShape& shape, int32_t sl
     take(a.select, most > 0 ? units : 0), take(a.want, lists), take(a.refresh, lists), take(a.land, lists), take(a.gather, lists);
   });
   section(a.fixed, a.fixed_bytes, [&] {
-    take(a.append, units), take(a.gate, units), take(a.resolve, units), take(a.attend, units);
+    take(a.append, units), take(a.gate, units), take(a.resolve, units), take(a.attend, units), take(a.adopt, state);
     take(a.chunk_row, static_cast<size_t>(shape.layers) * static_cast<size_t>(shape.chunks()));
   });
   section(a.results, a.results_bytes, [&] {
     take(a.count, units), take(a.hold, units), take(a.misses, units), take(a.far, 1);
     take(a.lse_all, units * group), take(a.lse_out, units * group), take(a.lse, units * group), take(a.fetched, 2 * turns);
   });
-  take(a.chosen, units * most), take(a.refs, most > 0 ? units * (most + 4) : 0);
+  take(a.chosen, units * most), take(a.refs, most > 0 ? units * (most + 4) : 0), take(a.keep, state * most);
   take(a.num_refs, units), take(a.age, units), take(a.anchor, units * group * static_cast<size_t>(shape.head_dim));
   take(a.slot_of, state * static_cast<size_t>(shape.max_tokens)), take(a.owner, state * rows), take(a.resident, state * words);
+  const size_t room = state * static_cast<size_t>(SpareRoom(slots));
+  take(a.spare, state), take(a.spare_slot, room), take(a.spare_position, room), take(a.used, state * rows);
   for (int32_t** const list : {&a.wanted, &a.position, &a.sources, &a.targets}) take(*list, 2 * lists * rows);
   take(a.wanted_count, 2 * turns), take(a.unused, turns);
   take(a.select_space, shape.select_space), take(a.attend_space, shape.attend_space), take(a.choose_space, shape.choose_space);
@@ -248,6 +250,8 @@ Status Sequence::Impl::EnterSteps() {
   std::vector<float> anchor(units * floats);
   std::vector<int16_t> slot_of(slots > 0 ? units * most_tokens : 0, -1);
   std::vector<uint64_t> resident(slots > 0 ? units * words : 0);
+  const std::vector<step::SpareSlots::State> spare(slots > 0 ? units : 0);  // the first adopt() makes some
+  const std::vector<uint8_t> used(slots > 0 ? units * slots : 0);
   std::fill(d.results.begin(), d.results.end(), std::byte{0});
   for (size_t u = 0; u < units; ++u) {
     const Unit& unit = UnitAt(u);
@@ -274,6 +278,8 @@ Status Sequence::Impl::EnterSteps() {
   PREHOC_RETURN_IF_ERROR(write(slot_of, at.slot_of));
   PREHOC_RETURN_IF_ERROR(write(owner, at.owner));
   PREHOC_RETURN_IF_ERROR(write(resident, at.resident));
+  PREHOC_RETURN_IF_ERROR(write(spare, at.spare));
+  PREHOC_RETURN_IF_ERROR(write(used, at.used));
   PREHOC_RETURN_IF_ERROR(write(d.results, at.results));
   // A step that broke off may have left them in any state.
   const std::vector<std::byte> zeros(std::max({d.shape.select_space, d.shape.attend_space, d.shape.choose_space}));
@@ -383,7 +389,11 @@ void Sequence::Impl::WriteFixedTasks() {
         .slot_row = slot_row, .ring_row = ring_row, .ring_rows = layout.ring, .refs = at.refs + u * (most + 4), .num_refs = at.num_refs + u,
         .misses = at.misses + u, .far = at.far, .host = HostRowsOf(u), .hold = d.rule.may_inherit ? at.hold + u : nullptr, .q = q,
         .anchor = at.anchor + u * static_cast<size_t>(floats), .age = at.age + u};
-    if (slots > 0) resolve.at = StateOf(u);
+    if (slots == 0) continue;
+    resolve.at = StateOf(u);
+    attend.keep = resolve.keep = at.keep + u * most;
+    attend.slots = head.slots, attend.slot_limit = layout.slots;
+    d.Here(at.adopt)[u] = {.at = resolve.at, .n = at.n, .ring_rows = layout.ring};
   }
 }
 
@@ -404,8 +414,11 @@ step::HostRows Sequence::Impl::HostRowsOf(size_t unit) const {
 step::ResidencyState Sequence::Impl::StateOf(size_t unit) const {
   const StepArrays& at = device_step->at;
   const StepShape& shape = device_step->shape;
+  const auto room = static_cast<size_t>(StepArrays::SpareRoom(layout.slots));
   return {.slot_of = at.slot_of + unit * static_cast<size_t>(shape.max_tokens), .owner = at.owner + unit * static_cast<size_t>(layout.slots),
-          .resident = at.resident + unit * static_cast<size_t>(shape.words()), .slots = layout.slots, .max_n = shape.max_tokens};
+          .resident = at.resident + unit * static_cast<size_t>(shape.words()), .slots = layout.slots, .max_n = shape.max_tokens,
+          .spare = {.state = at.spare + unit, .slot = at.spare_slot + unit * room, .position = at.spare_position + unit * room,
+                    .used = at.used + unit * static_cast<size_t>(layout.slots), .room = static_cast<int32_t>(room)}};
 }
 
 void Sequence::Impl::WriteTasksOfStep() {
@@ -456,7 +469,7 @@ void Sequence::Impl::WriteTurns() {
   const auto turns = static_cast<size_t>(d.shape.turns), slots = static_cast<size_t>(layout.slots), parity = static_cast<size_t>(step % 2);
   const ResidencyRule residency = selector().Residency();
   const std::span<std::byte> range = cache->host->range();
-  const auto wanted_rows = static_cast<int32_t>(std::min<double>(residency.factor * d.rule.k, layout.slots));
+  const auto wanted_rows = static_cast<int32_t>(std::min<double>(residency.factor * d.rule.k, layout.slots - StepArrays::SpareRoom(layout.slots)));
   // The task of the i-th unit that turns in a step of this parity. Nobody's: nothing is wanted, and nothing is on its way.
   const auto task_of = [&](size_t of, size_t i) {
     const std::vector<int32_t>& units = d.turning[of];
@@ -545,6 +558,7 @@ Status Sequence::Impl::EnqueueLast(void* stream) {
   if (d.way != DeviceStep::Way::kChoose || layout.slots == 0 || shape.turns == 0) return {};
   const step::StepKernels& kernels = *cache->resources.step_kernels;
   PREHOC_RETURN_IF_ERROR(kernels.land({.tasks = d.at.land, .num_tasks = shape.turns, .max_n = shape.max_tokens}, stream));
+  PREHOC_RETURN_IF_ERROR(kernels.adopt({.tasks = d.at.adopt, .num_tasks = shape.units()}, stream));
   PREHOC_RETURN_IF_ERROR(kernels.choose({.tasks = d.at.want, .num_tasks = shape.turns, .max_n = shape.max_tokens, .group = 1, .rule = GroupRule::kMaxLogit,
                                          .workspace = d.at.choose_space, .workspace_bytes = shape.choose_space}, stream));
   return kernels.refresh({.tasks = d.at.refresh, .num_tasks = shape.turns, .max_n = shape.max_tokens}, stream);

@@ -169,6 +169,9 @@ struct AttendTask {
   int32_t refs_room = 0;
   const void* host_rows = nullptr;    // [host_limit] rows of host_format; or null
   int64_t host_limit = 0;
+  const int16_t* keep = nullptr;      // [refs_room]: where refs[i] is a row of the host, its fp16 row is also written to slot keep[i], if that exists; or null
+  void* slots = nullptr;              // [slot_limit, 2, head_dim]; none of those that `keep` names is among the rows attended to
+  int32_t slot_limit = 0;
 };
 struct AttendParams {
   const AttendTask* tasks = nullptr;
@@ -182,14 +185,29 @@ struct AttendParams {
 };
 
 // --- residency: where the rows of chosen positions are, and which are to be -----------------------------------------------------
+// Slots that are free in advance: rows that a step has to read from the host stay in them. What leaves for it was not attended to since a hand that goes
+// round the slots came by last (CLOCK, or second chance: Corbato 1968), and leaves between steps: no slot is written while it may be read.
+struct SpareSlots {
+  struct State {
+    int32_t free = 0;   // spare slots
+    int32_t taken = 0;  // by this step; more than `free` = those that there was no room for, too
+    int32_t hand = 0;   // slot that is looked at next
+  };
+  State* state = nullptr;       // [1]; null: rows are not kept
+  int16_t* slot = nullptr;      // [room], the first `free` of them
+  int32_t* position = nullptr;  // [room] what is to be in those taken
+  uint8_t* used = nullptr;      // [slots] 1 = attended to since the hand came by
+  int32_t room = 0;             // spare slots, at most
+};
 // A head's rows of the middle lie in `slots` slots; a position that is in none is read from the host. Without slots all may be null: what is not in
 // the ring is on the host, and no bits are kept.
 struct ResidencyState {
   int16_t* slot_of = nullptr;    // [max_n] slot of a position; -1 = none
-  int32_t* owner = nullptr;      // [slots] position in a slot; -1 = free, -2 = on its way
+  int32_t* owner = nullptr;      // [slots] position in a slot; -1 = free, -2 = on its way, -3 = spare
   uint64_t* resident = nullptr;  // [max_n / 64 rounded up] bit of every position that is in a slot or in the ring
   int32_t slots = 0;             // at most 32767
   int32_t max_n = 0;
+  SpareSlots spare;
 };
 // resolve: chosen positions become what attend reads. Position p is row ring_row + p % ring_rows if the ring holds it (p >= *n - ring_rows),
 // else slot_row + its slot, else ~row of `host`. A position outside [0, min(*n, max_n)), or of a chunk that is not there, becomes a row that does
@@ -203,6 +221,7 @@ struct ResolveTask {
   const int32_t* n = nullptr;
   int32_t slot_row = 0, ring_row = 0, ring_rows = 0;
   int32_t* refs = nullptr;          // [room]
+  int16_t* keep = nullptr;          // [room] for rows of the host: the slot to be kept in, -1 = none. Or null: nothing is kept
   int32_t* num_refs = nullptr;      // [1]
   int64_t* misses = nullptr;        // [1] += rows to be read from the host; or null
   int32_t* far = nullptr;           // [1] += chosen positions of chunks that are not there; or null
@@ -243,6 +262,19 @@ struct RefreshParams {
   int32_t max_n = 0;
 };
 
+// adopt, after a step's last attend and land: the positions whose rows were kept are resident from now on (their slots are free if they have landed
+// meanwhile). Then the hand goes on, once round at most, until `room` slots are spare: free ones become so, those used have a second chance, others lose
+// their owners as in refresh.
+struct AdoptTask {
+  ResidencyState at;
+  const int32_t* n = nullptr;  // as in RefreshTask
+  int32_t ring_rows = 0;
+};
+struct AdoptParams {
+  const AdoptTask* tasks = nullptr;
+  int32_t num_tasks = 0;
+};
+
 // --- gather: pieces of pinned host memory (or device memory) to slots ---------------------------------------------------
 // With rows of another format than kF16 a piece of `from` is one of them, and a piece of `to` the fp16 row that it stands for.
 struct GatherTask {
@@ -275,6 +307,7 @@ struct StepKernels {
   Status (*choose)(const ChooseParams& params, void* stream);
   Status (*refresh)(const RefreshParams& params, void* stream);
   Status (*land)(const RefreshParams& params, void* stream);
+  Status (*adopt)(const AdoptParams& params, void* stream);
   Status (*gather)(const GatherParams& params, void* stream);
   // Bytes of workspace that a call wants; only the shapes of `params` are looked at. May be 0.
   Result<size_t> (*select_workspace)(const SelectParams& params);

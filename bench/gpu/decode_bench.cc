@@ -1,15 +1,17 @@
 // How long does a decode step take with two clocks, beside the weights alone and beside dense attention with all of K and V on the device?
 //
 //   decode_bench --out=FILE.json [--commit=ID] [--model=llama-3.1-8b] [--cases=weights,dense,scan4,gate4@0.8/b8/n32768/m13,...] [--steps=N]
-//                [--context=131072] [--batch=1] [--k=2048] [--factor=4] [--refresh=64] [--pool=16] [--max-age=14] [--theta=0.0001]
-//                [--budget-gib=G] [--host-pool-gib=G] [--fused=1] [--rows=f16|int8|e4m3]
+//                [--context=131072] [--batch=1] [--k=2048] [--factor=4] [--refresh=64] [--pool=16] [--max-age=14] [--theta=0.02/k]
+//                [--budget-gib=G] [--host-pool-gib=G] [--fused=1] [--keep=1] [--turns=1] [--rows=f16|int8|e4m3]
 //
-// A case may end in settings of its own: /b batch, /n context, /k chosen rows, /f factor, /r refresh, /m budget in GiB.
+// A case may end in settings of its own: /b batch, /n context, /k chosen rows, /f factor, /r refresh, /t theta, /m budget in GiB.
 //
 // A step is a CUDA graph: every product of every layer (random fp16 weights), norms, RoPE, append with codes, and attention; logits at the
 // end. Two clocks: gate, scan of all codes and choice, look-up of rows, attention over sinks, chosen rows and the local window; a chosen row
 // that is in no slot is read from pinned host memory within the step. The slow clock turns a 1 / refresh of the heads a step: what is wanted
 // is chosen beside the step, evicted at its end, gathered beside the next one's last product and used from the one after on (lag 1 step, 2 at most).
+// A row that was read within the step stays (keep 0: it does not), in a slot that was free for it. With turns 0 there is no slow clock beside that: what is
+// resident is what steps have read, and what a clock's hand has left.
 // Scores are pooled over the scans of the last pool - 1 steps before a head's turn, so that a pool / refresh of the heads needs the memory.
 // Gates are done with append and look-ups, of up to 16 heads, with the choice; or (fused 0) by launches of their own.
 // There is one graph for each turn of the slow clock. K, V and queries are made up (synthetic.h) and the queries of the model are replaced by
@@ -72,13 +74,15 @@ struct Case {
   enum class Kind { kWeights, kDense, kTwoClock } kind = Kind::kWeights;
   int bits = 4;
   float tau = 1;  // at 1 every step scans
-  float theta = 0.0001f;  // a missing position lighter than this is left out, and counted as dropped
+  float theta = -1;  // a missing position lighter than this is left out, and counted as dropped
   int32_t batch = 1, context = 0, k = 0, refresh = 64, max_age = 14, pool = 16;
   double factor = 4, budget_gib = 0;
-  bool fused = true;
+  bool fused = true, keep = true, turns = true;
   RowFormat rows = RowFormat::kF16;  // of the host
   int32_t max_n() const { return static_cast<int32_t>(RoundUp(static_cast<uint64_t>(context), 64)); }
   int warm() const { return kind == Kind::kTwoClock ? 2 * refresh : 8; }  // the slow clock has turned over all heads
+  int32_t slots() const { return std::min(static_cast<int32_t>(factor * k), 32767); }
+  int32_t room() const { return keep ? static_cast<int32_t>(std::min<int64_t>(CeilDiv(slots(), 16), 512)) : 0; }  // as in cache/internal/device_step.h
 };
 
 class Model {
@@ -176,9 +180,9 @@ class Step {
     const double triples = double(steps) * units();
     row["bits"] = c_.bits, row["tau"] = c_.tau, row["k"] = c_.k, row["factor"] = c_.factor, row["slots"] = slots_, row["refresh"] = c_.refresh;
     row["pool"] = c_.pool, row["max_age"] = c_.max_age, row["theta"] = c_.theta;
-    row["fused"] = c_.fused, row["host_rows"] = RowFormatName(c_.rows);
+    row["fused"] = c_.fused, row["keep"] = c_.keep, row["turns"] = c_.turns, row["host_rows"] = RowFormatName(c_.rows);
     row["kv_parts_bytes"] = {{"rows", rows_->bytes()}, {"codes", codes_->bytes()}, {"pooled", pooled_->bytes()},
-                             {"residency", slot_of_->bytes() + owner_->bytes() + resident_->bytes()},
+                             {"residency", slot_of_->bytes() + owner_->bytes() + resident_->bytes() + (c_.keep ? keep_->bytes() + used_->bytes() : 0)},
                              {"workspace", attend_space_->bytes() + select_space_->bytes() + want_space_->bytes()}};
     row["host_rows_per_head"] = max_n_, row["host_stride_rows"] = host_stride_, row["host_rows_shared"] = host_stride_ < size_t(max_n_);
     // What the last choices left out, by the codes.
@@ -302,6 +306,7 @@ class Step {
     if (count && hold_) {
       for (const uint8_t hold : hold_->Read()) holds_seen_ += hold, ++holds_asked_;
       const auto phase = size_t(turn_ - 1) % size_t(c_.refresh);
+      if (!c_.turns) return double(OrExit(end_.MillisecondsSince(start_)));
       for (const int32_t rows : fetch_count_->Read(phase % 2 * PerPhase(), size_t(want_[phase].size()))) rows_behind_ += rows;
     }
     return double(OrExit(end_.MillisecondsSince(start_)));
@@ -366,7 +371,7 @@ class Step {
       Fail({StatusCode::kInvalid, c_.name + ": use an even refresh, a pool that divides it, and a max-age of at most pool - 2"});
     }
     const CodeFormat format{.bits = c_.bits, .group_tokens = 64};
-    slots_ = std::min(int32_t(c_.factor * c_.k), 32767);
+    slots_ = c_.slots();
     host_ = pool.data();
     const auto all = size_t(units()), block = LayoutOf(format, s_.d).bytes, head_codes = block * size_t(max_n_ / 64), k = size_t(c_.k), slots = size_t(slots_);
     host_stride_ = std::min(size_t(max_n_), (pool.size() / HostRowBytes() - size_t(max_n_)) / std::max<size_t>(1, all - 1));
@@ -382,13 +387,19 @@ class Step {
     std::vector<cuda::SelectTask> select;
     std::vector<cuda::ResolveTask> resolve;
     std::vector<cuda::AttendTask> attend;
+    std::vector<cuda::AdoptTask> adopt;
     std::vector<std::vector<cuda::ChooseTask>> want(size_t(c_.refresh));
     std::vector<std::vector<cuda::RefreshTask>> refresh(size_t(c_.refresh));
     std::vector<std::vector<cuda::GatherTask>> gather(size_t(c_.refresh));
     for (size_t u = 0; u < all; ++u) {
       const size_t h = u % size_t(tasks_), list = ListOf(u);
       const float* const q = q_now_.data() + u * HeadFloats();
-      const cuda::ResidencyState at{slot_of_->data() + u * size_t(max_n_), owner_->data() + u * slots, resident_->data() + u * words, slots_, max_n_};
+      cuda::ResidencyState at{slot_of_->data() + u * size_t(max_n_), owner_->data() + u * slots, resident_->data() + u * words, slots_, max_n_};
+      const auto room = size_t(c_.room());
+      if (c_.keep) {
+        at.spare = {.state = spare_->data() + u, .slot = spare_slot_->data() + u * room, .position = spare_position_->data() + u * room,
+                    .used = used_->data() + u * slots, .room = c_.room()};
+      }
       append.push_back({.k = k_.data() + h * size_t(s_.d), .v = v_.data() + h * size_t(s_.d), .stride = s_.d, .first = first_.data(),
                         .rows = Rows(u) + size_t(kSinks) * Row(), .ring_rows = kRing, .count = 1, .blocks = codes_->data() + u * head_codes});
       gate.push_back({.q = q, .anchor = anchor_->data() + u * HeadFloats(), .hold = hold_->data() + u, .age = age_->data() + u});
@@ -398,13 +409,16 @@ class Step {
       if (c_.theta > 0) chooses.rule.resident = resident_->data() + u * words, chooses.rule.log_theta = std::log(c_.theta);
       select.push_back(chooses);
       resolve.push_back({.at = at, .chosen = chosen_->data() + u * k, .count = count_->data() + u, .room = c_.k, .n = n_.data(), .slot_row = kSinks + kRing,
-                         .ring_row = kSinks, .ring_rows = kRing, .refs = refs_->data() + u * k, .num_refs = num_refs_->data() + u,
+                         .ring_row = kSinks, .ring_rows = kRing, .refs = refs_->data() + u * k,
+                         .keep = c_.keep ? keep_->data() + u * k : nullptr, .num_refs = num_refs_->data() + u,
                          .misses = misses_->data() + u, .hold = hold_->data() + u, .q = q, .anchor = anchor_->data() + u * HeadFloats(), .age = age_->data() + u});
       attend.push_back({.q = q, .out = out_.data() + h * HeadFloats(), .rows = Rows(u), .row_limit = int64_t(HeadRows()), .sink_row = 0, .ring_row = kSinks,
                         .ring_rows = kRing, .sinks = kSinks, .local = kLocal, .n = n_.data(), .refs = refs_->data() + u * k,
-                        .num_refs = num_refs_->data() + u, .refs_room = c_.k, .host_rows = Host(u), .host_limit = max_n_});
+                        .num_refs = num_refs_->data() + u, .refs_room = c_.k, .host_rows = Host(u), .host_limit = max_n_,
+                        .keep = c_.keep ? keep_->data() + u * k : nullptr, .slots = Rows(u) + size_t(kSinks + kRing) * Row(), .slot_limit = slots_});
+      if (c_.keep) adopt.push_back({.at = at, .n = n_.data(), .ring_rows = kRing});
       cuda::ChooseTask best{.z = PooledOf(u), .z_stride = max_n_, .n = n_.data()};
-      best.rule = {.sinks = kSinks, .local = kLocal, .k = slots_, .room = slots_, .chosen = wanted_->data() + list * slots, .count = wanted_count_->data() + list,
+      best.rule = {.sinks = kSinks, .local = kLocal, .k = slots_ - c_.room(), .room = slots_, .chosen = wanted_->data() + list * slots, .count = wanted_count_->data() + list,
                    .lse_all = unused_->data() + list};
       want[TurnOf(u)].push_back(best);
       refresh[TurnOf(u)].push_back({.at = at, .wanted = wanted_->data() + list * slots, .wanted_count = wanted_count_->data() + list,
@@ -421,12 +435,13 @@ class Step {
     for (size_t phase = 0; phase < size_t(c_.refresh); ++phase) {
       for (size_t u = 0; u < all; ++u) {
         of_phases.push_back(select[u]);
-        if (Pools(u, phase)) of_phases.back().rule.pooled = PooledOf(u), of_phases.back().rule.pool_level = of_phases.back().rule.lse_all;
+        if (c_.turns && Pools(u, phase)) of_phases.back().rule.pooled = PooledOf(u), of_phases.back().rule.pool_level = of_phases.back().rule.lse_all;
       }
     }
     select_ = std::make_unique<Array<cuda::SelectTask>>(of_phases);
     resolve_ = std::make_unique<Array<cuda::ResolveTask>>(resolve);
     attend_ = std::make_unique<Array<cuda::AttendTask>>(attend);
+    adopt_ = std::make_unique<Array<cuda::AdoptTask>>(adopt);
     for (size_t p = 0; p < size_t(c_.refresh); ++p) {
       want_.emplace_back(want[p]);
       refresh_.emplace_back(refresh[p]);
@@ -462,6 +477,14 @@ class Step {
     OrExit(FillNormal(pooled_->data(), int64_t(pooled_->size()), -INFINITY, 0, 1, stream_));
     chosen_ = std::make_unique<Array<int32_t>>(all * k);
     refs_ = std::make_unique<Array<int32_t>>(all * k);
+    if (c_.keep) {
+      const size_t room = all * size_t(c_.room());
+      keep_ = std::make_unique<Array<int16_t>>(all * k);
+      spare_ = std::make_unique<Array<cuda::SpareSlots::State>>(std::vector<cuda::SpareSlots::State>(all));
+      spare_slot_ = std::make_unique<Array<int16_t>>(room);
+      spare_position_ = std::make_unique<Array<int32_t>>(room);
+      used_ = std::make_unique<Array<uint8_t>>(std::vector<uint8_t>(all * slots));
+    }
     count_ = std::make_unique<Array<int32_t>>(all);
     num_refs_ = std::make_unique<Array<int32_t>>(all);
     const size_t lists = 2 * PerPhase();
@@ -514,7 +537,7 @@ class Step {
     }
     for (int l = 0; l < s_.layers; ++l) Layer(phase, l);
     // Beside the last product: a choice needs all multiprocessors at once, and would wait for the gather.
-    if (two_clock) {
+    if (two_clock && c_.turns) {
       OrExit(fork_.Record(stream_));
       OrExit(fork_.Before(side_.get()));
       const auto& gather = gather_[size_t(before)];
@@ -524,13 +547,15 @@ class Step {
     }
     Normed(m_.output.data(), m_.output_norm.data(), logits_.data(), s_.vocab, false);
     if (!two_clock) return;
-    OrExit(join_.Before(stream_));
+    if (c_.turns) OrExit(join_.Before(stream_));
     Turn(phase);
   }
-  // The slow clock: what was gathered is used from now on, what is wanted next is listed.
+  // The slow clock: what was gathered or kept is used from now on, what is wanted next is listed.
   void Turn(int phase) {
     const int before = (phase + c_.refresh - 1) % c_.refresh;
-    OrExit(cuda::Land(RefreshOf(before), stream_));
+    if (c_.turns) OrExit(cuda::Land(RefreshOf(before), stream_));
+    if (c_.keep) OrExit(cuda::Adopt({.tasks = adopt_->data(), .num_tasks = units()}, stream_));
+    if (!c_.turns) return;
     want_params_.tasks = want_[size_t(phase)].data(), want_params_.num_tasks = int32_t(want_[size_t(phase)].size());
     OrExit(cuda::Choose(want_params_, stream_));
     OrExit(cuda::Refresh(RefreshOf(phase), stream_));
@@ -627,17 +652,20 @@ class Step {
   const std::byte* host_ = nullptr;
   std::unique_ptr<Array<Half>> rows_;
   std::unique_ptr<Array<std::byte>> codes_, attend_space_, select_space_, want_space_;
-  std::unique_ptr<Array<int16_t>> slot_of_;
+  std::unique_ptr<Array<int16_t>> slot_of_, keep_, spare_slot_;
+  std::unique_ptr<Array<cuda::SpareSlots::State>> spare_;
+  std::unique_ptr<Array<int32_t>> spare_position_;
   std::unique_ptr<Array<int32_t>> owner_, chosen_, refs_, count_, num_refs_, restarts_, wanted_, wanted_count_, position_, from_, to_, fetch_count_, age_;
   std::unique_ptr<Array<uint64_t>> resident_;
   std::unique_ptr<Array<int64_t>> misses_;
-  std::unique_ptr<Array<uint8_t>> hold_;
+  std::unique_ptr<Array<uint8_t>> hold_, used_;
   std::unique_ptr<Array<float>> pooled_, anchor_, lse_, unused_;
   std::unique_ptr<Array<cuda::AppendTask>> append_;
   std::unique_ptr<Array<cuda::GateTask>> gate_;
   std::unique_ptr<Array<cuda::SelectTask>> select_;  // [refresh, units]
   std::unique_ptr<Array<cuda::ResolveTask>> resolve_;
   std::unique_ptr<Array<cuda::AttendTask>> attend_;
+  std::unique_ptr<Array<cuda::AdoptTask>> adopt_;
   std::vector<Array<cuda::ChooseTask>> want_;
   std::vector<Array<cuda::RefreshTask>> refresh_;
   std::vector<Array<cuda::GatherTask>> gather_;
@@ -663,8 +691,9 @@ Case CaseOf(const std::string& text, const Case& defaults) {
       case 'k': c.k = std::stoi(value); break;
       case 'f': c.factor = std::stod(value); break;
       case 'r': c.refresh = std::stoi(value); break;
+      case 't': c.theta = std::stof(value); break;
       case 'm': c.budget_gib = std::stod(value); break;
-      default: Fail({StatusCode::kInvalid, "--cases: " + text + ": /" + parts[i] + " is no setting; use b, n, k, f, r or m"});
+      default: Fail({StatusCode::kInvalid, "--cases: " + text + ": /" + parts[i] + " is no setting; use b, n, k, f, r, t or m"});
     }
   }
   const std::string& kind = parts.front();
@@ -678,6 +707,7 @@ Case CaseOf(const std::string& text, const Case& defaults) {
   c.kind = Case::Kind::kTwoClock;
   c.bits = kind[4] - '0';
   const size_t at = kind.find('@');
+  if (c.theta < 0) c.theta = 0.02f / float(c.k);  // as the product's default
   if (gate) c.tau = at == std::string::npos ? 0.9f : std::stof(kind.substr(at + 1));
   return c;
 }
@@ -717,9 +747,9 @@ int Main(int argc, char** argv) {
   const std::string texts = flags.Text("cases", "weights,dense,scan4,gate4@0.8,gate4@0.9,scan2,gate2@0.8");
   defaults.context = flags.Int("context", 131072), defaults.batch = flags.Int("batch", 1), defaults.k = flags.Int("k", 2048);
   defaults.factor = flags.Number("factor", 4), defaults.refresh = flags.Int("refresh", 64), defaults.pool = flags.Int("pool", 16);
-  defaults.max_age = flags.Int("max-age", 14), defaults.theta = float(flags.Number("theta", 0.0001)), defaults.budget_gib = flags.Number("budget-gib", 0);
+  defaults.max_age = flags.Int("max-age", 14), defaults.theta = float(flags.Number("theta", -1)), defaults.budget_gib = flags.Number("budget-gib", 0);
   const double pool_gib = flags.Number("host-pool-gib", 0);
-  defaults.fused = flags.Int("fused", 1) != 0;
+  defaults.fused = flags.Int("fused", 1) != 0, defaults.keep = flags.Int("keep", 1) != 0, defaults.turns = flags.Int("turns", 1) != 0;
   const std::string rows_of = flags.Text("rows", "f16");
   if (!FindRowFormat(rows_of)) Fail({StatusCode::kInvalid, "--rows=" + rows_of + "; use f16, int8 or e4m3"});
   defaults.rows = *FindRowFormat(rows_of);

@@ -4,10 +4,12 @@
 //
 // While `active`, choices, anchors and what is in which slot are the device's; Unit and HeadResidency know nothing of them until LeaveStep().
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
 
+#include "base/units.h"
 #include "cache/host_tier.h"
 #include "cache/kv_cache.h"
 #include "kernels/step_kernels.h"
@@ -30,6 +32,9 @@ struct StepShape {
 // Pointers into the sequence's device memory. Tasks name them, so they stay where they are.
 struct StepArrays {
   static constexpr int32_t kMostSlots = 32767;
+  // Of so many slots of a head, those that are free for rows that a step reads from the host. Fewer cannot keep all of them, and more hold too little:
+  // bench/results/residency-clock.txt.
+  static constexpr int32_t SpareRoom(int32_t slots) { return static_cast<int32_t>(std::min<int64_t>(CeilDiv(slots, 16), 512)); }
 
   // Written before every step, in one piece.
   std::byte* now = nullptr;
@@ -47,6 +52,7 @@ struct StepArrays {
   step::GateTask* gate = nullptr;
   step::ResolveTask* resolve = nullptr;
   step::AttendTask* attend = nullptr;
+  step::AdoptTask* adopt = nullptr;   // [units] if there are slots
   int32_t* chunk_row = nullptr;         // [layers, chunks]
   // Read after every step, in one piece.
   std::byte* results = nullptr;
@@ -59,10 +65,15 @@ struct StepArrays {
   int32_t* fetched = nullptr;           // [2, turns]
   // The device's own.
   int32_t *chosen = nullptr, *refs = nullptr;  // [units, most], refs 4 more for each
+  int16_t* keep = nullptr;              // [units, most]
   int32_t *num_refs = nullptr, *age = nullptr; // [units]
   float* anchor = nullptr;              // [units, group, head_dim]
   int16_t* slot_of = nullptr;           // [units, max_tokens]
   int32_t* owner = nullptr;             // [units, slots]
+  step::SpareSlots::State* spare = nullptr;  // [units]
+  int16_t* spare_slot = nullptr;        // [units, SpareRoom(slots)]
+  int32_t* spare_position = nullptr;    // likewise
+  uint8_t* used = nullptr;              // [units, slots]
   uint64_t* resident = nullptr;         // [units, words]
   int32_t *wanted = nullptr, *position = nullptr, *sources = nullptr, *targets = nullptr;  // [2, turns, slots]
   int32_t* wanted_count = nullptr;      // [2, turns]

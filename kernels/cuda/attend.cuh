@@ -108,6 +108,9 @@ struct AttendRows {
   int32_t sinks, local, chosen;  // how many of each
   int32_t local_begin, sink_row, ring_row, ring_rows;
   bool broken;                   // the number of refs is none: one row that does not exist
+  const int16_t* keep;           // of refs that name rows of the host: the slots that these are kept in; or null
+  std::byte* slots;
+  int32_t slot_limit;
 
   __device__ int32_t total() const { return broken ? 1 : sinks + local + chosen; }
   // >= 0: row of `rows`; < 0: ~row of `host_rows`. `listed` is what the refs have at i, if they go so far.
@@ -136,6 +139,9 @@ __device__ inline AttendRows RowsOf(const AttendTask& task, int32_t visible, int
   r.sink_row = task.sink_row;
   r.ring_row = task.ring_row;
   r.ring_rows = max(task.ring_rows, 1);
+  r.keep = task.keep;
+  r.slots = static_cast<std::byte*>(task.slots);
+  r.slot_limit = task.slot_limit;
   return r;
 }
 
@@ -221,6 +227,7 @@ class TileRing {
   // It has been used.
   __device__ void Next(const AttendRows& rows, const RowShape& host) {
     __syncwarp();
+    if ((keeps_ >> stage_ & 1) != 0) Keep(rows);
     Ask(rows, host, stage_, listed_[0]);
     const int64_t i = next_ + lane_;
     listed_[0] = lane_ < kKeyTile && i < rows.chosen ? refs_[i] : 0;  // long before it is needed
@@ -255,6 +262,8 @@ class TileRing {
       return;
     }
     mixed_ = true;
+    const bool keeps = rows.keep != nullptr && (valid & ~near) != 0;
+    const int32_t slot = keeps && loads && ref < 0 && i < rows.chosen ? rows.keep[i] : -1;
     const uint32_t narrow = kNarrow ? valid & ~near : 0;
 #pragma unroll 8  // all of them would cost too many registers
     for (int p = 0; p < kKeyTile * S::kRowPieces / kWarp; ++p) {
@@ -267,6 +276,26 @@ class TileRing {
     ArriveAfterCopies(arrived);
     __syncwarp();
     if (lane_ == 0) Arrive(arrived);
+    if (!keeps) return;
+    keeps_ |= 1u << stage;
+#pragma unroll
+    for (int s = 0; s < S::kStages; ++s) slot_[s] = s == stage ? slot : slot_[s];
+  }
+
+  // Rows of the tile that has been used, to where they are kept.
+  __device__ void Keep(const AttendRows& rows) {
+    keeps_ &= ~(1u << stage_);
+    int32_t slot = -1;
+#pragma unroll
+    for (int s = 0; s < S::kStages; ++s) slot = s == stage_ ? slot_[s] : slot;
+    for (uint32_t left = __ballot_sync(kAllLanes, slot >= 0 && slot < rows.slot_limit); left != 0; left &= left - 1) {
+      const int key = __ffs(static_cast<int>(left)) - 1;
+      const int64_t to = int64_t{__shfl_sync(kAllLanes, slot, key)} * S::kRowBytes;
+      for (int piece = lane_; piece < S::kRowPieces; piece += kWarp) {
+        *reinterpret_cast<uint4*>(rows.slots + to + 16 * piece) = LoadShared16(ring_ + stage_ * S::kTileBytes + key * S::kRowStride + 16 * piece);
+      }
+    }
+    __syncwarp();  // before others come to its place
   }
 
   // The keys of `narrow`, a few pieces of each lane on their way at a time. What is written here is seen by whoever waits for the barrier: lane 0
@@ -303,6 +332,8 @@ class TileRing {
   uint32_t parity_ = 0;
   bool missing_ = false;            // a row of this lane
   bool mixed_ = false;              // a tile came by other copies than bulk ones
+  uint32_t keeps_ = 0;              // stages whose tile has rows that are kept
+  int32_t slot_[S::kStages] = {};   // of this lane's row, where it is one of them
 };
 
 // Online softmax of the heads of a tile: lane (g, j) holds `most` of head 4 t + j (the same in all g), its own part of the sum, and of the output
@@ -475,7 +506,8 @@ __global__ void __launch_bounds__(AttendShape<D, H>::kMostWarps * kWarp, 1) Atte
   ring.LoadRefs(task.refs, task.refs_room);
   Query<R, D, H> q;
   q.Load(task.q, first_head, args.group, g, j);
-  const AttendRows rows = RowsOf(task, visible, num_refs);
+  AttendRows rows = RowsOf(task, visible, num_refs);
+  if (blockIdx.z != 0) rows.keep = nullptr;  // once is enough
   ring.Start(rows, args.host);
   q.Prepare(args.scale, g, j);
   Softmax<R, D, H> softmax;

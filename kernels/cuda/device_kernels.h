@@ -35,6 +35,9 @@ using step::ResolveTask;
 using step::ResolveParams;
 using step::RefreshTask;
 using step::RefreshParams;
+using step::SpareSlots;
+using step::AdoptTask;
+using step::AdoptParams;
 using step::GatherTask;
 using step::GatherParams;
 
@@ -74,6 +77,7 @@ Status Attend(const AttendParams& params, cudaStream_t stream);
 Status Resolve(const ResolveParams& params, cudaStream_t stream);
 Status Refresh(const RefreshParams& params, cudaStream_t stream);
 Status Land(const RefreshParams& params, cudaStream_t stream);
+Status Adopt(const AdoptParams& params, cudaStream_t stream);
 Status Gather(const GatherParams& params, cudaStream_t stream);
 
 }  // namespace prehoc::cuda

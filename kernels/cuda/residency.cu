@@ -1,4 +1,4 @@
-// resolve, refresh, land: which rows are in slots. One block a head, but for land.
+// resolve, refresh, land, adopt: which rows are in slots. One block a head, but for land.
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/residency.cuh"
@@ -20,6 +20,13 @@ __global__ void __launch_bounds__(kThreads) ResolveKernel(const __grid_constant_
   WaitForEarlierWork();
   LetLaterWorkLaunch();
   ResolveWhole(task, args.group * args.head_dim);
+}
+
+// Position p has no slot from now on; the ring of the next position has [n + 1 - ring_rows, n].
+__device__ void LoseSlot(const ResidencyState& at, int32_t p, int32_t n, int32_t ring_rows) {
+  at.slot_of[p] = -1;
+  const bool in_ring = p <= n && p > n - ring_rows;
+  if (!in_ring) atomicAnd(reinterpret_cast<uint32_t*>(at.resident) + p / 32, ~(1u << (p % 32)));
 }
 
 struct RefreshArgs {
@@ -94,11 +101,7 @@ __global__ void __launch_bounds__(kThreads) RefreshKernel(const __grid_constant_
       if (!missing[j] || place >= num_spare) continue;
       const int slot = spare[place];
       const int32_t old = at.owner[slot];
-      if (old >= 0) {
-        at.slot_of[old] = -1;
-        const bool in_ring = old <= n && old > n - ring_rows;  // of the next position
-        if (!in_ring) atomicAnd(reinterpret_cast<uint32_t*>(at.resident) + old / 32, ~(1u << (old % 32)));
-      }
+      if (old >= 0) LoseSlot(at, old, n, ring_rows);
       at.owner[slot] = -2;
       task.position[place] = p[j];
       task.from_piece[place] = row[j];
@@ -123,6 +126,69 @@ __global__ void __launch_bounds__(kThreads) LandKernel(const __grid_constant__ R
   }
   for (int i = me; task.pooled != nullptr && i < task.at.max_n; i += all) task.pooled[i] = -Infinity();
 }
+
+struct AdoptArgs {
+  const AdoptTask* tasks;
+};
+__global__ void __launch_bounds__(kThreads) AdoptKernel(const __grid_constant__ AdoptArgs args) {
+  __shared__ int found_by[kThreads / kWarp], last;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
+  const AdoptTask task = args.tasks[blockIdx.x];
+  const ResidencyState at = task.at;
+  const SpareSlots spare = at.spare;
+  WaitForEarlierWork();
+  LetLaterWorkLaunch();
+  if (spare.state == nullptr) return;
+  const SpareSlots::State state = *spare.state;
+  const int32_t kept = min(state.taken, state.free), n = task.n != nullptr ? *task.n : 0, ring_rows = task.n != nullptr ? task.ring_rows : 0;
+  for (int32_t i = thread; i < kept; i += kThreads) {
+    const int32_t p = spare.position[i], slot = spare.slot[i];
+    const bool landed = at.slot_of[p] >= 0;
+    at.owner[slot] = landed ? -1 : p;
+    if (landed) continue;
+    at.slot_of[p] = static_cast<int16_t>(slot);
+    atomicOr(reinterpret_cast<uint32_t*>(at.resident) + p / 32, 1u << (p % 32));
+  }
+  // Those that are left come first. Places that are read before are written behind the barrier, so in turn.
+  int32_t free = state.free - kept;
+  for (int32_t first = 0; kept > 0 && first < free; first += kThreads) {
+    const bool moves = first + thread < free;
+    const int16_t slot = moves ? spare.slot[kept + first + thread] : 0;
+    __syncthreads();
+    if (moves) spare.slot[first + thread] = slot;
+    __syncthreads();
+  }
+  __syncthreads();  // owners, for the hand
+  int32_t hand = state.hand;
+  for (int32_t looked = 0; looked < at.slots && free < spare.room;) {
+    const int32_t here = min(kThreads, at.slots - looked), slot = (hand + thread) % at.slots;
+    const int32_t owner = thread < here ? at.owner[slot] : -2;
+    const bool used = owner >= 0 && spare.used[slot] != 0, goes = owner >= -1 && !used;
+    const unsigned votes = __ballot_sync(kAllLanes, goes);
+    if (lane == 0) found_by[warp] = __popc(votes);
+    __syncthreads();
+    int before = __popc(votes & ((1u << lane) - 1)), all = 0;
+    for (int w = 0; w < kThreads / kWarp; ++w) {
+      if (w < warp) before += found_by[w];
+      all += found_by[w];
+    }
+    const int32_t missing = spare.room - free;
+    if (goes && before < missing) {
+      if (owner >= 0) LoseSlot(at, owner, n, ring_rows);
+      at.owner[slot] = -3;
+      spare.slot[free + before] = static_cast<int16_t>(slot);
+    }
+    if (used && before < missing) spare.used[slot] = 0;
+    if (goes && before + 1 == missing) last = thread + 1;  // behind it the hand stops
+    __syncthreads();
+    const int32_t passed = all < missing ? here : last;
+    free += min(all, missing);
+    hand = (hand + passed) % at.slots;
+    looked += passed;
+  }
+  if (thread == 0) *spare.state = {.free = free, .taken = 0, .hand = hand};
+}
+
 Status CheckTurn(const char* kernel, const RefreshParams& params) {
   return Check(kernel).Tasks(params.tasks, params.num_tasks).That(params.max_n >= 0, "max_n", params.max_n, "use 0 or more").Take();
 }
@@ -152,6 +218,12 @@ Status Land(const RefreshParams& params, cudaStream_t stream) {
   if (params.num_tasks == 0) return {};
   return LaunchKernel(LandKernel, "land", RefreshArgs{params.tasks, 0},
                       {.grid = dim3(static_cast<unsigned>(params.num_tasks), kLandBlocks), .threads = kThreads}, stream);
+}
+
+Status Adopt(const AdoptParams& params, cudaStream_t stream) {
+  PREHOC_RETURN_IF_ERROR(Check("adopt").Tasks(params.tasks, params.num_tasks).Take());
+  if (params.num_tasks == 0) return {};
+  return LaunchKernel(AdoptKernel, "adopt", AdoptArgs{params.tasks}, {.grid = dim3(static_cast<unsigned>(params.num_tasks)), .threads = kThreads}, stream);
 }
 
 }  // namespace prehoc::cuda

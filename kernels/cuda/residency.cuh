@@ -20,36 +20,60 @@ __device__ inline bool IsKnown(const ResolveTask& task, int32_t count) { return 
 
 __device__ inline int SlotOf(const ResidencyState& at, int64_t p) { return at.slot_of != nullptr ? at.slot_of[p] : -1; }
 
+// Spare slots for the lanes that are `missed` (position p), of a whole warp: few are, so that one addition a warp is enough. -1: none is left.
+__device__ inline int16_t TakeSpare(const SpareSlots& spare, bool missed, int32_t p) {
+  const unsigned votes = __ballot_sync(kAllLanes, missed), lane = threadIdx.x % kWarp;
+  int32_t taken = 0;
+  if (lane == 0) taken = atomicAdd(&spare.state->taken, __popc(votes));
+  taken = __shfl_sync(kAllLanes, taken, 0) + __popc(votes & ((1u << lane) - 1));
+  if (!missed || taken >= spare.state->free) return -1;
+  spare.position[taken] = p;
+  return spare.slot[taken];
+}
+
 // What attend reads of the chosen positions [from, to), by all threads of a block.
 __device__ inline void ResolveRows(const ResolveTask& task, int32_t n, int32_t from, int32_t to) {
   constexpr int kAtOnce = 4;  // so that loads do not wait for each other
   const int32_t* const chosen = task.chosen;
   int32_t* const refs = task.refs;
+  int16_t* const keep = task.keep;
   const int16_t* const slot_of = task.at.slot_of;
+  uint8_t* const used = task.at.spare.state != nullptr ? task.at.spare.used : nullptr;
   const int32_t threads = static_cast<int32_t>(blockDim.x), end = min(n, task.at.max_n);
   const int32_t slot_row = task.slot_row, ring_row = task.ring_row, ring_rows = task.ring_rows;
   const int64_t ring_begin = int64_t{n} - ring_rows;
   uint32_t missed = 0, far = 0;
-  for (int32_t base = from + static_cast<int32_t>(threadIdx.x); base < to; base += kAtOnce * threads) {
+  for (int32_t first = from; first < to; first += kAtOnce * threads) {
+    const int32_t base = first + static_cast<int32_t>(threadIdx.x);
     int32_t p[kAtOnce], slot[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) p[i] = base + i * threads < to ? chosen[base + i * threads] : -1;
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) slot[i] = p[i] >= 0 && p[i] < end && p[i] < ring_begin && slot_of != nullptr ? slot_of[p[i]] : -1;
+    uint32_t on_host = 0;  // which of this thread's
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       if (base + i * threads >= to) break;
       int32_t ref = 0x7fffffff;  // a row that does not exist
       if (slot[i] >= 0) {
         ref = slot_row + slot[i];
+        if (used != nullptr) used[slot[i]] = 1;
       } else if (p[i] >= 0 && p[i] < end && p[i] >= ring_begin) {
         ref = ring_row + p[i] % ring_rows;
       } else if (p[i] >= 0 && p[i] < end) {
         const int32_t row = HostRowOf(task.host, p[i]);
-        if (row >= 0) ref = ~row;
+        if (row >= 0) ref = ~row, on_host |= 1u << i;
         ++(row >= 0 ? missed : far);
       }
       refs[base + i * threads] = ref;
+    }
+    if (keep == nullptr || !__any_sync(kAllLanes, on_host != 0)) continue;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const bool mine = (on_host >> i & 1) != 0;
+      if (!__any_sync(kAllLanes, mine)) continue;
+      const int16_t kept = TakeSpare(task.at.spare, mine, p[i]);
+      if (mine) keep[base + i * threads] = kept;
     }
   }
   // Few are missed: one addition a warp, and mostly none.

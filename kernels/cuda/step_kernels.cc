@@ -19,6 +19,7 @@ const step::StepKernels& DeviceStepKernels() {
                                             .choose = On<ChooseParams, Choose>,
                                             .refresh = On<RefreshParams, Refresh>,
                                             .land = On<RefreshParams, Land>,
+                                            .adopt = On<AdoptParams, Adopt>,
                                             .gather = On<GatherParams, Gather>,
                                             .select_workspace = SelectWorkspaceBytes,
                                             .choose_workspace = ChooseWorkspaceBytes,

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/code_block.h"
@@ -126,6 +127,21 @@ void SetResident(const ResidencyState& at, int64_t p, bool resident) {
   at.resident[p / 64] = resident ? at.resident[p / 64] | bit : at.resident[p / 64] & ~bit;
 }
 
+// Position p has no slot from now on; `n` as in RefreshTask.
+void LoseSlot(const ResidencyState& at, int32_t p, const int32_t* n, int32_t ring_rows) {
+  at.slot_of[p] = -1;
+  const bool in_ring = n != nullptr && p <= *n && p > int64_t{*n} - ring_rows;  // of the next position
+  if (!in_ring) SetResident(at, p, false);
+}
+
+// The slot for position p; -1: none is spare.
+int16_t TakeSpare(const SpareSlots& spare, int32_t p) {
+  const int32_t taken = spare.state->taken++;
+  if (taken >= spare.state->free) return -1;
+  spare.position[taken] = p;
+  return spare.slot[taken];
+}
+
 Status Resolve(const ResolveParams& params, void*) {
   PREHOC_RETURN_IF_ERROR(Check("resolve", params.tasks, params.num_tasks).HeadDim(params.head_dim).Group(params.group).Take());
   for (int32_t t = 0; t < params.num_tasks; ++t) {
@@ -143,9 +159,11 @@ Status Resolve(const ResolveParams& params, void*) {
           ref = task.ring_row + p % task.ring_rows;
         } else if (SlotOf(task.at, p) >= 0) {
           ref = task.slot_row + task.at.slot_of[p];
+          if (task.at.spare.state != nullptr) task.at.spare.used[task.at.slot_of[p]] = 1;
         } else if (const int64_t row = HostRowOf(task.host, p); row >= 0) {
           ref = ~static_cast<int32_t>(row);
           ++misses;
+          if (task.keep != nullptr) task.keep[i] = TakeSpare(task.at.spare, p);
         } else {
           ++far;
         }
@@ -296,6 +314,19 @@ bool RowsOf(const AttendTask& task, RowFormat host_format, int32_t d, std::vecto
   return exist;
 }
 
+// Rows of the host that were read stay in the slots that they are to be kept in.
+void KeepRows(const AttendTask& task, RowFormat host_format, int32_t d) {
+  const int32_t num_refs = task.refs != nullptr && task.keep != nullptr ? *task.num_refs : 0;
+  for (int32_t i = 0; i < num_refs && num_refs <= task.refs_room; ++i) {
+    const int64_t row = ~int64_t{task.refs[i]}, slot = task.keep[i];
+    if (row < 0 || row >= task.host_limit || slot < 0 || slot >= task.slot_limit) continue;
+    const std::byte* const from = static_cast<const std::byte*>(task.host_rows) + static_cast<size_t>(row) * RowBytes(host_format, d);
+    Half* const to = static_cast<Half*>(task.slots) + slot * 2 * d;
+    if (host_format == RowFormat::kF16) std::memcpy(to, from, RowBytes(host_format, d));
+    else WidenRow(from, host_format, d, to);
+  }
+}
+
 bool KeysAreFinite(const std::vector<RowRun>& runs, int32_t d) {
   const reference::HalfRows rows(runs, d);
   return std::ranges::all_of(rows.rows(), [&](const Half* key) {
@@ -316,6 +347,7 @@ Status Attend(const AttendParams& params, void*) {
     std::vector<RowRun> runs;
     std::vector<float> lse(static_cast<size_t>(params.group));
     float* const to = task.lse != nullptr ? task.lse : lse.data();
+    KeepRows(task, params.host_format, params.head_dim);
     if (!RowsOf(task, params.host_format, params.head_dim, &runs) || !KeysAreFinite(runs, params.head_dim)) {
       std::fill_n(task.out, params.group * d, kNan);
       std::fill_n(to, params.group, kNan);
@@ -348,11 +380,7 @@ void RefreshOne(const RefreshTask& task) {
   const size_t taken = std::min(missing.size(), spare.size());
   for (size_t i = 0; i < taken; ++i) {
     const int32_t slot = spare[i], old = at.owner[slot];
-    if (old >= 0) {
-      at.slot_of[old] = -1;
-      const bool in_ring = task.n != nullptr && old <= *task.n && old > int64_t{*task.n} - task.ring_rows;  // of the next position
-      if (!in_ring) SetResident(at, old, false);
-    }
+    if (old >= 0) LoseSlot(at, old, task.n, task.ring_rows);
     at.owner[slot] = -2;
     task.position[i] = missing[i];
     task.from_piece[i] = static_cast<int32_t>(HostRowOf(task.host, missing[i]));
@@ -379,6 +407,43 @@ Status Land(const RefreshParams& params, void*) {
     }
     if (task.pooled != nullptr) std::fill_n(task.pooled, task.at.max_n, -kInfinity);
   }
+  return {};
+}
+
+// --- adopt ------------------------------------------------------------------------------------------------------------------------
+void AdoptOne(const AdoptTask& task) {
+  const ResidencyState& at = task.at;
+  const SpareSlots& spare = at.spare;
+  if (spare.state == nullptr) return;
+  SpareSlots::State& state = *spare.state;
+  const int32_t kept = std::min(state.taken, state.free);
+  for (int32_t i = 0; i < kept; ++i) {
+    const int32_t p = spare.position[i], slot = spare.slot[i];
+    at.owner[slot] = -1;
+    if (at.slot_of[p] >= 0) continue;
+    at.owner[slot] = p;
+    at.slot_of[p] = static_cast<int16_t>(slot);
+    SetResident(at, p, true);
+  }
+  std::copy(spare.slot + kept, spare.slot + state.free, spare.slot);
+  state.free -= kept;
+  state.taken = 0;
+  for (int32_t looked = 0; looked < at.slots && state.free < spare.room; ++looked) {
+    const int32_t slot = state.hand, owner = at.owner[slot];
+    state.hand = (slot + 1) % at.slots;
+    if (owner < -1) continue;
+    if (owner >= 0) {
+      if (std::exchange(spare.used[slot], uint8_t{0}) != 0) continue;
+      LoseSlot(at, owner, task.n, task.ring_rows);
+    }
+    at.owner[slot] = -3;
+    spare.slot[state.free++] = static_cast<int16_t>(slot);
+  }
+}
+
+Status Adopt(const AdoptParams& params, void*) {
+  PREHOC_RETURN_IF_ERROR(Check("adopt", params.tasks, params.num_tasks).Take());
+  for (int32_t i = 0; i < params.num_tasks; ++i) AdoptOne(params.tasks[i]);
   return {};
 }
 
@@ -430,7 +495,7 @@ Result<size_t> AttendWorkspace(const AttendParams& params) {
 
 const StepKernels& ReferenceStepKernels() {
   static constexpr StepKernels kTable{.name = "reference", .append = Append, .gate = Gate, .select = Select, .resolve = Resolve,
-                                      .attend = Attend, .choose = Choose, .refresh = Refresh, .land = Land, .gather = Gather,
+                                      .attend = Attend, .choose = Choose, .refresh = Refresh, .land = Land, .adopt = Adopt, .gather = Gather,
                                       .select_workspace = SelectWorkspace, .choose_workspace = ChooseWorkspace,
                                       .attend_workspace = AttendWorkspace};
   return kTable;

@@ -38,6 +38,7 @@ const step::StepKernels& RecordingKernels() {
     k.choose = Recorder<&step::StepKernels::choose>::Call;
     k.refresh = Recorder<&step::StepKernels::refresh>::Call;
     k.land = Recorder<&step::StepKernels::land>::Call;
+    k.adopt = Recorder<&step::StepKernels::adopt>::Call;
     k.gather = Recorder<&step::StepKernels::gather>::Call;
     return k;
   }();

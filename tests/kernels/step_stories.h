@@ -6,6 +6,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <map>
 #include <set>
@@ -426,23 +427,188 @@ void ResidencyFollowsAModel(World world) {
   }
 }
 
+// Steps that keep the rows which they read from the host: each slot has the row of its position, those that are read again are found there, and the rows that
+// leave are the ones that a clock's hand finds unused.
+template <class World>
+void RowsReadWithinAStepStay(World world) {
+  using State = step::SpareSlots::State;
+  SeededRng rng;
+  for (const int32_t max_n : {200, 5000}) {
+    for (const RowFormat format : {RowFormat::kF16, RowFormat::kInt8}) {
+      SCOPED_TRACE(testing::Message() << "max_n " << max_n << ", " << RowFormatName(format));
+      const int32_t slots = max_n < 1000 ? 40 : 1300, room = slots / 8, k = slots / 4, ring = 16, row = 2 * kStoryDim;
+      const StoryChunks chunks(rng, max_n, 0.05);
+      const std::vector<Half> made = MakeRows(rng, chunks.rows(), kStoryDim);
+      const size_t bytes = RowBytes(format, kStoryDim);
+      std::vector<std::byte> stored(static_cast<size_t>(chunks.rows()) * bytes);
+      std::vector<Half> wide(made.size());  // what they stand for
+      for (int32_t r = 0; r < chunks.rows(); ++r) {
+        std::byte* const to = stored.data() + static_cast<size_t>(r) * bytes;
+        const Half* const from = made.data() + int64_t{r} * row;
+        if (format == RowFormat::kF16) std::memcpy(to, from, bytes), std::copy_n(from, row, wide.begin() + int64_t{r} * row);
+        else NarrowRow(from, format, kStoryDim, to), WidenRow(to, format, kStoryDim, wide.data() + int64_t{r} * row);
+      }
+      const Of<World, std::byte> host(stored, World::kHostMemory);
+      Of<World, Half> rows(MakeRows(rng, ring + slots, kStoryDim));
+      const Of<World, float> q(rng.Normals(kStoryDim));
+      Of<World, float> out(kStoryDim);
+      Of<World, int16_t> slot_of(std::vector<int16_t>(static_cast<size_t>(max_n), -1)), spare(static_cast<size_t>(room)), keep(static_cast<size_t>(k));
+      Of<World, int32_t> owner(std::vector<int32_t>(static_cast<size_t>(slots), -1)), position(static_cast<size_t>(room)), chosen(static_cast<size_t>(k)),
+          count(1), refs(static_cast<size_t>(k)), num(1);
+      Of<World, uint64_t> resident(std::vector<uint64_t>(static_cast<size_t>((max_n + 63) / 64), 0));
+      Of<World, uint8_t> used(std::vector<uint8_t>(static_cast<size_t>(slots), 0));
+      Of<World, State> state(std::vector<State>{{}});
+      const Of<World, int32_t> chunk_row(chunks.first_row), length(std::vector<int32_t>{max_n});
+      const step::ResidencyState at{slot_of.data(), owner.data(), resident.data(), slots, max_n, {state.data(), spare.data(), position.data(), used.data(), room}};
+      const Of<World, step::ResolveTask> resolve(std::vector<step::ResolveTask>{
+          {.at = at, .chosen = chosen.data(), .count = count.data(), .room = k, .n = length.data(), .slot_row = ring, .ring_rows = ring, .refs = refs.data(),
+           .keep = keep.data(), .num_refs = num.data(), .host = chunks.Table(chunk_row.data())}});
+      const Of<World, step::AttendTask> attend(std::vector<step::AttendTask>{
+          {.q = q.data(), .out = out.data(), .rows = rows.data(), .row_limit = ring + slots, .ring_rows = ring, .n = length.data(), .refs = refs.data(),
+           .num_refs = num.data(), .refs_room = k, .host_rows = host.data(), .host_limit = chunks.rows(), .keep = keep.data(),
+           .slots = rows.data() + int64_t{ring} * row, .slot_limit = slots}});
+      const Of<World, step::AdoptTask> adopt(std::vector<step::AdoptTask>{{.at = at, .n = length.data(), .ring_rows = ring}});
+      step::AttendParams attending{.tasks = attend.data(), .num_tasks = 1, .max_rows = k, .host_format = format, .group = 1, .head_dim = kStoryDim};
+      const auto workspace = StoryWorkspace<World>(world.kernels().attend_workspace(attending));
+      attending.workspace = workspace.data(), attending.workspace_bytes = workspace.size();
+
+      std::vector<int32_t> owners(static_cast<size_t>(slots), -1);  // the model
+      std::vector<uint8_t> uses(static_cast<size_t>(slots), 0);
+      std::vector<int16_t> free;
+      std::map<int32_t, int32_t> held;
+      int32_t hand = 0;
+      size_t kept_in_all = 0, short_of = 0, found = 0;
+      std::set<int32_t> choice;
+      for (int step = 0; step < 40; ++step) {
+        std::erase_if(choice, [&](int32_t) { return rng.Chance(step % 10 == 9 ? 0.9 : 0.25); });
+        while (choice.size() < static_cast<size_t>(k)) choice.insert(static_cast<int32_t>(rng.Int(0, max_n - 1)));
+        const std::vector<int32_t> list(choice.begin(), choice.end());
+        chosen.Write(list), count.Write({k});
+        keep.Write(std::vector<int16_t>(static_cast<size_t>(k), 17));
+        world.Run(world.kernels().resolve({.tasks = resolve.data(), .num_tasks = 1, .group = 1, .head_dim = kStoryDim}, world.stream()));
+        world.Run(world.kernels().attend(attending, world.stream()));
+        const std::vector<int32_t> ref = refs.Read(), taken_by = position.Read();
+        const std::vector<int16_t> kept = keep.Read();
+        const std::vector<Half> now = rows.Read();
+        std::map<int32_t, int32_t> taken;  // position to slot
+        size_t misses = 0;
+        for (size_t i = 0; i < list.size(); ++i) {
+          const int32_t p = list[i];
+          if (p >= max_n - ring) {
+            ASSERT_EQ(ref[i], p % ring);
+          } else if (held.count(p) > 0) {
+            ASSERT_EQ(ref[i], ring + held[p]) << "step " << step << ", position " << p;
+            uses[static_cast<size_t>(held[p])] = 1;
+            ++found;
+          } else if (!chunks.Has(p)) {
+            ASSERT_EQ(ref[i], kNoRow);
+          } else {
+            ASSERT_EQ(ref[i], ~chunks.RowOf(p));
+            ++misses;
+            if (kept[i] >= 0) taken[p] = kept[i];
+          }
+        }
+        ASSERT_EQ(state.Read()[0].taken, static_cast<int32_t>(misses));
+        ASSERT_EQ(taken.size(), std::min(misses, free.size())) << "step " << step;
+        for (size_t i = 0; i < taken.size(); ++i) {
+          ASSERT_EQ(taken.count(taken_by[i]), 1u) << "step " << step;
+          ASSERT_EQ(taken[taken_by[i]], free[i]) << "step " << step << ": the slot of position " << taken_by[i];
+        }
+        for (const auto& [p, slot] : taken) {
+          ASSERT_TRUE(std::equal(wide.begin() + int64_t{chunks.RowOf(p)} * row, wide.begin() + (int64_t{chunks.RowOf(p)} + 1) * row,
+                                 now.begin() + (int64_t{ring} + slot) * row)) << "step " << step << ", position " << p;
+        }
+        kept_in_all += taken.size(), short_of += misses - taken.size();
+
+        world.Run(world.kernels().adopt({.tasks = adopt.data(), .num_tasks = 1}, world.stream()));
+        for (const auto& [p, slot] : taken) held[p] = slot, owners[static_cast<size_t>(slot)] = p;
+        free.erase(free.begin(), free.begin() + static_cast<std::ptrdiff_t>(taken.size()));
+        for (int32_t looked = 0; looked < slots && static_cast<int32_t>(free.size()) < room; ++looked, hand = (hand + 1) % slots) {
+          const auto slot = static_cast<size_t>(hand);
+          if (owners[slot] == -3) continue;
+          if (owners[slot] >= 0 && uses[slot] != 0) {
+            uses[slot] = 0;
+            continue;
+          }
+          held.erase(owners[slot]);
+          owners[slot] = -3;
+          free.push_back(static_cast<int16_t>(slot));
+        }
+        const State after = state.Read()[0];
+        ASSERT_EQ(after.free, static_cast<int32_t>(free.size())) << "step " << step;
+        ASSERT_EQ(after.hand, hand) << "step " << step;
+        ASSERT_EQ(after.taken, 0);
+        const std::vector<int16_t> listed = spare.Read(), where = slot_of.Read();
+        ASSERT_TRUE(std::equal(free.begin(), free.end(), listed.begin())) << "step " << step;
+        ASSERT_EQ(owner.Read(), owners) << "step " << step;
+        ASSERT_EQ(used.Read(), uses) << "step " << step;
+        const std::vector<uint64_t> bits = resident.Read();
+        for (int32_t p = 0; p < max_n - ring; ++p) {
+          ASSERT_EQ(where[static_cast<size_t>(p)], held.count(p) > 0 ? held[p] : -1) << "step " << step << ", position " << p;
+          ASSERT_EQ(bits[static_cast<size_t>(p / 64)] >> (p % 64) & 1, held.count(p)) << "step " << step << ", position " << p;
+        }
+      }
+      EXPECT_GT(kept_in_all, static_cast<size_t>(slots)) << "the hand has not gone round";
+      EXPECT_GT(short_of, 0u) << "there was room for all";
+      EXPECT_GT(found, kept_in_all / 2) << "nothing was read again";
+      EXPECT_TRUE(slot_of.GuardsIntact() && spare.GuardsIntact() && keep.GuardsIntact() && owner.GuardsIntact() && position.GuardsIntact() &&
+                  resident.GuardsIntact() && used.GuardsIntact() && state.GuardsIntact() && rows.GuardsIntact());
+    }
+  }
+}
+
+// A position that has come by a refresh meanwhile needs no second slot; the ring's bits stay; one that is on its way is left alone.
+template <class World>
+void AdoptLeavesWhatHasComeAndWhatIsComing(World world) {
+  using State = step::SpareSlots::State;
+  // Slots: 0 spare (position 5 took it), 1 spare (position 6 took it, which has landed in 2), 3 on its way, 4 free, 5 of position 9 (in the ring), 6 used.
+  Of<World, int16_t> slot_of(std::vector<int16_t>{-1, -1, -1, -1, -1, -1, 2, -1, 6, 5}), spare(std::vector<int16_t>{0, 1, -7});
+  Of<World, int32_t> owner(std::vector<int32_t>{-3, -3, 6, -2, -1, 9, 8}), position(std::vector<int32_t>{5, 6, -7});
+  Of<World, uint64_t> resident(std::vector<uint64_t>{1 << 6 | 1 << 8 | 1 << 9});
+  Of<World, uint8_t> used(std::vector<uint8_t>{0, 0, 1, 0, 1, 0, 1});
+  Of<World, State> state(std::vector<State>{{.free = 2, .taken = 9, .hand = 4}});
+  const Of<World, int32_t> n(std::vector<int32_t>{10});
+  const Of<World, step::AdoptTask> task(std::vector<step::AdoptTask>{
+      {.at = {slot_of.data(), owner.data(), resident.data(), 7, 10, {state.data(), spare.data(), position.data(), used.data(), 3}}, .n = n.data(), .ring_rows = 4}});
+  world.Run(world.kernels().adopt({.tasks = task.data(), .num_tasks = 1}, world.stream()));
+  // From 4 on: free; 9 leaves, but for its bit, since the ring has it; 6 has a second chance; 5 has just come, and goes.
+  EXPECT_EQ(owner.Read(), (std::vector<int32_t>{-3, -1, 6, -2, -3, -3, 8}));
+  EXPECT_EQ(spare.Read(), (std::vector<int16_t>{4, 5, 0}));
+  EXPECT_EQ(slot_of.Read(), (std::vector<int16_t>{-1, -1, -1, -1, -1, -1, 2, -1, 6, -1}));
+  EXPECT_EQ(used.Read(), (std::vector<uint8_t>{0, 0, 1, 0, 1, 0, 0}));
+  EXPECT_EQ(resident.Read()[0], uint64_t{1 << 6 | 1 << 8 | 1 << 9});
+  const State after = state.Read()[0];
+  EXPECT_EQ(after.free, 3);
+  EXPECT_EQ(after.taken, 0);
+  EXPECT_EQ(after.hand, 1);
+  // All are used or out of reach: one round, and no more.
+  used.Write(std::vector<uint8_t>(7, 1)), state.Write({{.free = 3, .taken = 2, .hand = 1}}), position.Write({1, 2, -7});
+  world.Run(world.kernels().adopt({.tasks = task.data(), .num_tasks = 1}, world.stream()));
+  EXPECT_EQ(owner.Read(), (std::vector<int32_t>{-3, -3, 6, -2, 1, 2, 8}));
+  EXPECT_EQ(state.Read()[0].free, 2) << "the one that was left, and the free one";
+  EXPECT_EQ(state.Read()[0].hand, 1);
+  EXPECT_EQ(used.Read(), (std::vector<uint8_t>{1, 1, 0, 1, 0, 0, 0}));
+  EXPECT_TRUE(slot_of.GuardsIntact() && spare.GuardsIntact() && owner.GuardsIntact() && position.GuardsIntact() && resident.GuardsIntact() &&
+              used.GuardsIntact() && state.GuardsIntact());
+}
+
 template <class World>
 void RefreshTakesNoMoreThanThereIs(World world) {
   Of<World, int16_t> slot_of(std::vector<int16_t>{0, -1, -1, -1, -1, -1, -1, -1});
-  Of<World, int32_t> owner(std::vector<int32_t>{0, -2, -1});  // kept, on its way, free
+  Of<World, int32_t> owner(std::vector<int32_t>{0, -2, -1, -3});  // kept, on its way, free, spare
   Of<World, uint64_t> resident(std::vector<uint64_t>{1});
-  Of<World, int32_t> position(3), from(3), to(3), count(1), wanted_count(std::vector<int32_t>{3});
-  const Of<World, int32_t> wanted(std::vector<int32_t>{0, 4, 5});
+  Of<World, int32_t> position(4), from(4), to(4), count(1), wanted_count(std::vector<int32_t>{3});
+  const Of<World, int32_t> wanted(std::vector<int32_t>{0, 4, 5, 7});
   const Of<World, step::RefreshTask> task(std::vector<step::RefreshTask>{
-      {.at = {slot_of.data(), owner.data(), resident.data(), 3, 8}, .wanted = wanted.data(), .wanted_count = wanted_count.data(),
+      {.at = {slot_of.data(), owner.data(), resident.data(), 4, 8}, .wanted = wanted.data(), .wanted_count = wanted_count.data(),
        .position = position.data(), .from_piece = from.data(), .to_piece = to.data(), .count = count.data()}});
   const step::RefreshParams params{.tasks = task.data(), .num_tasks = 1, .max_n = 8};
   world.Run(world.kernels().refresh(params, world.stream()));
-  ASSERT_EQ(count.Read()[0], 1) << "one slot is free, one wanted, one on its way";
+  ASSERT_EQ(count.Read()[0], 1) << "one slot is free, one wanted, one on its way, one spare";
   EXPECT_EQ(position.Read()[0], 4);
   EXPECT_EQ(from.Read()[0], 4) << "without chunks a position is its row";
-  EXPECT_EQ(owner.Read(), (std::vector<int32_t>{0, -2, -2}));
-  for (const int32_t broken : {-1, 4}) {
+  EXPECT_EQ(owner.Read(), (std::vector<int32_t>{0, -2, -2, -3}));
+  for (const int32_t broken : {-1, 5}) {
     wanted_count.Write({broken});
     world.Run(world.kernels().refresh(params, world.stream()));
     EXPECT_EQ(count.Read()[0], 0) << "a count that is none: " << broken;
@@ -778,6 +944,8 @@ void AStateWithoutSlotsIsNone(World world) {
   world.Run(world.kernels().refresh({.tasks = none.data(), .num_tasks = 1, .max_n = 100}, world.stream()));
   EXPECT_EQ(fetched.Read()[0], 0);
   world.Run(world.kernels().land({.tasks = none.data(), .num_tasks = 1, .max_n = 100}, world.stream()));
+  const Of<World, step::AdoptTask> nobody(std::vector<step::AdoptTask>{{}});
+  world.Run(world.kernels().adopt({.tasks = nobody.data(), .num_tasks = 1}, world.stream()));
   StoryChoice<World> choice(1, 1, 1);
   const Of<World, step::ChooseTask> nothing(std::vector<step::ChooseTask>{{.n = zero.data(), .rule = choice.Into({.sinks = 2, .k = 1})}});
   step::ChooseParams params{.num_tasks = 1, .max_n = 100, .group = 1, .rule = GroupRule::kMaxLogit};
@@ -800,6 +968,7 @@ void StepCallsThatAreRefused(World world) {
   EXPECT_STATUS(StatusCode::kInvalid, "tasks is null", k.resolve({.num_tasks = 1, .group = 1, .head_dim = 64}, stream));
   EXPECT_STATUS(StatusCode::kInvalid, "max_n=-1", k.choose({.max_n = -1, .group = 1}, stream));
   EXPECT_STATUS(StatusCode::kInvalid, "num_tasks=-1", k.land({.num_tasks = -1}, stream));
+  EXPECT_STATUS(StatusCode::kInvalid, "tasks is null", k.adopt({.num_tasks = 1}, stream));
   EXPECT_STATUS(StatusCode::kInvalid, "piece_bytes=24", k.gather({.piece_bytes = 24}, stream));
   EXPECT_STATUS(StatusCode::kInvalid, "max_rows=-1", k.attend({.max_rows = -1, .group = 1, .head_dim = 64}, stream));
 }
@@ -816,6 +985,8 @@ void StepCallsThatAreRefused(World world) {
   PREHOC_STEP_STORY(SUITE, ResolveFindsEachRowWhereItIs)        \
   PREHOC_STEP_STORY(SUITE, ResidencyFollowsAModel)              \
   PREHOC_STEP_STORY(SUITE, RefreshTakesNoMoreThanThereIs)       \
+  PREHOC_STEP_STORY(SUITE, RowsReadWithinAStepStay)             \
+  PREHOC_STEP_STORY(SUITE, AdoptLeavesWhatHasComeAndWhatIsComing) \
   PREHOC_STEP_STORY(SUITE, AttendSeesRowsOfBothMemories)        \
   PREHOC_STEP_STORY(SUITE, GatherCopiesAndRefuses)              \
   PREHOC_STEP_STORY(SUITE, HostRowsOfOtherFormatsAreTheRowsOfTheDevice) \

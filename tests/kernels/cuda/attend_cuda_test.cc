@@ -1,6 +1,7 @@
 // attend: sinks, window in a ring, chosen rows on the device and in pinned memory, against the reference over the same rows.
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "tests/kernels/cuda/cuda_kernel_test.h"
 
@@ -16,15 +17,18 @@ struct Scene {
   std::vector<Half> rows, host_rows;  // [sinks + ring + slots], pinned
   int32_t sink_row = 0, ring_row = 0, ring_rows = 0;
   std::vector<RowRun> runs;           // what is attended to
+  std::vector<int16_t> keep;          // of each ref: a slot, none, or one that does not exist
+  std::vector<Half> kept;             // [kKeptSlots] what these are to have then; all else stays poisoned
 
   CudaArray<int32_t> device_n{1}, device_refs{0}, num_refs{1};
   CudaArray<float> device_q{0}, out{0}, lse{0};
-  CudaArray<Half> device_rows{0}, pinned{0};
+  CudaArray<Half> device_rows{0}, pinned{0}, slots{0};
+  CudaArray<int16_t> device_keep{0};
 };
 
 class AttendCudaTest : public CudaKernelTest {
  protected:
-  static constexpr int32_t kSlots = 40, kHostRows = 30;
+  static constexpr int32_t kSlots = 40, kHostRows = 30, kKeptSlots = 50;
 
   Scene Make(Rng& rng, cuda::RowType type, int32_t d, int32_t group, int32_t n, int32_t sinks, int32_t local, int32_t chosen) {
     Scene s;
@@ -45,6 +49,7 @@ class AttendCudaTest : public CudaKernelTest {
       s.refs.push_back(static_cast<int32_t>(host ? ~rng.Int(0, kHostRows - 1) : slots_at + rng.Int(0, kSlots - 1)));
       s.runs.push_back({host ? row(s.host_rows, ~s.refs.back()) : row(s.rows, s.refs.back()), 1});
     }
+    KeepSome(rng, type, d, &s);
     s.device_n = CudaArray<int32_t>(std::vector<int32_t>{n});
     s.device_refs = CudaArray<int32_t>(s.refs);
     s.num_refs = CudaArray<int32_t>(std::vector<int32_t>{chosen});
@@ -55,11 +60,32 @@ class AttendCudaTest : public CudaKernelTest {
     s.pinned = CudaArray<Half>(AsStored(type, s.host_rows), CudaPlace::kPinned);
     return s;
   }
+  // Of the rows of the host some are kept, others name no slot; what rows of the device name is not looked at.
+  static void KeepSome(Rng& rng, cuda::RowType type, int32_t d, Scene* s) {
+    const std::vector<Half> stored = AsStored(type, s->host_rows);
+    const size_t row = 2 * static_cast<size_t>(d);
+    s->slots = CudaArray<Half>(kKeptSlots * row);
+    s->kept = s->slots.Read();
+    std::vector<int16_t> places(kKeptSlots);
+    std::iota(places.begin(), places.end(), int16_t{0});
+    rng.Shuffle(places);
+    s->keep.clear();
+    for (const int32_t ref : s->refs) {
+      const bool host = ref < 0, none = host ? places.empty() || rng.Chance(0.3) : rng.Chance(0.5);
+      s->keep.push_back(static_cast<int16_t>(none ? rng.Pick(std::vector<int64_t>{-1, kKeptSlots}) : host ? places.back() : rng.Int(0, kKeptSlots - 1)));
+      if (!host || none) continue;
+      places.pop_back();
+      std::copy_n(stored.begin() + static_cast<std::ptrdiff_t>(static_cast<size_t>(~ref) * row), row,
+                  s->kept.begin() + static_cast<std::ptrdiff_t>(static_cast<size_t>(s->keep.back()) * row));
+    }
+    s->device_keep = CudaArray<int16_t>(s->keep);
+  }
   static cuda::AttendTask TaskOf(const Scene& s, int32_t d) {
     return {.q = s.device_q.data(), .out = s.out.data(), .lse = s.lse.data(), .rows = s.device_rows.data(),
             .row_limit = static_cast<int64_t>(s.rows.size()) / (2 * d), .sink_row = s.sink_row, .ring_row = s.ring_row,
             .ring_rows = s.ring_rows, .sinks = s.sinks, .local = s.local, .n = s.device_n.data(), .refs = s.device_refs.data(),
-            .num_refs = s.num_refs.data(), .refs_room = static_cast<int32_t>(s.refs.size()), .host_rows = s.pinned.data(), .host_limit = kHostRows};
+            .num_refs = s.num_refs.data(), .refs_room = static_cast<int32_t>(s.refs.size()), .host_rows = s.pinned.data(), .host_limit = kHostRows,
+            .keep = s.device_keep.data(), .slots = s.slots.data(), .slot_limit = kKeptSlots};
   }
   void Run(const std::vector<Scene>& scenes, cuda::RowType type, int32_t d, int32_t group, int32_t max_rows) {
     std::vector<cuda::AttendTask> tasks;
@@ -84,7 +110,8 @@ class AttendCudaTest : public CudaKernelTest {
     const double allowed = 2e-5 + size * (type == cuda::RowType::kF16 ? 0x1p-20 : 0x1p-15);
     EXPECT_TRUE(AllClose(s.out.Read(), out, {.absolute = allowed, .relative = allowed}, {group, d}));
     EXPECT_TRUE(AllClose(s.lse.Read(), lse, {.absolute = allowed, .relative = 1e-6}));
-    EXPECT_TRUE(s.out.GuardsIntact() && s.lse.GuardsIntact());
+    EXPECT_TRUE(AllEqual(s.slots.Read(), s.kept, {kKeptSlots, 2, d})) << "rows of the host that are kept";
+    EXPECT_TRUE(s.out.GuardsIntact() && s.lse.GuardsIntact() && s.slots.GuardsIntact());
   }
 };
 
@@ -183,6 +210,7 @@ TEST_F(AttendCudaTest, RowsOfPinnedMemoryAloneAndOneAmongOthers) {
           s.runs.push_back({host ? s.host_rows.data() + int64_t{256} * ~ref : s.rows.data() + int64_t{256} * ref, 1});
         }
         s.device_refs.Write(s.refs);
+        KeepSome(rng, type, 128, &s);
         scenes.push_back(std::move(s));
       }
     }
