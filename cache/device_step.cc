@@ -88,7 +88,7 @@ bool Sequence::Impl::ShapeSteps(const CacheShared& cache, int64_t max_tokens, in
   *shape = {.layers = geometry.layers, .kv_heads = geometry.kv_heads, .group = geometry.group(), .head_dim = geometry.head_dim,
             .max_tokens = static_cast<int32_t>(max_tokens), .chunk_tokens = geometry.chunk_tokens, .most = two_clock ? most : 0};
   const ResidencyRule rule = cache.selector->Residency();
-  if (two_clock && rule.factor > 0) {
+  if (two_clock && rule.turns()) {
     shape->turns = rule.stagger ? static_cast<int32_t>(CeilDiv(shape->units(), rule.refresh)) : shape->units();
   }
   // A shape that these kernels refuse is one that they do not offer.
@@ -555,10 +555,11 @@ Status Sequence::Impl::EnqueueLayer(int32_t layer, void* stream) {
 Status Sequence::Impl::EnqueueLast(void* stream) {
   const DeviceStep& d = *device_step;
   const StepShape& shape = d.shape;
-  if (d.way != DeviceStep::Way::kChoose || layout.slots == 0 || shape.turns == 0) return {};
+  if (d.way != DeviceStep::Way::kChoose || layout.slots == 0) return {};
   const step::StepKernels& kernels = *cache->resources.step_kernels;
-  PREHOC_RETURN_IF_ERROR(kernels.land({.tasks = d.at.land, .num_tasks = shape.turns, .max_n = shape.max_tokens}, stream));
+  if (shape.turns > 0) PREHOC_RETURN_IF_ERROR(kernels.land({.tasks = d.at.land, .num_tasks = shape.turns, .max_n = shape.max_tokens}, stream));
   PREHOC_RETURN_IF_ERROR(kernels.adopt({.tasks = d.at.adopt, .num_tasks = shape.units()}, stream));
+  if (shape.turns == 0) return {};
   PREHOC_RETURN_IF_ERROR(kernels.choose({.tasks = d.at.want, .num_tasks = shape.turns, .max_n = shape.max_tokens, .group = 1, .rule = GroupRule::kMaxLogit,
                                          .workspace = d.at.choose_space, .workspace_bytes = shape.choose_space}, stream));
   return kernels.refresh({.tasks = d.at.refresh, .num_tasks = shape.turns, .max_n = shape.max_tokens}, stream);

@@ -116,7 +116,7 @@ Status Sequence::Impl::AttendUnits(FastStep& s) {
 Status Sequence::Impl::CollectRuns(FastStep& s, size_t index) {
   LayerState& layer = layers[static_cast<size_t>(s.layer)];
   const Unit& unit = layer.units[index];
-  const HeadState& head = layer.heads[static_cast<size_t>(unit.kv_head)];
+  HeadState& head = layer.heads[static_cast<size_t>(unit.kv_head)];
   const auto& direct = s.direct[static_cast<size_t>(unit.kv_head)];
   std::vector<RowRun>& runs = s.units[index].runs;
   runs.clear();
@@ -133,7 +133,9 @@ Status Sequence::Impl::CollectRuns(FastStep& s, size_t index) {
   if (own_sinks > 0) runs.push_back({head.sinks, own_sinks});
   if (own_sinks < set.sinks) PushRing(head, own_sinks, set.sinks, &runs);
   for (const int32_t position : set.middle) {
-    if (const Half* row = RowOnDevice(head, position); row != nullptr) {
+    const int32_t slot = position < ring_begin ? head.residency.SlotOf(position) : -1;
+    if (slot >= 0) head.residency.Use(slot, s.u);
+    if (const Half* row = slot >= 0 ? head.slots + slot * static_cast<int64_t>(row_halfs()) : RowOnDevice(head, position); row != nullptr) {
       push(row, RowFormat::kF16);
       continue;
     }

@@ -287,6 +287,7 @@ Status Sequence::Impl::Choose(FastStep& s, bool plain) {
   if (s.rule.residents_only && !plain) PREHOC_RETURN_IF_ERROR(RefreshCandidates(s));
   s.choose.clear();
   // At u = 0 nothing is resident yet: what is chosen there is what the slow clock starts with.
+  const bool pools = s.u == 0 || selector().Residency().turns();
   const bool by_residency = !complete() && (s.rule.residents_only || (s.rule.theta > 0 && s.u > 0));
   for (size_t i = 0; i < layer.units.size(); ++i) {
     Unit& unit = layer.units[i];
@@ -298,7 +299,7 @@ Status Sequence::Impl::Choose(FastStep& s, bool plain) {
       task.resident = layer.heads[static_cast<size_t>(unit.kv_head)].residency.resident_bits();
       task.log_theta = s.rule.residents_only ? kInfinity : static_cast<float>(std::log(s.rule.theta));
     }
-    if (unit.pooled && !s.rule.residents_only && !plain) {
+    if (unit.pooled && pools && !s.rule.residents_only && !plain) {
       task.pooled = unit.pooled;
       task.pool_reset = unit.pool_restart;
       if (unit.pool_restart) unit.pooled_scans = 0;

@@ -101,7 +101,7 @@ Result<std::unique_ptr<Sequence::Impl>> Sequence::Impl::Open(CacheShared* shared
   // A window whose edge is held falls behind by so many positions.
   const auto held = static_cast<int32_t>(std::min<int64_t>(selector.HeldSteps(), options.max_tokens));
   request.ring_min = extent.local + held + shared->index_group() +
-                     (residency.factor > 0 ? residency.refresh + residency.lag + 1 : 0);
+                     (residency.turns() ? residency.refresh + residency.lag + 1 : 0);
   request.slots_min = extent.chooses ? std::max(extent.middle, 1) : 0;
   request.slots_max = static_cast<int32_t>(std::min<int64_t>(options.device_slots, options.max_tokens));
   request.units = static_cast<int32_t>(MakeUnits(*shared).size());

@@ -2,6 +2,7 @@
 // scores are wanted; those that are missing come in, others make room.
 #include <algorithm>
 #include <numeric>
+#include <utility>
 
 #include "cache/internal/fast_step.h"
 #include "cache/internal/sequence_impl.h"
@@ -21,7 +22,7 @@ Status Sequence::Impl::SlowClock() {
     PREHOC_RETURN_IF_ERROR(LandPending(l));
     if (!decoding()) {
       PREHOC_RETURN_IF_ERROR(FillAtStart(l));
-    } else if (!residents_only && rule.factor > 0) {
+    } else if (!residents_only && rule.turns()) {
       heads.clear();
       for (int32_t h = 0; h < geometry().kv_heads; ++h) {
         if (RefreshDue(l, h)) heads.push_back(h);
@@ -194,28 +195,30 @@ Status Sequence::Impl::MakeRoom(int32_t layer_index, int32_t kv_head, int32_t wa
   std::vector<int32_t> kept(spare.begin(), spare.end());
   for (const Unit& unit : layer.units) {
     if (unit.kv_head != kv_head) continue;
-    if (pooled == nullptr) pooled = unit.pooled;
+    if (pooled == nullptr && selector().Residency().turns()) pooled = unit.pooled;
     kept.insert(kept.end(), unit.chosen.begin(), unit.chosen.end());
     kept.insert(kept.end(), unit.attended.middle.begin(), unit.attended.middle.end());
   }
   std::sort(kept.begin(), kept.end());
-  std::vector<int32_t> out;
-  for (const int32_t position : head.residency.positions()) {
-    if (!std::binary_search(kept.begin(), kept.end(), position)) out.push_back(position);
+  const DeviceMemory& device = *cache->resources.device;
+  std::vector<float> read(pooled != nullptr && !device.host_accessible() ? static_cast<size_t>(visible()) : 0);
+  if (!read.empty()) {
+    PREHOC_RETURN_IF_ERROR(device.Read(pooled, read.size() * sizeof(float), read.data()));
+    pooled = read.data();
   }
-  if (static_cast<int32_t>(out.size()) > short_of) {
-    const DeviceMemory& device = *cache->resources.device;
-    std::vector<float> read(pooled != nullptr && !device.host_accessible() ? static_cast<size_t>(visible()) : 0);
-    if (!read.empty()) {
-      PREHOC_RETURN_IF_ERROR(device.Read(pooled, read.size() * sizeof(float), read.data()));
-      pooled = read.data();
-    }
-    // Without scores the oldest positions go first.
-    const auto worse = [&](int32_t a, int32_t b) { return pooled && pooled[a] != pooled[b] ? pooled[a] < pooled[b] : a < b; };
-    std::nth_element(out.begin(), out.begin() + short_of, out.end(), worse);
-    out.resize(static_cast<size_t>(short_of));
-    std::sort(out.begin(), out.end());
+  // The lowest scores go first; without scores of recent steps what was attended to longest ago. Then the oldest positions.
+  std::vector<std::pair<double, int32_t>> worth;
+  const std::span<const int32_t> positions = head.residency.positions(), slots = head.residency.slots();
+  for (size_t i = 0; i < positions.size(); ++i) {
+    const int32_t position = positions[i];
+    if (std::binary_search(kept.begin(), kept.end(), position)) continue;
+    worth.emplace_back(pooled != nullptr ? static_cast<double>(pooled[position]) : static_cast<double>(head.residency.UsedAt(slots[i])), position);
   }
+  const size_t leave = std::min(worth.size(), static_cast<size_t>(short_of));
+  std::nth_element(worth.begin(), worth.begin() + static_cast<std::ptrdiff_t>(leave), worth.end());
+  std::vector<int32_t> out(leave);
+  std::transform(worth.begin(), worth.begin() + static_cast<std::ptrdiff_t>(leave), out.begin(), [](const auto& of) { return of.second; });
+  std::sort(out.begin(), out.end());
   head.residency.Evict(out, ring_begin);
   return {};
 }

@@ -261,7 +261,7 @@ std::vector<Knob> MakeKnobs() {
                [](const SelectorOptions& o) { return o.tc.theta; },
                [](SelectorOptions& o, double as_it_pays) { o.tc.theta = as_it_pays; }),
       Real("tc.factor", kTc, "a number from 1", [](auto& o) -> auto& { return o.tc.factor; }, factor),
-      Whole("tc.refresh", kTc, 1, [](auto& o) -> auto& { return o.tc.refresh; }),
+      Whole("tc.refresh", kTc, 0, [](auto& o) -> auto& { return o.tc.refresh; }),
       Whole("tc.pool", kTc, 1, [](auto& o) -> auto& { return o.tc.pool; }),
       Whole("tc.lag", kTc, 0, [](auto& o) -> auto& { return o.tc.lag; }),
       WithWord("auto", Whole("tc.dense_below", kTc, 0, [](auto& o) -> auto& { return o.tc.dense_below; }), TwoClockOptions::kAuto,
@@ -379,8 +379,9 @@ Status CheckQuest(const SelectorOptions& o) {
 // A later refresh takes the place of one that is still under way: with a lag longer than that, none would ever land.
 Status CheckLag(const char* name, int32_t lag, int32_t refresh) {
   if (lag <= refresh) return {};
-  return Refused(name + ("lag=" + std::to_string(lag)) + ": more than the " + std::to_string(refresh) +
-                 " steps between two refreshes");
+  const std::string what = name + ("lag=" + std::to_string(lag));
+  if (refresh == 0) return Refused(what + ": without a refresh nothing is fetched behind the steps; set " + name + "refresh, or no lag");
+  return Refused(what + ": more than the " + std::to_string(refresh) + " steps between two refreshes");
 }
 
 Status CheckEvict(const SelectorOptions& o) {

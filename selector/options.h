@@ -105,7 +105,7 @@ struct TwoClockOptions {
   static constexpr double ThetaOfMemory(int32_t k) { return std::min(0.0001, 0.02 / std::max(k, 1)); }
   double theta = kAuto;
   double factor = 4;         // tc.factor c: wanted = c * k
-  int32_t refresh = 64;      // tc.refresh s, steps
+  int32_t refresh = 0;       // tc.refresh s, steps; 0 = rows stay by their use alone
   int32_t pool = 16;         // tc.pool w, scans
   int32_t lag = 0;           // tc.lag: steps between deciding a fetch and its rows being used
   bool stagger = true;       // tc.stagger: layers and heads refresh at different steps

@@ -75,13 +75,14 @@ struct StepRule {
                              // 0 = fetch whatever is chosen
 };
 
-// The slow clock of one (layer, KV head).
+// The slow clock of one (layer, KV head). Rows that a step had to fetch stay whatever it says; without turns what was not attended to for longest makes room.
 struct ResidencyRule {
-  double factor = 0;     // wanted = factor * k rows (mass budget: factor * cap); 0 = no slow clock: what was fetched last stays
-  int32_t refresh = 16;  // [steps]
+  double factor = 0;     // wanted = factor * k rows (mass budget: factor * cap), at each turn and when the prompt ends; 0 = nothing is
+  int32_t refresh = 16;  // [steps] between turns; 0 = there are none
   int32_t pool = 16;     // scans whose scores are pooled by maximum
   int32_t lag = 0;       // [steps] what a refresh at step t decides serves from step t + lag on; at most `refresh`
   bool stagger = true;   // (layer, KV head) pairs refresh at different steps
+  bool turns() const { return factor > 0 && refresh > 0; }
 };
 
 // What prefill leaves out (PSAW, ETF).

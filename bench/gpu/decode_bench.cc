@@ -1,20 +1,19 @@
 // How long does a decode step take with two clocks, beside the weights alone and beside dense attention with all of K and V on the device?
 //
 //   decode_bench --out=FILE.json [--commit=ID] [--model=llama-3.1-8b] [--cases=weights,dense,scan4,gate4@0.8/b8/n32768/m13,...] [--steps=N]
-//                [--context=131072] [--batch=1] [--k=2048] [--factor=4] [--refresh=64] [--pool=16] [--max-age=14] [--theta=0.02/k]
-//                [--budget-gib=G] [--host-pool-gib=G] [--fused=1] [--keep=1] [--turns=1] [--rows=f16|int8|e4m3]
+//                [--context=131072] [--batch=1] [--k=2048] [--factor=4] [--refresh=0] [--pool=16] [--max-age=14] [--theta=0.02/k]
+//                [--budget-gib=G] [--host-pool-gib=G] [--fused=1] [--keep=1] [--rows=f16|int8|e4m3]
 //
 // A case may end in settings of its own: /b batch, /n context, /k chosen rows, /f factor, /r refresh, /t theta, /m budget in GiB.
 //
 // A step is a CUDA graph: every product of every layer (random fp16 weights), norms, RoPE, append with codes, and attention; logits at the
 // end. Two clocks: gate, scan of all codes and choice, look-up of rows, attention over sinks, chosen rows and the local window; a chosen row
-// that is in no slot is read from pinned host memory within the step. The slow clock turns a 1 / refresh of the heads a step: what is wanted
+// that is in no slot is read from pinned host memory within the step, and stays (keep 0: it does not) in a slot that was free for it: what is resident is what
+// steps have read, and what a clock's hand has left. With a refresh the slow clock turns a 1 / refresh of the heads a step: what is wanted
 // is chosen beside the step, evicted at its end, gathered beside the next one's last product and used from the one after on (lag 1 step, 2 at most).
-// A row that was read within the step stays (keep 0: it does not), in a slot that was free for it. With turns 0 there is no slow clock beside that: what is
-// resident is what steps have read, and what a clock's hand has left.
 // Scores are pooled over the scans of the last pool - 1 steps before a head's turn, so that a pool / refresh of the heads needs the memory.
 // Gates are done with append and look-ups, of up to 16 heads, with the choice; or (fused 0) by launches of their own.
-// There is one graph for each turn of the slow clock. K, V and queries are made up (synthetic.h) and the queries of the model are replaced by
+// There is one graph for each turn of the slow clock, or one. K, V and queries are made up (synthetic.h) and the queries of the model are replaced by
 // them, because random weights have no attention to speak of. Times are of whole replays between two events, host launch included; the last
 // step reaches the case's context.
 //
@@ -75,12 +74,14 @@ struct Case {
   int bits = 4;
   float tau = 1;  // at 1 every step scans
   float theta = -1;  // a missing position lighter than this is left out, and counted as dropped
-  int32_t batch = 1, context = 0, k = 0, refresh = 64, max_age = 14, pool = 16;
+  int32_t batch = 1, context = 0, k = 0, refresh = 0, max_age = 14, pool = 16;
   double factor = 4, budget_gib = 0;
-  bool fused = true, keep = true, turns = true;
+  bool fused = true, keep = true;
   RowFormat rows = RowFormat::kF16;  // of the host
   int32_t max_n() const { return static_cast<int32_t>(RoundUp(static_cast<uint64_t>(context), 64)); }
-  int warm() const { return kind == Kind::kTwoClock ? 2 * refresh : 8; }  // the slow clock has turned over all heads
+  bool turns() const { return refresh > 0; }
+  int phases() const { return kind == Kind::kTwoClock ? std::max(refresh, 1) : 1; }
+  int warm() const { return kind != Kind::kTwoClock ? 8 : turns() ? 2 * refresh : 128; }  // slots are full
   int32_t slots() const { return std::min(static_cast<int32_t>(factor * k), 32767); }
   int32_t room() const { return keep ? static_cast<int32_t>(std::min<int64_t>(CeilDiv(slots(), 16), 512)) : 0; }  // as in cache/internal/device_step.h
 };
@@ -148,8 +149,7 @@ class Step {
   }
 
   void Capture() {
-    const int variants = c_.kind == Case::Kind::kTwoClock ? c_.refresh : 1;
-    for (int phase = 0; phase < variants; ++phase) graphs_.emplace_back(stream_, [&] { Enqueue(phase); });
+    for (int phase = 0; phase < c_.phases(); ++phase) graphs_.emplace_back(stream_, [&] { Enqueue(phase); });
   }
 
   Json Measure(int steps) {
@@ -180,7 +180,7 @@ class Step {
     const double triples = double(steps) * units();
     row["bits"] = c_.bits, row["tau"] = c_.tau, row["k"] = c_.k, row["factor"] = c_.factor, row["slots"] = slots_, row["refresh"] = c_.refresh;
     row["pool"] = c_.pool, row["max_age"] = c_.max_age, row["theta"] = c_.theta;
-    row["fused"] = c_.fused, row["keep"] = c_.keep, row["turns"] = c_.turns, row["host_rows"] = RowFormatName(c_.rows);
+    row["fused"] = c_.fused, row["keep"] = c_.keep, row["host_rows"] = RowFormatName(c_.rows);
     row["kv_parts_bytes"] = {{"rows", rows_->bytes()}, {"codes", codes_->bytes()}, {"pooled", pooled_->bytes()},
                              {"residency", slot_of_->bytes() + owner_->bytes() + resident_->bytes() + (c_.keep ? keep_->bytes() + used_->bytes() : 0)},
                              {"workspace", attend_space_->bytes() + select_space_->bytes() + want_space_->bytes()}};
@@ -216,7 +216,7 @@ class Step {
     }
     parts["append"] = part([&](int l) { AppendLayer(l); });
     std::vector<double> turns;
-    for (int phase = 1; phase < std::min(c_.refresh, 8); ++phase) turns.push_back(Graph(stream_, [&] { Turn(phase); }).Measure(stream_, 1, 0).median / 1e3);
+    for (int phase = 0; phase < std::min(c_.phases(), 8); ++phase) turns.push_back(Graph(stream_, [&] { Turn(phase); }).Measure(stream_, 1, 0).median / 1e3);
     parts["turn"] = SpreadOf(turns).median;
     return parts;
   }
@@ -305,8 +305,7 @@ class Step {
     OrExit(end_.Synchronize());
     if (count && hold_) {
       for (const uint8_t hold : hold_->Read()) holds_seen_ += hold, ++holds_asked_;
-      const auto phase = size_t(turn_ - 1) % size_t(c_.refresh);
-      if (!c_.turns) return double(OrExit(end_.MillisecondsSince(start_)));
+      const auto phase = size_t(turn_ - 1) % size_t(c_.phases());
       for (const int32_t rows : fetch_count_->Read(phase % 2 * PerPhase(), size_t(want_[phase].size()))) rows_behind_ += rows;
     }
     return double(OrExit(end_.MillisecondsSince(start_)));
@@ -358,17 +357,17 @@ class Step {
   }
 
   // Units of a turn; lists of two turns exist at a time, pooled scores of `pool` turns.
-  size_t PerPhase() const { return size_t(CeilDiv(units(), c_.refresh)); }
+  size_t PerPhase() const { return c_.turns() ? size_t(CeilDiv(units(), c_.refresh)) : 0; }
   size_t TurnOf(size_t unit) const { return unit % size_t(c_.refresh); }
   size_t ListOf(size_t unit) const { return TurnOf(unit) % 2 * PerPhase() + unit / size_t(c_.refresh); }
   float* PooledOf(size_t unit) const {
     return pooled_->data() + (TurnOf(unit) % size_t(c_.pool) * PerPhase() + unit / size_t(c_.refresh)) * size_t(max_n_);
   }
-  bool Pools(size_t unit, size_t phase) const { return (TurnOf(unit) + size_t(c_.refresh) - phase) % size_t(c_.refresh) < size_t(c_.pool); }
+  bool Pools(size_t unit, size_t phase) const { return c_.turns() && (TurnOf(unit) + size_t(c_.refresh) - phase) % size_t(c_.refresh) < size_t(c_.pool); }
 
   void MakeTwoClock(const PinnedPool& pool) {
-    if (c_.refresh % 2 != 0 || c_.pool < 2 || c_.refresh % c_.pool != 0 || c_.max_age > c_.pool - 2) {
-      Fail({StatusCode::kInvalid, c_.name + ": use an even refresh, a pool that divides it, and a max-age of at most pool - 2"});
+    if (c_.turns() && (c_.refresh % 2 != 0 || c_.pool < 2 || c_.refresh % c_.pool != 0 || c_.max_age > c_.pool - 2)) {
+      Fail({StatusCode::kInvalid, c_.name + ": use refresh 0, or an even refresh, a pool that divides it, and a max-age of at most pool - 2"});
     }
     const CodeFormat format{.bits = c_.bits, .group_tokens = 64};
     slots_ = c_.slots();
@@ -388,11 +387,12 @@ class Step {
     std::vector<cuda::ResolveTask> resolve;
     std::vector<cuda::AttendTask> attend;
     std::vector<cuda::AdoptTask> adopt;
-    std::vector<std::vector<cuda::ChooseTask>> want(size_t(c_.refresh));
-    std::vector<std::vector<cuda::RefreshTask>> refresh(size_t(c_.refresh));
-    std::vector<std::vector<cuda::GatherTask>> gather(size_t(c_.refresh));
+    const auto phases = size_t(c_.phases());
+    std::vector<std::vector<cuda::ChooseTask>> want(phases);
+    std::vector<std::vector<cuda::RefreshTask>> refresh(phases);
+    std::vector<std::vector<cuda::GatherTask>> gather(phases);
     for (size_t u = 0; u < all; ++u) {
-      const size_t h = u % size_t(tasks_), list = ListOf(u);
+      const size_t h = u % size_t(tasks_);
       const float* const q = q_now_.data() + u * HeadFloats();
       cuda::ResidencyState at{slot_of_->data() + u * size_t(max_n_), owner_->data() + u * slots, resident_->data() + u * words, slots_, max_n_};
       const auto room = size_t(c_.room());
@@ -417,6 +417,8 @@ class Step {
                         .num_refs = num_refs_->data() + u, .refs_room = c_.k, .host_rows = Host(u), .host_limit = max_n_,
                         .keep = c_.keep ? keep_->data() + u * k : nullptr, .slots = Rows(u) + size_t(kSinks + kRing) * Row(), .slot_limit = slots_});
       if (c_.keep) adopt.push_back({.at = at, .n = n_.data(), .ring_rows = kRing});
+      if (!c_.turns()) continue;
+      const size_t list = ListOf(u);
       cuda::ChooseTask best{.z = PooledOf(u), .z_stride = max_n_, .n = n_.data()};
       best.rule = {.sinks = kSinks, .local = kLocal, .k = slots_ - c_.room(), .room = slots_, .chosen = wanted_->data() + list * slots, .count = wanted_count_->data() + list,
                    .lse_all = unused_->data() + list};
@@ -432,17 +434,17 @@ class Step {
     append_ = std::make_unique<Array<cuda::AppendTask>>(append);
     gate_ = std::make_unique<Array<cuda::GateTask>>(gate);
     std::vector<cuda::SelectTask> of_phases;
-    for (size_t phase = 0; phase < size_t(c_.refresh); ++phase) {
+    for (size_t phase = 0; phase < phases; ++phase) {
       for (size_t u = 0; u < all; ++u) {
         of_phases.push_back(select[u]);
-        if (c_.turns && Pools(u, phase)) of_phases.back().rule.pooled = PooledOf(u), of_phases.back().rule.pool_level = of_phases.back().rule.lse_all;
+        if (Pools(u, phase)) of_phases.back().rule.pooled = PooledOf(u), of_phases.back().rule.pool_level = of_phases.back().rule.lse_all;
       }
     }
     select_ = std::make_unique<Array<cuda::SelectTask>>(of_phases);
     resolve_ = std::make_unique<Array<cuda::ResolveTask>>(resolve);
     attend_ = std::make_unique<Array<cuda::AttendTask>>(attend);
     adopt_ = std::make_unique<Array<cuda::AdoptTask>>(adopt);
-    for (size_t p = 0; p < size_t(c_.refresh); ++p) {
+    for (size_t p = 0; p < phases; ++p) {
       want_.emplace_back(want[p]);
       refresh_.emplace_back(refresh[p]);
       gather_.emplace_back(gather[p]);
@@ -528,7 +530,7 @@ class Step {
 
   void Enqueue(int phase) {
     const bool two_clock = c_.kind == Case::Kind::kTwoClock;
-    const int before = (phase + c_.refresh - 1) % c_.refresh;
+    const int before = (phase + c_.phases() - 1) % c_.phases();
     Cuda(cudaMemcpyAsync(hidden_.data(), input_.data(), input_.bytes(), cudaMemcpyDeviceToDevice, stream_), "input");
     if (c_.kind != Case::Kind::kWeights) {
       // Positions before the one that this step adds; n counts that one already.
@@ -537,7 +539,7 @@ class Step {
     }
     for (int l = 0; l < s_.layers; ++l) Layer(phase, l);
     // Beside the last product: a choice needs all multiprocessors at once, and would wait for the gather.
-    if (two_clock && c_.turns) {
+    if (two_clock && c_.turns()) {
       OrExit(fork_.Record(stream_));
       OrExit(fork_.Before(side_.get()));
       const auto& gather = gather_[size_t(before)];
@@ -547,15 +549,15 @@ class Step {
     }
     Normed(m_.output.data(), m_.output_norm.data(), logits_.data(), s_.vocab, false);
     if (!two_clock) return;
-    if (c_.turns) OrExit(join_.Before(stream_));
+    if (c_.turns()) OrExit(join_.Before(stream_));
     Turn(phase);
   }
   // The slow clock: what was gathered or kept is used from now on, what is wanted next is listed.
   void Turn(int phase) {
-    const int before = (phase + c_.refresh - 1) % c_.refresh;
-    if (c_.turns) OrExit(cuda::Land(RefreshOf(before), stream_));
+    const int before = (phase + c_.phases() - 1) % c_.phases();
+    if (c_.turns()) OrExit(cuda::Land(RefreshOf(before), stream_));
     if (c_.keep) OrExit(cuda::Adopt({.tasks = adopt_->data(), .num_tasks = units()}, stream_));
-    if (!c_.turns) return;
+    if (!c_.turns()) return;
     want_params_.tasks = want_[size_t(phase)].data(), want_params_.num_tasks = int32_t(want_[size_t(phase)].size());
     OrExit(cuda::Choose(want_params_, stream_));
     OrExit(cuda::Refresh(RefreshOf(phase), stream_));
@@ -746,10 +748,10 @@ int Main(int argc, char** argv) {
   const std::string out = flags.Text("out", ""), commit = flags.Text("commit", "unknown"), model = flags.Text("model", "llama-3.1-8b");
   const std::string texts = flags.Text("cases", "weights,dense,scan4,gate4@0.8,gate4@0.9,scan2,gate2@0.8");
   defaults.context = flags.Int("context", 131072), defaults.batch = flags.Int("batch", 1), defaults.k = flags.Int("k", 2048);
-  defaults.factor = flags.Number("factor", 4), defaults.refresh = flags.Int("refresh", 64), defaults.pool = flags.Int("pool", 16);
+  defaults.factor = flags.Number("factor", 4), defaults.refresh = flags.Int("refresh", 0), defaults.pool = flags.Int("pool", 16);
   defaults.max_age = flags.Int("max-age", 14), defaults.theta = float(flags.Number("theta", -1)), defaults.budget_gib = flags.Number("budget-gib", 0);
   const double pool_gib = flags.Number("host-pool-gib", 0);
-  defaults.fused = flags.Int("fused", 1) != 0, defaults.keep = flags.Int("keep", 1) != 0, defaults.turns = flags.Int("turns", 1) != 0;
+  defaults.fused = flags.Int("fused", 1) != 0, defaults.keep = flags.Int("keep", 1) != 0;
   const std::string rows_of = flags.Text("rows", "f16");
   if (!FindRowFormat(rows_of)) Fail({StatusCode::kInvalid, "--rows=" + rows_of + "; use f16, int8 or e4m3"});
   defaults.rows = *FindRowFormat(rows_of);

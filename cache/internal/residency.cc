@@ -6,7 +6,7 @@
 namespace prehoc {
 
 HeadResidency::HeadResidency(uint64_t* slotted, uint64_t* resident, int64_t max_tokens, int32_t slots)
-    : slotted_(slotted), resident_(resident), total_(slots), ranks_(static_cast<size_t>((max_tokens + 63) / 64), 0) {
+    : slotted_(slotted), resident_(resident), total_(slots), ranks_(static_cast<size_t>((max_tokens + 63) / 64), 0), used_(static_cast<size_t>(slots), -1) {
   // All that will ever be: no later call allocates.
   for (std::vector<int32_t>* list : {&positions_, &slots_, &free_, &merged_positions_, &merged_slots_}) list->reserve(static_cast<size_t>(slots));
   for (int32_t slot = slots - 1; slot >= 0; --slot) free_.push_back(slot);
@@ -31,6 +31,7 @@ void HeadResidency::Publish(std::span<const int32_t> positions, std::span<const 
       merged_slots_.push_back(slots_[old]);
     }
     PREHOC_DCHECK(!Bit(slotted_, positions[i]));
+    used_[static_cast<size_t>(slots[i])] = -1;
     merged_positions_.push_back(positions[i]);
     merged_slots_.push_back(slots[i]);
     const auto word = static_cast<size_t>(positions[i]) / 64;

@@ -29,6 +29,10 @@ class HeadResidency {
     return slots_[static_cast<size_t>(ranks_[word] + std::popcount(below))];
   }
   std::span<const int32_t> positions() const { return positions_; }  // that have a slot, sorted
+  std::span<const int32_t> slots() const { return slots_; }          // of these
+  // The row of a slot is attended to at this step. Whoever makes room asks for it: -1 = not since it came.
+  void Use(int32_t slot, int64_t step) { used_[static_cast<size_t>(slot)] = step; }
+  int64_t UsedAt(int32_t slot) const { return used_[static_cast<size_t>(slot)]; }
   int32_t free_slots() const { return static_cast<int32_t>(free_.size()); }
   int32_t held() const { return static_cast<int32_t>(positions_.size()); }
 
@@ -76,6 +80,7 @@ class HeadResidency {
   std::vector<int32_t> ranks_;       // [words] positions with a slot before the word
   std::vector<int32_t> positions_, slots_;  // [held] by position
   std::vector<int32_t> free_;        // the last one is taken first
+  std::vector<int64_t> used_;        // [slots] step
   std::vector<int32_t> merged_positions_, merged_slots_;  // kept for their memory
 };
 

@@ -113,7 +113,7 @@ SessionOptions LabSession(const LabTask& task, const FidelityRun& run, int64_t p
   const uint64_t kv = GeometryOf(task.loaded.model->config).token_bytes() * static_cast<uint64_t>(session.max_tokens);
   // Budgets are not what is measured here.
   session.device_budget = 3 * kv + 256 * kMiB;
-  session.host_budget = kv + kv / 4 + 64 * kMiB;
+  session.host_budget = (task.options.cuda ? 2 : 1) * kv + kv / 4 + 64 * kMiB;  // whole steps on a device hold the blocks, at most half of the tier
   session.device_slots = DeviceSlots(run.selector, task.options.device_factor, session.max_tokens);
   session.store = task.store;
   if (run.rows != RowFormat::kF16 && !task.store.empty()) session.store.append("-").append(RowFormatName(run.rows));  // a store has rows of one format

@@ -104,7 +104,7 @@ TEST_F(KvCacheTest, ADeviceOutOfReachRefusesByName) {
       {{{"selector", "cis"}, {"cis.gate", "certified"}, {"cis.local_edge", "held"}}, "cis.gate=certified"},
       {{{"selector", "cis"}, {"cis.budget", "cis*"}}, "cis.budget=cis*"},
       {{{"selector", "cis"}, {"cis.precision", "f16"}}, "cis.precision=f16"},
-      {{{"selector", "tc"}, {"tc.lag", "2"}}, "tc.lag > 0"},
+      {{{"selector", "tc"}, {"tc.refresh", "16"}, {"tc.lag", "2"}}, "tc.lag > 0"},
   };
   for (const auto& [knobs, says] : cases) {
     options_ = WorldOptions::Default().cache;

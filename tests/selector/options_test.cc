@@ -77,7 +77,7 @@ const std::vector<KnobCase>& Cases() {
       {"tc.epsilon", "0.01", {"0", "0.5", "1"}, {"-0.1", "2"}, "tc"},
       {"tc.theta", "auto", {"0", "0.001", "0.002", "0.01", "1"}, {"-0.1", "-1", "1.1"}, "tc"},
       {"tc.factor", "4", {"1", "2", "2.5"}, {"0.5", "1e9", "nan"}, "tc"},
-      {"tc.refresh", "64", {"1", "16"}, {"0"}, "tc"},
+      {"tc.refresh", "0", {"1", "16", "64"}, {"-1"}, "tc"},
       {"tc.pool", "16", {"1"}, {"0"}, "tc"},
       {"tc.lag", "0", {"8"}, {"-1"}, "tc"},
       {"tc.stagger", "true", {"false"}, {"maybe"}, "tc"},
@@ -249,7 +249,7 @@ TEST(Options, ValidateFindsFieldsThatNoKnobWouldAccept) {
   refused("psaw.l_s=", [](auto& o) { o.psaw.l_s = -1; });  // "as PSAW" is for ETF
   refused("psaw.round=0", [](auto& o) { o.psaw.round = 0; });
   refused("etf.l_s=", [](auto& o) { o.etf.l_s = 1; });
-  refused("tc.refresh=0", [](auto& o) { o.tc.refresh = 0; });
+  refused("tc.refresh=-1", [](auto& o) { o.tc.refresh = -1; });
   refused("tc.factor=", [](auto& o) { o.tc.factor = 0; });
   refused("tc.scorer=", [](auto& o) { o.tc.scorer = Scorer::kPages; });
   refused("max_dropped_mass=", [](auto& o) { o.max_dropped_mass = 2; });

@@ -45,7 +45,8 @@ TEST(TwoClock, IsTheDefaultWithTheGateOfCisAndDensePrefill) {
   EXPECT_EQ(rule.dilate_m, 0);
   const ResidencyRule residency = selector->Residency();
   EXPECT_EQ(residency.factor, 4);
-  EXPECT_EQ(residency.refresh, 64);
+  EXPECT_EQ(residency.refresh, 0) << "rows stay by their use";
+  EXPECT_FALSE(residency.turns());
   EXPECT_EQ(residency.pool, 16);
   EXPECT_EQ(residency.lag, 0);
   EXPECT_TRUE(residency.stagger);
@@ -150,8 +151,10 @@ TEST(TwoClock, KnobsOfTheSlowClock) {
     EXPECT_DOUBLE_EQ(selector->Rule({.layer = 0, .layers = 1, .step = 1, .n = 100, .reads_store = reads_store}).theta, 0.01);
   }
   SelectorOptions options = Small();
-  options.tc.lag = 65;
+  options.tc.refresh = 64, options.tc.lag = 65;
   EXPECT_STATUS(StatusCode::kInvalid, "tc.lag=65", options.Validate());
+  options.tc.refresh = 0;
+  EXPECT_STATUS(StatusCode::kInvalid, "set tc.refresh", options.Validate());
 }
 
 TEST(TwoClock, ExpectedMissGrowsWithWhatWasDroppedAndWithTheMove) {
