@@ -9,7 +9,8 @@
 // A step is a CUDA graph: every product of every layer (random fp16 weights), norms, RoPE, append with codes, and attention; logits at the
 // end. Two clocks: gate, scan of all codes and choice, look-up of rows, attention over sinks, chosen rows and the local window; a chosen row
 // that is in no slot is read from pinned host memory within the step, and stays (keep 0: it does not) in a slot that was free for it: what is resident is what
-// steps have read, and what a clock's hand has left. With a refresh the slow clock turns a 1 / refresh of the heads a step: what is wanted
+// steps have read, and what a clock's hand has left; half of the steps before the measured ones read whatever they choose, so that slots are full of what was chosen
+// lately, as they are behind a prompt. With a refresh the slow clock turns a 1 / refresh of the heads a step: what is wanted
 // is chosen beside the step, evicted at its end, gathered beside the next one's last product and used from the one after on (lag 1 step, 2 at most).
 // Scores are pooled over the scans of the last pool - 1 steps before a head's turn, so that a pool / refresh of the heads needs the memory.
 // Gates are done with append and look-ups, of up to 16 heads, with the choice; or (fused 0) by launches of their own.
@@ -81,6 +82,7 @@ struct Case {
   int32_t max_n() const { return static_cast<int32_t>(RoundUp(static_cast<uint64_t>(context), 64)); }
   bool turns() const { return refresh > 0; }
   int phases() const { return kind == Kind::kTwoClock ? std::max(refresh, 1) : 1; }
+  bool fills() const { return kind == Kind::kTwoClock && !turns() && theta > 0; }
   int warm() const { return kind != Kind::kTwoClock ? 8 : turns() ? 2 * refresh : 128; }  // slots are full
   int32_t slots() const { return std::min(static_cast<int32_t>(factor * k), 32767); }
   int32_t room() const { return keep ? static_cast<int32_t>(std::min<int64_t>(CeilDiv(slots(), 16), 512)) : 0; }  // as in cache/internal/device_step.h
@@ -150,10 +152,14 @@ class Step {
 
   void Capture() {
     for (int phase = 0; phase < c_.phases(); ++phase) graphs_.emplace_back(stream_, [&] { Enqueue(phase); });
+    if (c_.fills()) filling_ = std::make_unique<Graph>(stream_, [&] { Enqueue(1); });
   }
 
   Json Measure(int steps) {
-    for (int i = 0; i < c_.warm(); ++i) Run(false);
+    for (int i = 0; i < c_.warm(); ++i) {
+      if (filling_ && i < c_.warm() / 2) filling_->Launch(stream_);
+      else Run(false);
+    }
     Cuda(cudaStreamSynchronize(stream_), "warm");
     const int32_t restarts0 = restarts_ ? restarts_->Read()[0] : 0;
     const int64_t misses0 = Sum(misses_), held0 = holds_seen_, asked0 = holds_asked_;
@@ -434,9 +440,10 @@ class Step {
     append_ = std::make_unique<Array<cuda::AppendTask>>(append);
     gate_ = std::make_unique<Array<cuda::GateTask>>(gate);
     std::vector<cuda::SelectTask> of_phases;
-    for (size_t phase = 0; phase < phases; ++phase) {
+    for (size_t phase = 0; phase < phases + c_.fills(); ++phase) {
       for (size_t u = 0; u < all; ++u) {
         of_phases.push_back(select[u]);
+        if (phase == phases) of_phases.back().rule.resident = nullptr;  // whatever it chooses
         if (Pools(u, phase)) of_phases.back().rule.pooled = PooledOf(u), of_phases.back().rule.pool_level = of_phases.back().rule.lse_all;
       }
     }
@@ -675,6 +682,7 @@ class Step {
   cuda::SelectParams select_params_;
   cuda::ChooseParams want_params_;
   std::vector<Graph> graphs_;
+  std::unique_ptr<Graph> filling_;
   int64_t turn_ = 0, holds_seen_ = 0, holds_asked_ = 0, rows_behind_ = 0;
 };
 
