@@ -251,7 +251,7 @@ Status Sequence::Impl::EnterSteps() {
   std::vector<int16_t> slot_of(slots > 0 ? units * most_tokens : 0, -1);
   std::vector<uint64_t> resident(slots > 0 ? units * words : 0);
   const std::vector<step::SpareSlots::State> spare(slots > 0 ? units : 0);  // the first adopt() makes some
-  const std::vector<uint8_t> used(slots > 0 ? units * slots : 0);
+  std::vector<uint8_t> used(slots > 0 ? units * slots : 0);
   std::fill(d.results.begin(), d.results.end(), std::byte{0});
   for (size_t u = 0; u < units; ++u) {
     const Unit& unit = UnitAt(u);
@@ -267,6 +267,7 @@ Status Sequence::Impl::EnterSteps() {
       const int32_t slot = residency.SlotOf(position);
       slot_of[u * most_tokens + static_cast<size_t>(position)] = static_cast<int16_t>(slot);
       owner[u * slots + static_cast<size_t>(slot)] = position;
+      used[u * slots + static_cast<size_t>(slot)] = unit.has_choice && std::binary_search(unit.chosen.begin(), unit.chosen.end(), position);
     }
     std::copy_n(residency.resident_bits(), words, resident.begin() + static_cast<std::ptrdiff_t>(u * words));
   }

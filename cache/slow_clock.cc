@@ -22,6 +22,7 @@ Status Sequence::Impl::SlowClock() {
     PREHOC_RETURN_IF_ERROR(LandPending(l));
     if (!decoding()) {
       PREHOC_RETURN_IF_ERROR(FillAtStart(l));
+      UseChoices(l);
     } else if (!residents_only && rule.turns()) {
       heads.clear();
       for (int32_t h = 0; h < geometry().kv_heads; ++h) {
@@ -63,6 +64,17 @@ Status Sequence::Impl::FillAtStart(int32_t layer_index) {
     }
   }
   return BringMissing(layer_index, wanted, 0);
+}
+
+// What the prompt's last position chose counts as used by it.
+void Sequence::Impl::UseChoices(int32_t layer_index) {
+  LayerState& layer = layers[static_cast<size_t>(layer_index)];
+  for (const Unit& unit : layer.units) {
+    HeadResidency& residency = layer.heads[static_cast<size_t>(unit.kv_head)].residency;
+    for (const int32_t position : unit.chosen) {
+      if (const int32_t slot = residency.SlotOf(position); slot >= 0) residency.Use(slot, step);
+    }
+  }
 }
 
 Status Sequence::Impl::Refresh(int32_t layer_index, std::span<const int32_t> kv_heads, int64_t lag) {

@@ -250,6 +250,7 @@ struct Sequence::Impl {
   bool RefreshDue(int32_t layer, int32_t kv_head) const;
   std::span<const int32_t> AllHeads() const;  // until the next call that asks for some
   Status FillAtStart(int32_t layer);
+  void UseChoices(int32_t layer);
   Status Refresh(int32_t layer, std::span<const int32_t> kv_heads, int64_t lag);
   Result<size_t> RankPooled(int32_t layer, std::span<const int32_t> kv_heads, std::span<WantedRows> wanted);
   Status BringMissing(int32_t layer, std::span<WantedRows> wanted, int64_t lag);

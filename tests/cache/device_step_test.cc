@@ -213,6 +213,77 @@ TEST_F(DeviceStepTest, AttendToWhatStepsOfTheHostAttendTo) {
   EXPECT_LT(report.rows_in_step * 2, report.attended - report.triples * 12) << "most of the middle is read from the host";
 }
 
+// Without turns, the default, what a step read from the host is on the device for the next ones: what it chose and then found away is all that it reads.
+TEST_F(DeviceStepTest, RowsStayByTheirUse) {
+  for (const RowFormat format : {RowFormat::kF16, RowFormat::kInt8}) {
+    SCOPED_TRACE(RowFormatName(format));
+    WorldOptions options = Options();
+    options.cache.selector.tc.refresh = 0;
+    options.cache.geometry.rows = format;
+    options.cache.geometry.chunk_tokens = 256;
+    const Stream stream(options.cache.geometry, kPrompt + 200, 3);
+    Stream held = stream;
+    held.RoundTo(format);
+    StepEngine engine(options.cache.geometry, stream);
+    SequenceReport report;
+    Compare(options, 200, /*device_slots=*/160, &engine, stream, &report, format == RowFormat::kF16 ? nullptr : &held);
+    EXPECT_EQ(engine.planned, 200);
+    EXPECT_EQ(report.refreshes, 0);
+    EXPECT_EQ(report.rows_behind, 0);
+    // Less than if every position were read when it is first attended to, and never again.
+    World world(options);
+    StepEngine other(options.cache.geometry, stream);
+    const auto sequence = Open(world, stream, 200, 160);
+    int64_t different = 0;
+    std::map<std::pair<int32_t, int32_t>, std::set<int32_t>> seen;
+    for (int step = 0; step < 200; ++step) {
+      Outputs out;
+      ASSERT_OK(other.Step(*sequence, &out));
+      for (int32_t l = 0; l < options.cache.geometry.layers; ++l) {
+        for (int32_t h = 0; h < options.cache.geometry.kv_heads; ++h) {
+          std::set<int32_t>& before = seen[{l, h}];
+          for (const int32_t p : Attended(*sequence, l, h)) different += before.insert(p).second;
+        }
+      }
+    }
+    EXPECT_GT(report.rows_in_step, 0);
+    EXPECT_LT(report.rows_in_step, different);
+  }
+}
+
+// Steps of the host evict what was attended to longest ago: 100 slots hold a head's 20 positions of each of the last four steps, and what this one reads.
+TEST_F(DeviceStepTest, StepsOfTheHostKeepWhatWasUsedLast) {
+  WorldOptions options = Options();
+  options.step_kernels = nullptr;
+  options.cache.selector.tc.refresh = 0;
+  options.cache.selector.tc.tau = 1;
+  const Stream stream(options.cache.geometry, kPrompt + 120, 3);
+  World world(options);
+  const auto sequence = Open(world, stream, 120, 100);
+  std::map<std::pair<int32_t, int32_t>, std::vector<std::set<int32_t>>> history;
+  int64_t read = 0;
+  for (int step = 0; step < 120; ++step) {
+    Outputs out;
+    ASSERT_OK(DecodeOne(*sequence, stream, &out));
+    int64_t may_read = 0;
+    for (int32_t l = 0; l < options.cache.geometry.layers; ++l) {
+      for (int32_t h = 0; h < options.cache.geometry.kv_heads; ++h) {
+        std::vector<std::set<int32_t>>& steps = history[{l, h}];
+        steps.push_back(Attended(*sequence, l, h));
+        for (const int32_t p : steps.back()) {
+          bool lately = p < 4 || p >= sequence->length() - 8;  // sinks, and the window
+          for (size_t back = 2; back <= std::min<size_t>(steps.size(), 5); ++back) lately |= steps[steps.size() - back].count(p) > 0;
+          may_read += !lately;
+        }
+      }
+    }
+    ASSERT_LE(sequence->Report().rows_in_step - read, may_read) << "step " << step;
+    read = sequence->Report().rows_in_step;
+  }
+  EXPECT_GT(read, 120);
+  EXPECT_EQ(sequence->Report().rows_behind, 0);
+}
+
 // A budget that is a share of the context chooses more from step to step, and skips by another weight: both are in the tasks of a step.
 TEST_F(DeviceStepTest, AChoiceThatGrowsReplaysTheSamePlan) {
   WorldOptions options = Options();
