@@ -1,7 +1,7 @@
 // How long does a decode step take with two clocks, beside the weights alone and beside dense attention with all of K and V on the device?
 //
 //   decode_bench --out=FILE.json [--commit=ID] [--model=llama-3.1-8b] [--cases=weights,dense,scan4,gate4@0.8/b8/n32768/m13,...] [--steps=N]
-//                [--context=131072] [--batch=1] [--k=2048] [--factor=4] [--refresh=0] [--pool=16] [--max-age=14] [--theta=0.02/k]
+//                [--context=131072] [--batch=1] [--k=2048] [--factor=4] [--refresh=0] [--pool=16] [--max-age=14] [--theta=auto]
 //                [--budget-gib=G] [--host-pool-gib=G] [--fused=1] [--keep=1] [--rows=f16|int8|e4m3]
 //
 // A case may end in settings of its own: /b batch, /n context, /k chosen rows, /f factor, /r refresh, /t theta, /m budget in GiB.
@@ -40,11 +40,13 @@
 #include "bench/gpu/batch_product.h"
 #include "bench/gpu/support.h"
 #include "bench/gpu/synthetic.h"
+#include "cache/internal/device_step.h"
 #include "integrations/reference/cuda/device_ops.h"
 #include "kernels/code_block.h"
 #include "kernels/cuda/device_kernels.h"
 #include "kernels/cuda/run_kernels.h"
 #include "kernels/row_codec.h"
+#include "selector/options.h"
 
 namespace prehoc {
 namespace {
@@ -74,7 +76,7 @@ struct Case {
   enum class Kind { kWeights, kDense, kTwoClock } kind = Kind::kWeights;
   int bits = 4;
   float tau = 1;  // at 1 every step scans
-  float theta = -1;  // a missing position lighter than this is left out, and counted as dropped
+  float theta = -1;  // a missing position lighter than this is left out, and counted as dropped; below 0: the product's default
   int32_t batch = 1, context = 0, k = 0, refresh = 0, max_age = 14, pool = 16;
   double factor = 4, budget_gib = 0;
   bool fused = true, keep = true;
@@ -84,8 +86,8 @@ struct Case {
   int phases() const { return kind == Kind::kTwoClock ? std::max(refresh, 1) : 1; }
   bool fills() const { return kind == Kind::kTwoClock && !turns() && theta > 0; }
   int warm() const { return kind != Kind::kTwoClock ? 8 : turns() ? 2 * refresh : 128; }  // slots are full
-  int32_t slots() const { return std::min(static_cast<int32_t>(factor * k), 32767); }
-  int32_t room() const { return keep ? static_cast<int32_t>(std::min<int64_t>(CeilDiv(slots(), 16), 512)) : 0; }  // as in cache/internal/device_step.h
+  int32_t slots() const { return std::min(static_cast<int32_t>(factor * k), StepArrays::kMostSlots); }
+  int32_t room() const { return keep ? StepArrays::SpareRoom(slots()) : 0; }
 };
 
 class Model {
@@ -717,7 +719,7 @@ Case CaseOf(const std::string& text, const Case& defaults) {
   c.kind = Case::Kind::kTwoClock;
   c.bits = kind[4] - '0';
   const size_t at = kind.find('@');
-  if (c.theta < 0) c.theta = 0.02f / float(c.k);  // as the product's default
+  if (c.theta < 0) c.theta = float(TwoClockOptions::ThetaOfMemory(c.k));
   if (gate) c.tau = at == std::string::npos ? 0.9f : std::stof(kind.substr(at + 1));
   return c;
 }

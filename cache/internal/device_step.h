@@ -52,7 +52,7 @@ struct StepArrays {
   step::GateTask* gate = nullptr;
   step::ResolveTask* resolve = nullptr;
   step::AttendTask* attend = nullptr;
-  step::AdoptTask* adopt = nullptr;   // [units] if there are slots
+  step::AdoptTask* adopt = nullptr;     // [units] if there are slots
   int32_t* chunk_row = nullptr;         // [layers, chunks]
   // Read after every step, in one piece.
   std::byte* results = nullptr;
