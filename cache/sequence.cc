@@ -430,6 +430,7 @@ void Sequence::Impl::Rollback() {
   }
   for (LayerState& layer : layers) {
     for (HeadState& head : layer.heads) {
+      head.residency.Forget(length);  // rows of a prompt whose end was not reached
       head.residency.LeaveRing(length, visible());
     }
   }

@@ -69,6 +69,20 @@ void HeadResidency::Evict(std::span<const int32_t> positions, int64_t ring_begin
   CountRanks();
 }
 
+void HeadResidency::Forget(int64_t begin) {
+  const auto kept = static_cast<size_t>(std::lower_bound(positions_.begin(), positions_.end(), begin) - positions_.begin());
+  if (kept == positions_.size()) return;
+  for (size_t i = kept; i < positions_.size(); ++i) {
+    const auto word = static_cast<size_t>(positions_[i]) / 64;
+    const uint64_t bit = uint64_t{1} << (positions_[i] % 64);
+    slotted_[word] &= ~bit, resident_[word] &= ~bit;
+    free_.push_back(slots_[i]);
+  }
+  positions_.resize(kept);
+  slots_.resize(kept);
+  CountRanks();
+}
+
 void HeadResidency::Restore(std::span<const int32_t> positions, std::span<const int32_t> slots, int64_t ring_begin, int64_t n) {
   std::fill_n(slotted_, ranks_.size(), 0);
   std::fill_n(resident_, ranks_.size(), 0);

@@ -44,6 +44,9 @@ class HeadResidency {
   // Frees the slots of `positions` (sorted, each with a slot); those from `ring_begin` on stay resident in the ring.
   void Evict(std::span<const int32_t> positions, int64_t ring_begin);
 
+  // Frees the slots of positions from `begin` on, which are no longer there.
+  void Forget(int64_t begin);
+
   // Starts anew: just `positions` (sorted) are in `slots` (different), and the ring holds [ring_begin, n). Allocates nothing.
   void Restore(std::span<const int32_t> positions, std::span<const int32_t> slots, int64_t ring_begin, int64_t n);
 

@@ -362,6 +362,48 @@ TEST(PipelineTiers, ARolledBackStepLeavesNoTrace) {
   }
 }
 
+// Kernels whose gather fails after so many calls.
+struct FailingGather {
+  static inline int64_t left = -1;  // -1: never
+  static Status Gather(const GatherParams& params, const Launch& launch) {
+    if (left == 0) return {StatusCode::kCuda, "gather fails, as the test wants it"};
+    if (left > 0) --left;
+    return BestCpuKernels().gather(params, launch);
+  }
+};
+
+// What the slots of some layers got before the end of a prompt failed is of tokens that are gone, and must not be taken for others.
+TEST(PipelineTiers, APromptWhoseEndFailsLeavesNoRows) {
+  static KernelTable kernels = BestCpuKernels();
+  kernels.gather = FailingGather::Gather;
+  WorldOptions options = WorldOptions::Default();
+  options.kernels = &kernels;
+  options.cache.selector.tc.theta = 0;
+  options.cache.selector.tc.tau = 1;
+  options.device_budget = SmallestDevice(options, kPrompt + kSteps) + (64 << 10);
+  const auto run = [&](bool fails) {
+    World world(options);
+    const Stream stream(options.cache.geometry, kPrompt + kSteps, 11), other(options.cache.geometry, kPrompt + kSteps, 12);
+    const auto opened = Open(world);
+    Sequence& sequence = *opened;
+    Outputs out;
+    EXPECT_OK(PrefillPiece(sequence, stream, 128, kPrompt, &out));
+    if (fails) {
+      EXPECT_OK(sequence.Begin(other.ids(128, kPrompt - 128), kPrompt));
+      EXPECT_OK(RunLayers(sequence, other, 128, kPrompt - 128, false, &out));
+      FailingGather::left = options.cache.geometry.layers - 1;
+      EXPECT_TRUE(HasStatus(sequence.End(), StatusCode::kCuda, "as the test wants it"));
+      EXPECT_EQ(FailingGather::left, 0);
+      FailingGather::left = -1;
+      sequence.Rollback();
+      EXPECT_OK(sequence.CheckInvariants());
+    }
+    EXPECT_OK(PrefillPiece(sequence, stream, kPrompt - 128, kPrompt, &out));
+    return Decode(sequence, stream, kSteps);
+  };
+  EXPECT_EQ(run(true), run(false));
+}
+
 TEST(PipelineTiers, AnInheritedStepCostsItsGateAndNothingElse) {
   WorldOptions options = WorldOptions::Default();
   options.cache.audit_every = 0;

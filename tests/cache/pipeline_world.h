@@ -100,6 +100,7 @@ struct WorldOptions {
   uint64_t store_budget = 64 << 20;
   bool with_store = true;
   const step::StepKernels* step_kernels = nullptr;
+  const KernelTable* kernels = nullptr;
   static WorldOptions Default() {
     WorldOptions options;
     options.cache.geometry = SmallGeometry();
@@ -131,6 +132,7 @@ class World {
     resources.device = other_device ? other_device : &device_;
     resources.store = options.with_store ? used : nullptr;
     resources.step_kernels = options.step_kernels;
+    resources.kernels = options.kernels;
     auto cache = KvCache::Create(options.cache, resources);
     EXPECT_TRUE(cache.ok()) << cache.status();
     cache_ = std::move(cache).value();
