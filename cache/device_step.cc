@@ -447,7 +447,7 @@ void Sequence::Impl::WriteTasksOfStep() {
     if (layout.slots == 0) continue;
     if (d.rule.theta > 0) {
       task.rule.resident = StateOf(u).resident;
-      task.rule.log_theta = static_cast<float>(std::log(d.rule.theta));
+      task.rule.log_theta = static_cast<float>(std::log(unit.ThetaNow(d.rule)));
     }
     if (turns == 0 || unit.pooled == nullptr) continue;
     const int64_t offset = residency.stagger ? static_cast<int64_t>(u) : 0, into = (step + offset) % residency.refresh;

@@ -297,7 +297,7 @@ Status Sequence::Impl::Choose(FastStep& s, bool plain) {
     if (plain) task.dilate_m = task.dilate_r = 0;
     if (by_residency) {
       task.resident = layer.heads[static_cast<size_t>(unit.kv_head)].residency.resident_bits();
-      task.log_theta = s.rule.residents_only ? kInfinity : static_cast<float>(std::log(s.rule.theta));
+      task.log_theta = s.rule.residents_only ? kInfinity : static_cast<float>(std::log(unit.ThetaNow(s.rule)));
     }
     if (unit.pooled && pools && !s.rule.residents_only && !plain) {
       task.pooled = unit.pooled;

@@ -131,6 +131,8 @@ StepRule Selector::Rule(const StepContext& context) const {
   return rule;
 }
 
+double StepRule::ThetaOf(double dropped) const { return theta > 0 && k > 0 ? std::max(theta, theta_of_dropped * dropped / k) : theta; }
+
 int64_t Selector::WindowStart(int32_t, int32_t, int64_t) const { return 0; }
 
 bool Selector::NeedsCodes() const { return ScorerOf(options_) == Scorer::kCodes; }

@@ -73,6 +73,8 @@ struct StepRule {
   bool residents_only = false;
   double theta = 0;          // with a device that does not hold everything: fetch missing positions heavier than this;
                              // 0 = fetch whatever is chosen
+  double theta_of_dropped = 0;  // > 0: and a head's theta is at least this share of what its last choice dropped, over k
+  double ThetaOf(double dropped) const;
 };
 
 // The slow clock of one (layer, KV head). Rows that a step had to fetch stay whatever it says; without turns what was not attended to for longest makes room.

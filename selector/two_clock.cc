@@ -20,6 +20,7 @@ class TwoClock final : public Selector {
     rule.scope = tc.gate_scope;
     rule.max_age = tc.max_age;
     rule.theta = tc.theta >= 0 ? tc.theta : context.reads_store ? TwoClockOptions::kThetaOfStore : TwoClockOptions::ThetaOfMemory(rule.k);
+    rule.theta_of_dropped = tc.theta >= 0 ? 0 : TwoClockOptions::kThetaOfDropped;
     if (context.complete && context.n < tc.dense_below) rule.attend_all = true;  // looking would cost more than it saves
     return rule;
   }

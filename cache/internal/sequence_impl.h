@@ -57,6 +57,9 @@ struct Unit {
   AttendedSet attended;
   bool selected = false;
   float cosine = -2;
+
+  // Of the head that dropped the least: a position's weight is that of the head to which it matters most.
+  double ThetaNow(const StepRule& rule) const { return rule.ThetaOf(dropped.empty() ? 0.0 : *std::min_element(dropped.begin(), dropped.end())); }
 };
 
 // Rows on their way to slots, to be used from `due` on (lag).

@@ -837,6 +837,31 @@ TEST(PipelineTiers, ThetaIsThatOfTheTierWhereRowsAre) {
   }
 }
 
+// Few of many keys that are much alike: of what is missing most is not worth its way, and what that adds to what is left out is a tenth of it at most.
+TEST(PipelineTiers, WhereMuchIsLeftOutAnywayMoreIsSkipped) {
+  constexpr int64_t kMany = 6000;
+  WorldOptions options = WorldOptions::Default();
+  options.cache.selector.budget.tokens = 80;
+  options.cache.selector.tc.tau = 1;  // every step chooses
+  options.cache.audit_every = 1;
+  options.device_budget = SmallestDevice(options, kMany + kSteps);
+  const auto run = [&](double theta) {
+    options.cache.selector.tc.theta = theta;
+    World world(options);
+    Stream stream(options.cache.geometry, kMany + kSteps, 11);
+    stream.ScaleQueries(0.3f);
+    auto sequence = Open(world, kMany + kSteps);
+    EXPECT_OK(PrefillAll(*sequence, stream, kMany, 128));
+    Decode(*sequence, stream, kSteps);
+    return sequence->Report();
+  };
+  const SequenceReport fixed = run(TwoClockOptions::ThetaOfMemory(options.cache.selector.budget.MiddleK(kMany))), grown = run(TwoClockOptions::kAuto);
+  EXPECT_GT(fixed.dropped_audited.mean(), 0.3);
+  EXPECT_LT(2 * grown.rows_host, fixed.rows_host);
+  EXPECT_GT(grown.dropped_audited.mean(), fixed.dropped_audited.mean());
+  EXPECT_LT(grown.dropped_audited.mean(), fixed.dropped_audited.mean() / (1 - TwoClockOptions::kThetaOfDropped));
+}
+
 // Host memory could hold the sequence, but others have taken it: the first step that reads the store is the last with the lower theta.
 TEST(PipelineTiers, ThetaIsThatOfTheStoreOnceItWasRead) {
   constexpr int64_t kMany = 2000;

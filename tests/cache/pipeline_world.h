@@ -59,6 +59,12 @@ class Stream {
       for (int32_t h = 0; h < geometry_.kv_heads; ++h) k[static_cast<size_t>((t * geometry_.kv_heads + h) * geometry_.head_dim)] = value;
     }
   }
+  // Small queries attend to everything alike.
+  void ScaleQueries(float by) {
+    for (std::vector<float>& q : q_) {
+      for (float& x : q) x *= by;
+    }
+  }
   // K and V become what rows of `format` hold of them.
   void RoundTo(RowFormat format) {
     const auto dim = static_cast<size_t>(geometry_.head_dim);

@@ -57,6 +57,22 @@ TEST(TwoClock, IsTheDefaultWithTheGateOfCisAndDensePrefill) {
   EXPECT_FALSE(selector->NeedsErrorBounds());
 }
 
+// Where attention is flat everything that is chosen weighs more than a fixed theta, and is not worth its way.
+TEST(TwoClock, ThetaGrowsWithWhatAHeadDropsAnyway) {
+  SelectorOptions options;
+  const StepRule rule = MakeSelector(options)->Rule({.layer = 2, .layers = 4, .step = 5, .n = 16'000});
+  EXPECT_DOUBLE_EQ(rule.ThetaOf(0), rule.theta);
+  EXPECT_DOUBLE_EQ(rule.ThetaOf(0.19), rule.theta);
+  EXPECT_DOUBLE_EQ(rule.ThetaOf(0.8) * rule.k, 0.08);
+  const StepRule far = MakeSelector(options)->Rule({.layer = 2, .layers = 4, .step = 5, .n = 16'000, .reads_store = true});
+  EXPECT_DOUBLE_EQ(far.ThetaOf(0.8), 0.001);
+  ASSERT_OK(options.Set("tc.theta", "0.00001"));  // whoever names one, means it
+  EXPECT_DOUBLE_EQ(MakeSelector(options)->Rule({.layer = 2, .layers = 4, .step = 5, .n = 16'000}).ThetaOf(0.8), 0.00001);
+  ASSERT_OK(options.Set("tc.theta", "auto"));
+  ASSERT_OK(options.Set("budget", "mass(0.95)"));
+  EXPECT_DOUBLE_EQ(MakeSelector(options)->Rule({.layer = 2, .layers = 4, .step = 5, .n = 16'000}).ThetaOf(0.8), 0.0001);
+}
+
 // cos 30 degrees = 0.866 passes, cos 40 degrees = 0.766 does not. There are no blocks.
 TEST(TwoClock, InheritsWhileTheGateHoldsAndElseScans) {
   HandLayer layer(Small());
