@@ -217,7 +217,8 @@ Status Sequence::Impl::Begin(std::span<const int32_t> new_tokens, int64_t prompt
   first = length;
   count = added;
   prompt = prompt_length;
-  next_layer = 0;
+  next_layer = filled_layers = 0;
+  start_layer = -1;
   step_report = SequenceReport{};
   tokens.resize(static_cast<size_t>(length));
   tokens.insert(tokens.end(), new_tokens.begin(), new_tokens.end());
@@ -435,6 +436,7 @@ void Sequence::Impl::Rollback() {
     }
   }
   tokens.resize(static_cast<size_t>(length));
+  start_layer = -1;
   repairing.reset();
   scratch->blocks.reset();
   repair_pins.clear();

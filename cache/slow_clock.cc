@@ -11,19 +11,17 @@ namespace prehoc {
 
 // At the end of every step, and at the end of the prompt (step 0) for all heads at once.
 Status Sequence::Impl::SlowClock() {
-  if (complete() || layout.slots == 0) return {};
+  if (!FillsSlots()) return {};
   ScopedTimer timer(*cache->resources.clock, decoding() ? &step_report.times.slow_clock : &step_report.times.prefill);
   TraceScope trace(tracer(), "slow clock");
   trace.Say("step", step);
   const ResidencyRule rule = selector().Residency();
   const bool residents_only = cache->options.selector.kind == SelectorKind::kSharedCandidates;
+  if (!decoding()) return FillLayers(geometry().layers);
   std::vector<int32_t>& heads = scratch->due_heads;
   for (int32_t l = 0; l < geometry().layers; ++l) {
     PREHOC_RETURN_IF_ERROR(LandPending(l));
-    if (!decoding()) {
-      PREHOC_RETURN_IF_ERROR(FillAtStart(l));
-      UseChoices(l);
-    } else if (!residents_only && rule.turns()) {
+    if (!residents_only && rule.turns()) {
       heads.clear();
       for (int32_t h = 0; h < geometry().kv_heads; ++h) {
         if (RefreshDue(l, h)) heads.push_back(h);
@@ -46,11 +44,22 @@ std::span<const int32_t> Sequence::Impl::AllHeads() const {
   return scratch->due_heads;
 }
 
+// After the prompt: layers below `end`, as far as they have not been filled yet.
+Status Sequence::Impl::FillLayers(int32_t end) {
+  for (; filled_layers < end; ++filled_layers) {
+    PREHOC_RETURN_IF_ERROR(LandPending(filled_layers));
+    PREHOC_RETURN_IF_ERROR(FillAtStart(filled_layers));
+    UseChoices(filled_layers);
+  }
+  return {};
+}
+
 // After the prompt: wanted rows by the first choice's scores, or just what was chosen.
 Status Sequence::Impl::FillAtStart(int32_t layer_index) {
   if (selector().Residency().factor > 0) {
     if (cache->options.selector.kind == SelectorKind::kSharedCandidates) return {};  // its choice came with a refresh
-    return Refresh(layer_index, AllHeads(), 0);
+    if (start_layer != layer_index) return Refresh(layer_index, AllHeads(), 0);
+    return BringMissing(layer_index, std::span(at_start).first(start_heads), 0);
   }
   const LayerState& layer = layers[static_cast<size_t>(layer_index)];
   std::vector<WantedRows>& wanted = scratch->wanted;
@@ -64,6 +73,15 @@ Status Sequence::Impl::FillAtStart(int32_t layer_index) {
     }
   }
   return BringMissing(layer_index, wanted, 0);
+}
+
+// What FillAtStart() is going to bring, while the scores are at hand: later the device is busy.
+Status Sequence::Impl::RankForStart(int32_t layer_index) {
+  start_layer = -1;
+  at_start.resize(static_cast<size_t>(geometry().kv_heads));
+  PREHOC_ASSIGN_OR_RETURN(start_heads, Rank(layer_index, AllHeads(), at_start));
+  start_layer = layer_index;
+  return {};
 }
 
 // What the prompt's last position chose counts as used by it.
@@ -81,18 +99,22 @@ Status Sequence::Impl::Refresh(int32_t layer_index, std::span<const int32_t> kv_
   if (kv_heads.empty()) return {};
   TraceScope trace(tracer(), "refresh");
   trace.Say("layer", layer_index).Say("kv_heads", static_cast<int64_t>(kv_heads.size()));
-  LayerState& layer = layers[static_cast<size_t>(layer_index)];
   std::vector<WantedRows>& wanted = scratch->wanted;
   if (wanted.size() < kv_heads.size()) wanted.resize(kv_heads.size());
-  PREHOC_ASSIGN_OR_RETURN(const size_t ranked, RankPooled(layer_index, kv_heads, wanted));
-  const std::span<WantedRows> found = std::span<WantedRows>(wanted).first(ranked);
+  PREHOC_ASSIGN_OR_RETURN(const size_t found, Rank(layer_index, kv_heads, wanted));
+  return BringMissing(layer_index, std::span<WantedRows>(wanted).first(found), lag);
+}
+
+// Fills `wanted` from the front; how many heads want something.
+Result<size_t> Sequence::Impl::Rank(int32_t layer_index, std::span<const int32_t> kv_heads, std::span<WantedRows> wanted) {
+  PREHOC_ASSIGN_OR_RETURN(const size_t found, RankPooled(layer_index, kv_heads, wanted));
   const ResidencyRule rule = selector().Residency();
-  for (const WantedRows& of : found) {
-    for (Unit& unit : layer.units) {
+  for (const WantedRows& of : wanted.first(found)) {
+    for (Unit& unit : layers[static_cast<size_t>(layer_index)].units) {
       if (unit.kv_head == of.kv_head && unit.pooled_scans >= rule.pool) unit.pool_restart = true;
     }
   }
-  return BringMissing(layer_index, found, lag);
+  return found;
 }
 
 // The best positions of each head that was looked at since its last turn. Returns how many heads those are.

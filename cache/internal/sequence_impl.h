@@ -252,7 +252,11 @@ struct Sequence::Impl {
   Status SlowClock();
   bool RefreshDue(int32_t layer, int32_t kv_head) const;
   std::span<const int32_t> AllHeads() const;  // until the next call that asks for some
+  bool FillsSlots() const { return !complete() && layout.slots > 0; }
+  Status FillLayers(int32_t end);
   Status FillAtStart(int32_t layer);
+  Status RankForStart(int32_t layer);
+  Result<size_t> Rank(int32_t layer, std::span<const int32_t> kv_heads, std::span<WantedRows> wanted);
   void UseChoices(int32_t layer);
   Status Refresh(int32_t layer, std::span<const int32_t> kv_heads, int64_t lag);
   Result<size_t> RankPooled(int32_t layer, std::span<const int32_t> kv_heads, std::span<WantedRows> wanted);
@@ -372,6 +376,10 @@ struct Sequence::Impl {
   std::optional<TraceScope> call_trace;  // of the open call
   int64_t prompt = 0;        // whole prompt's length; 0 = decode
   int32_t next_layer = 0;
+  // At a prompt's end: the layers whose wanted rows are on the device, and what the one after them wants, if that is known.
+  int32_t filled_layers = 0, start_layer = -1;
+  std::vector<WantedRows> at_start;
+  size_t start_heads = 0;
   int64_t step = 0;          // u of the open or last call
   bool store_was_read = false;  // by a decode step
   bool unsealed = false;     // whole chunks are still tails: there was no memory to seal them
