@@ -25,7 +25,8 @@ struct SharedBytes {
   size_t (*of)(int warps);
   size_t room;
   bool wide() const { return of(8) <= room; }     // a block may have 8 warps
-  bool two() const { return 2 * of(4) <= room; }  // or a multiprocessor two of 4
+  bool two() const { return 2 * of(4) <= room; }  // or a multiprocessor two of 4,
+  bool four() const { return 4 * of(2) <= room; }  // or four of 2
   size_t most() const { return of(wide() ? 8 : 4); }
 };
 
@@ -39,12 +40,12 @@ int PlacesOf(bool two, int log, size_t room) {
 }
 
 // Few tasks are split, so that each multiprocessor has a block of 8 warps. Many come in blocks of 4 warps, two to a multiprocessor (where its
-// shared memory holds two): one begins or ends while the other works.
+// shared memory holds two): one begins or ends while the other works. More than so find a place come in blocks of 2 warps, four to a multiprocessor.
 void ChooseBlocks(int64_t tiles, int64_t rows, const SharedBytes& shared, const DeviceLimits& limits, Plan* plan) {
   int64_t splits = limits.multiprocessors / tiles;
   const bool wide = shared.wide() && splits * tiles >= limits.multiprocessors * 3 / 4, two = !wide && shared.two();
   if (two) splits = 2 * limits.multiprocessors / tiles;
-  plan->warps = wide ? 8 : 4;
+  plan->warps = wide ? 8 : two && splits == 0 && shared.four() ? 2 : 4;
   plan->splits = static_cast<int>(std::clamp<int64_t>(std::min(splits, CeilDiv(rows, plan->warps * kKeyTile)), 1, 256));
   plan->shared_bytes = shared.of(plan->warps);
   plan->most_shared_bytes = shared.most();

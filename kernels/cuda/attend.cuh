@@ -263,7 +263,6 @@ class TileRing {
     }
     mixed_ = true;
     const bool keeps = rows.keep != nullptr && (valid & ~near) != 0;
-    const int32_t slot = keeps && loads && ref < 0 && i < rows.chosen ? rows.keep[i] : -1;
     const uint32_t narrow = kNarrow ? valid & ~near : 0;
 #pragma unroll 8  // all of them would cost too many registers
     for (int p = 0; p < kKeyTile * S::kRowPieces / kWarp; ++p) {
@@ -273,21 +272,32 @@ class TileRing {
       CopyAsync16(to + key * S::kRowStride + 16 * c, reinterpret_cast<const void*>(from), (valid >> key & 1) != 0);
     }
     if constexpr (kNarrow) Widen(row, host, to, narrow);
+    if (keeps) {
+      keeps_ |= 1u << stage;
+      if (lane_ < kKeyTile) AskForSlot(loads && ref < 0 && i < rows.chosen ? rows.keep + i : nullptr, to + lane_ * S::kRowStride + S::kRowBytes);
+    }
     ArriveAfterCopies(arrived);
     __syncwarp();
     if (lane_ == 0) Arrive(arrived);
-    if (!keeps) return;
-    keeps_ |= 1u << stage;
-#pragma unroll
-    for (int s = 0; s < S::kStages; ++s) slot_[s] = s == stage ? slot : slot_[s];
+  }
+
+  // Where a row is to be kept comes beside it: the word that has it, and which half it is. Not in registers: numbers that are picked by the stage would
+  // take the whole ring to local memory, and a tenth of the bandwidth with it.
+  __device__ static void AskForSlot(const int16_t* keep, uint32_t beside) {
+    const auto at = reinterpret_cast<uintptr_t>(keep);
+    if (keep != nullptr) CopyAsyncFew<4>(beside, reinterpret_cast<const void*>(at & ~uintptr_t{3}));
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(beside + 4), "r"(keep == nullptr ? 2u : static_cast<uint32_t>(at) >> 1 & 1u) : "memory");
+  }
+  __device__ static int32_t SlotBeside(uint32_t beside) {
+    uint32_t word, half;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(word), "=r"(half) : "r"(beside) : "memory");
+    return half == 2 ? -1 : static_cast<int16_t>(half == 1 ? word >> 16 : word & 0xffffu);
   }
 
   // Rows of the tile that has been used, to where they are kept.
   __device__ void Keep(const AttendRows& rows) {
     keeps_ &= ~(1u << stage_);
-    int32_t slot = -1;
-#pragma unroll
-    for (int s = 0; s < S::kStages; ++s) slot = s == stage_ ? slot_[s] : slot;
+    const int32_t slot = lane_ < kKeyTile ? SlotBeside(ring_ + stage_ * S::kTileBytes + lane_ * S::kRowStride + S::kRowBytes) : -1;
     for (uint32_t left = __ballot_sync(kAllLanes, slot >= 0 && slot < rows.slot_limit); left != 0; left &= left - 1) {
       const int key = __ffs(static_cast<int>(left)) - 1;
       const int64_t to = int64_t{__shfl_sync(kAllLanes, slot, key)} * S::kRowBytes;
@@ -333,7 +343,6 @@ class TileRing {
   bool missing_ = false;            // a row of this lane
   bool mixed_ = false;              // a tile came by other copies than bulk ones
   uint32_t keeps_ = 0;              // stages whose tile has rows that are kept
-  int32_t slot_[S::kStages] = {};   // of this lane's row, where it is one of them
 };
 
 // Online softmax of the heads of a tile: lane (g, j) holds `most` of head 4 t + j (the same in all g), its own part of the sum, and of the output
