@@ -105,7 +105,7 @@ struct TwoClockOptions {
   static constexpr double ThetaOfMemory(int32_t k) { return std::min(0.0001, 0.02 / std::max(k, 1)); }
   // With auto theta grows, head by head, to this share of what the head's last choice left out anyway, over k: where attention is flat all that is chosen
   // weighs more than a fixed theta, and is not worth its way.
-  static constexpr double kThetaOfDropped = 0.1;
+  static constexpr double kThetaOfDropped = 0.25;
   double theta = kAuto;
   double factor = 4;         // tc.factor c: wanted = c * k
   int32_t refresh = 0;       // tc.refresh s, steps; 0 = rows stay by their use alone

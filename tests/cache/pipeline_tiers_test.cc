@@ -837,7 +837,7 @@ TEST(PipelineTiers, ThetaIsThatOfTheTierWhereRowsAre) {
   }
 }
 
-// Few of many keys that are much alike: of what is missing most is not worth its way, and what that adds to what is left out is a tenth of it at most.
+// Few of many keys that are much alike: of what is missing most is not worth its way, and what that adds to what is left out is a quarter of it at most.
 TEST(PipelineTiers, WhereMuchIsLeftOutAnywayMoreIsSkipped) {
   constexpr int64_t kMany = 6000;
   WorldOptions options = WorldOptions::Default();

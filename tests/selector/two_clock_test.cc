@@ -62,8 +62,8 @@ TEST(TwoClock, ThetaGrowsWithWhatAHeadDropsAnyway) {
   SelectorOptions options;
   const StepRule rule = MakeSelector(options)->Rule({.layer = 2, .layers = 4, .step = 5, .n = 16'000});
   EXPECT_DOUBLE_EQ(rule.ThetaOf(0), rule.theta);
-  EXPECT_DOUBLE_EQ(rule.ThetaOf(0.19), rule.theta);
-  EXPECT_DOUBLE_EQ(rule.ThetaOf(0.8) * rule.k, 0.08);
+  EXPECT_DOUBLE_EQ(rule.ThetaOf(0.07), rule.theta);
+  EXPECT_DOUBLE_EQ(rule.ThetaOf(0.8) * rule.k, 0.2);
   const StepRule far = MakeSelector(options)->Rule({.layer = 2, .layers = 4, .step = 5, .n = 16'000, .reads_store = true});
   EXPECT_DOUBLE_EQ(far.ThetaOf(0.8), 0.001);
   ASSERT_OK(options.Set("tc.theta", "0.00001"));  // whoever names one, means it
