@@ -142,6 +142,7 @@ struct SelectParams {
   bool dilate = false;
   SelectBy by = SelectBy::kAny;
   bool gated = false;           // tasks may hold: the blocks of those that do work for the others. No faster where none does
+  GateParams gate;              // done first, of all tasks (whose rule.hold they write) or none: in the same launch where each task has a block
   int32_t* restarts = nullptr;  // [1] += tasks whose candidates were not enough, which were scanned again; or null
   const ResolveTask* resolves = nullptr;  // [num_tasks] resolved by the same launch, each when its task has chosen or holds: chosen, count, n and
                                           // hold are those of the task, and so are the bits of residents, if there are any. Or null
@@ -220,7 +221,7 @@ struct ResolveTask {
   int32_t room = 0;
   const int32_t* n = nullptr;
   int32_t slot_row = 0, ring_row = 0, ring_rows = 0;
-  int32_t* refs = nullptr;          // [room]
+  int32_t* refs = nullptr;          // [room]; or null: positions are rows, there is nothing to look up, and num_refs may be null, too
   int16_t* keep = nullptr;          // [room] for rows of the host: the slot to be kept in, -1 = none. Or null: nothing is kept
   int32_t* num_refs = nullptr;      // [1]
   int64_t* misses = nullptr;        // [1] += rows to be read from the host; or null

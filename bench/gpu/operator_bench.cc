@@ -175,7 +175,7 @@ class Sparse {
   Sparse(const Cell& cell, const Mode& mode, cudaStream_t stream)
       : cell_(cell), mode_(mode), stream_(stream), budget_(cell.n / 8 - kSinks - kLocal),
         k_(mode.block && mode.within ? (budget_ - 2) * 3 / 5 : budget_), m_(mode.block ? int32_t(CeilDiv(k_, 3)) : 0), room_(k_ + 2 * m_),
-        chosen_(cell.units() * size_t(room_)), refs_(chosen_.size()), count_(cell.units()), num_refs_(cell.units()), age_(cell.units()), hold_(cell.units()),
+        chosen_(cell.units() * size_t(room_)), count_(cell.units()), age_(cell.units()), hold_(cell.units()),
         anchor_(cell.units() * kD), lse_(cell.units()) {
     if (mode_.within) Require(room_ <= budget_, cell, mode.name, "dilation leaves the budget");
     const size_t units = cell.units();
@@ -189,8 +189,6 @@ class Sparse {
     std::vector<cuda::RunScoreTask> score;
     std::vector<cuda::ResolveTask> resolve;
     std::vector<cuda::AttendTask> attend;
-    const auto words = size_t(CeilDiv(cell.n, 64));
-    resident_ = std::make_unique<Array<uint64_t>>(units * words);
     for (int step = 0; step < kSteps; ++step) {
       for (size_t u = 0; u < units; ++u) {
         const bool holds = mode_.gate && !(mode_.block && step == 0);
@@ -205,10 +203,9 @@ class Sparse {
         } else {
           select.push_back({.source = {.q = q, .blocks = cell.Codes(u), .rows = cell.Rows(u), .ring_rows = cell.n, .n = cell.N()}, .rule = rule});
         }
-        resolve.push_back({.at = {.resident = resident_->data() + u * words, .max_n = cell.n}, .chosen = chosen, .count = count_.data() + u, .room = room_, .n = cell.N(), .ring_rows = cell.n + 1,
-                           .refs = refs_.data() + u * size_t(room_), .num_refs = num_refs_.data() + u, .hold = holds ? hold_.data() + u : nullptr, .q = q,
+        // Positions are rows: anchors move, and nothing is looked up.
+        resolve.push_back({.at = {.max_n = cell.n}, .chosen = chosen, .count = count_.data() + u, .room = room_, .n = cell.N(), .hold = holds ? hold_.data() + u : nullptr, .q = q,
                            .anchor = anchor_.data() + u * kD, .age = age_.data() + u});
-        // Positions are rows: without anchors to move there is nothing to resolve.
         attend.push_back({.q = q, .out = cell.Out(u), .rows = cell.Rows(u), .row_limit = cell.n, .ring_rows = cell.n + 1, .sinks = kSinks, .local = kLocal, .n = cell.N(),
                           .refs = chosen, .num_refs = count_.data() + u, .refs_room = room_});
       }
@@ -270,14 +267,14 @@ class Sparse {
     const double second = SpreadOf(reuse).median;
     const double scored = selected * (mode_.exact ? 2.0 * kD * cell_.n : double(cell_.CodeBytes()));
     const double bytes = cell_.tasks * (attended * 4 * kD + scored + 8.0 * kD), floor = bytes / kRate / 1e3;
-    const int gate_launches = mode_.gate ? 1 : 0, moves = MovesAnchors() ? 1 : 0;
+    const int gate_launches = mode_.exact ? 1 : 0, moves = MovesAnchors() ? 1 : 0;
     Json row{{"name", mode_.name}, {"batch", cell_.batch}, {"n", cell_.n}};
     if (mode_.block) row["budget"] = mode_.within ? "within C" : "on top";
     row["queries"] = mode_.drift ? "drift" : "hold", row["k"] = k_, row["dilate_m"] = m_, row["attended"] = attended, row["rho"] = selected;
     if (!mode_.exact) row["bits"] = cell_.format.bits;
     row["us"] = us, row["us_least"] = all.least / (kSteps * kLayers), row["us_most"] = all.most / (kSteps * kLayers);
     row["us_without_graph"] = launched, row["us_first_step"] = first, row["us_second_step"] = second;
-    row["launches_first"] = (mode_.exact ? 2 : 1) + 1 + moves + (mode_.block ? 0 : gate_launches), row["launches"] = 2 + gate_launches + moves;
+    row["launches_first"] = (mode_.exact ? 2 : 1) + 1 + moves, row["launches"] = 2 + gate_launches + moves;
     row["floor_us"] = floor, row["over_floor"] = us / floor, row["dense_over_this"] = dense_us / us, row["output_error_against_fp64"] = error;
     std::printf("%2dx%-5d %-18s %-8s %-5s %5.0f attended  rho %.3f %8.2f us (first step %.2f, second %.2f)  %5.2fx of its floor  %5.2fx faster than dense\n", cell_.batch,
                 cell_.n, mode_.name, mode_.block ? (mode_.within ? "within C" : "on top") : "", mode_.drift ? "drift" : "hold", attended, selected, us, first, second,
@@ -287,20 +284,23 @@ class Sparse {
   }
 
  private:
-  bool MovesAnchors() const { return mode_.gate; }  // by a launch of its own: with 256 or 512 heads, within select it took 7 us more
+  bool MovesAnchors() const { return mode_.exact; }  // by a launch of its own; where codes are scanned select does it, and the gates
+  cuda::GateParams GateOf(size_t at) const {
+    return {.tasks = gate_->data() + at, .num_tasks = cell_.tasks, .group = 1, .head_dim = kD, .tau = kTau, .max_age = kSteps};
+  }
   void Enqueue(int step) {
     const bool starts = mode_.block && step == 0;
     for (int layer = 0; layer < kLayers; ++layer) {
       const size_t at = size_t(step) * cell_.units() + size_t(layer) * size_t(cell_.tasks);
-      if (mode_.gate && !starts) {
-        OrExit(cuda::Gate({.tasks = gate_->data() + at, .num_tasks = cell_.tasks, .group = 1, .head_dim = kD, .tau = kTau, .max_age = kSteps}, stream_));
-      }
       if (mode_.exact) {
+        if (!starts) OrExit(cuda::Gate(GateOf(at), stream_));
         if (starts) OrExit(cuda::ScoreRuns(score_->data() + at, cell_.tasks, cell_.n, 1, kD, stream_));
         choose_params_.tasks = choose_->data() + at;
         OrExit(cuda::Choose(choose_params_, stream_));
       } else {
         select_params_.tasks = select_->data() + at;
+        select_params_.resolves = mode_.gate ? resolve_->data() + at : nullptr;
+        select_params_.gate = mode_.gate && !starts ? GateOf(at) : cuda::GateParams{};
         OrExit(cuda::Select(select_params_, stream_));
       }
       if (MovesAnchors()) OrExit(cuda::Resolve({.tasks = resolve_->data() + at, .num_tasks = cell_.tasks, .group = 1, .head_dim = kD}, stream_));
@@ -340,7 +340,7 @@ class Sparse {
   const Mode mode_;
   const cudaStream_t stream_;
   const int32_t budget_, k_, m_, room_;
-  Array<int32_t> chosen_, refs_, count_, num_refs_, age_;
+  Array<int32_t> chosen_, count_, age_;
   Array<uint8_t> hold_;
   Array<float> anchor_, lse_;
   std::unique_ptr<Array<cuda::DeviceRun>> runs_;
@@ -348,7 +348,6 @@ class Sparse {
   std::unique_ptr<Array<cuda::SelectTask>> select_;
   std::unique_ptr<Array<cuda::ChooseTask>> choose_;
   std::unique_ptr<Array<cuda::RunScoreTask>> score_;  // [units]
-  std::unique_ptr<Array<uint64_t>> resident_;
   std::unique_ptr<Array<cuda::ResolveTask>> resolve_;
   std::unique_ptr<Array<cuda::AttendTask>> attend_;
   cuda::AttendParams attend_params_;

@@ -45,6 +45,7 @@ const step::StepKernels& DeviceStepKernels();  // streams are cudaStream_t
 
 Status Append(const AppendParams& params, cudaStream_t stream);
 Status Gate(const GateParams& params, cudaStream_t stream);
+Status CheckGate(const GateParams& params);  // as Gate() does
 
 // Logits alone.
 struct ScanTask {

@@ -92,7 +92,7 @@ __device__ inline void EndResolve(const ResolveTask& task, int32_t n, int32_t co
     if (anew) task.anchor[i] = x;
   }
   if (thread == 0) {
-    *task.num_refs = IsKnown(task, count) ? count : -1;
+    if (task.num_refs != nullptr) *task.num_refs = IsKnown(task, count) ? count : -1;
     if (task.age != nullptr) *task.age = anew ? 0 : *task.age + 1;
   }
   if (thread != kWarp || task.ring_rows <= 0 || task.at.resident == nullptr) return;
@@ -111,7 +111,7 @@ __device__ inline void EndResolve(const ResolveTask& task, int32_t n, int32_t co
 // A whole task: what stands in its memory.
 __device__ inline void ResolveWhole(const ResolveTask& task, int32_t query_floats) {
   const int32_t n = *task.n, count = *task.count;
-  if (IsKnown(task, count)) ResolveRows(task, n, 0, count);
+  if (IsKnown(task, count) && task.refs != nullptr) ResolveRows(task, n, 0, count);
   EndResolve(task, n, count, query_floats);
 }
 

@@ -137,8 +137,12 @@ Status CopyPieces(std::span<const EvenPieces> pieces, cudaStream_t stream) {
   return {};
 }
 
+Status CheckGate(const GateParams& params) {
+  return Check("gate").Tasks(params.tasks, params.num_tasks).HeadDim(params.head_dim).Group(params.group).Take();
+}
+
 Status Gate(const GateParams& params, cudaStream_t stream) {
-  PREHOC_RETURN_IF_ERROR(Check("gate").Tasks(params.tasks, params.num_tasks).HeadDim(params.head_dim).Group(params.group).Take());
+  PREHOC_RETURN_IF_ERROR(CheckGate(params));
   if (params.num_tasks == 0) return {};
   const GateArgs args{params.tasks, params.group, params.head_dim, params.tau, params.max_age};
   const Shape shape{.grid = dim3(static_cast<unsigned>(params.num_tasks)), .threads = kGateThreads};

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "base/units.h"
+#include "kernels/cuda/inst/alone.cuh"
 #include "kernels/cuda/select_launch.h"
 
 namespace prehoc::cuda {
@@ -60,18 +61,43 @@ void MakeTeams(int tasks, int32_t max_n, const DeviceLimits& limits, Plan* plan)
   plan->blocks = teams * args.team_blocks;
 }
 
+void SetChunk(int32_t max_n, int team_blocks, SelectArgs* args) {
+  args->chunk = static_cast<int32_t>(std::max<int64_t>(1, CeilDiv(max_n, int64_t{64} * team_blocks)) * 64);
+  args->z_stride = args->chunk + 8;  // heads 32 bytes apart: a warp's stores of one piece meet no bank twice
+}
+
+// More tasks than multiprocessors, and short ones: blocks that wait for memory, or for their own threads, let others work beside them.
+bool MakeAlone(int32_t num_tasks, int32_t max_n, bool scans, size_t scan_bytes, const DeviceLimits& limits, Plan* plan) {
+  SelectArgs& args = plan->args;
+  if (num_tasks <= limits.multiprocessors || (scans && args.format.group_tokens != 64)) return false;
+  SetChunk(max_n, 1, &args);
+  const size_t logits = ((scans ? static_cast<size_t>(args.group) * static_cast<size_t>(args.z_stride) : 0) + static_cast<size_t>(args.chunk)) * 4;
+  if ((scan_bytes + CommonBytes(args) + logits + kDeclaredBytes) * (kAloneBlocks - 1) > static_cast<size_t>(limits.block_shared_bytes)) return false;
+  args.alone = true;
+  args.regroup = false;
+  args.team_blocks = 1;
+  plan->blocks = num_tasks;
+  return true;
+}
+
+// Of a block's shared memory, with codes of 8 bits: the most.
+struct ScanBytes {
+  size_t team = 0, alone = 0;
+};
+
 // Each block keeps what fits in its shared memory.
-Status MakePlan(int32_t num_tasks, int32_t max_n, bool scans, size_t scan_bytes, SelectBy by, std::byte* workspace, Plan* plan) {
+Status MakePlan(int32_t num_tasks, int32_t max_n, bool scans, const ScanBytes& scan, SelectBy by, std::byte* workspace, Plan* plan) {
   PREHOC_ASSIGN_OR_RETURN(const DeviceLimits limits, CurrentLimits());
   SelectArgs& args = plan->args;
-  MakeTeams(std::max(num_tasks, 1), max_n, limits, plan);
+  if (by == SelectBy::kBars || !MakeAlone(num_tasks, max_n, scans, scan.alone, limits, plan)) {
+    MakeTeams(std::max(num_tasks, 1), max_n, limits, plan);
+  }
   const int teams = plan->blocks / args.team_blocks;
   args.num_tasks = num_tasks;
   args.max_n = max_n;
-  args.chunk = static_cast<int32_t>(std::max<int64_t>(1, CeilDiv(max_n, int64_t{64} * args.team_blocks)) * 64);
-  args.z_stride = args.chunk + 8;  // heads 32 bytes apart: a warp's stores of one piece meet no bank twice
+  SetChunk(max_n, args.team_blocks, &args);
   const auto chunk = static_cast<size_t>(args.chunk), group = static_cast<size_t>(args.group);
-  const size_t fixed = scan_bytes + CommonBytes(args) + kDeclaredBytes;
+  const size_t fixed = (args.alone ? scan.alone : scan.team) + CommonBytes(args) + kDeclaredBytes;
   const size_t z_bytes = scans ? group * static_cast<size_t>(args.z_stride) * 4 : 0;
   const auto room = static_cast<size_t>(limits.block_shared_bytes);
   args.z_in_shared = scans && fixed + z_bytes <= room;
@@ -86,10 +112,11 @@ Status MakePlan(int32_t num_tasks, int32_t max_n, bool scans, size_t scan_bytes,
     at += RoundUp(bytes, 256);
     return here;
   };
-  args.teams = reinterpret_cast<Team*>(part(team_count * sizeof(Team)));
+  args.teams = reinterpret_cast<Team*>(part(args.alone ? 0 : team_count * sizeof(Team)));
   args.bitmaps = reinterpret_cast<uint32_t*>(part(args.dilate ? team_count * static_cast<size_t>(CeilDiv(max_n, 32)) * 4 : 0));
-  args.parts = reinterpret_cast<Mass*>(part(team_count * kMaxTeam * group * sizeof(Mass)));
-  args.outside = reinterpret_cast<Mass*>(part(team_count * kMaxTeam * group * sizeof(Mass)));
+  const size_t masses = team_count * (args.alone ? 1 : kMaxTeam) * group;
+  args.parts = reinterpret_cast<Mass*>(part(masses * sizeof(Mass)));
+  args.outside = reinterpret_cast<Mass*>(part(masses * sizeof(Mass)));
   args.z = reinterpret_cast<float*>(part(args.z_in_shared ? 0 : blocks * z_bytes));
   const bool leaves_cache = !args.z_in_shared && blocks * z_bytes > static_cast<size_t>(limits.l2_bytes);
   if (scans && (by == SelectBy::kBars || (by == SelectBy::kAny && leaves_cache))) {
@@ -116,7 +143,7 @@ Result<Plan> PlanOf(const ChooseParams& params) {
   plan.args.group = params.group;
   plan.args.rule = params.rule;
   plan.args.dilate = params.dilate;
-  PREHOC_RETURN_IF_ERROR(MakePlan(params.num_tasks, params.max_n, false, 0, SelectBy::kLogits, params.workspace, &plan));
+  PREHOC_RETURN_IF_ERROR(MakePlan(params.num_tasks, params.max_n, false, {}, SelectBy::kLogits, params.workspace, &plan));
   return plan;
 }
 Result<Plan> PlanOf(const SelectParams& params) {
@@ -124,7 +151,9 @@ Result<Plan> PlanOf(const SelectParams& params) {
                              .Group(params.group).Type(params.type)
                              .That(params.rule <= GroupRule::kMaxLogit, "rule", static_cast<int64_t>(params.rule), "use 0, 1 or 2").Take());
   PREHOC_RETURN_IF_ERROR(CheckFormat("select", params.format));
-  PREHOC_RETURN_IF_ERROR(Check("select").That(params.by <= SelectBy::kBars, "by", static_cast<int64_t>(params.by), "use kAny, kLogits or kBars").Take());
+  PREHOC_RETURN_IF_ERROR(Check("select").That(params.by <= SelectBy::kBars, "by", static_cast<int64_t>(params.by), "use kAny, kLogits or kBars")
+                             .That(params.gate.num_tasks == 0 || params.gate.num_tasks == params.num_tasks, "gate.num_tasks", params.gate.num_tasks,
+                                   "use num_tasks, or 0").Take());
   Plan plan;
   plan.args.select = params.tasks;
   plan.args.format = params.format;
@@ -136,13 +165,14 @@ Result<Plan> PlanOf(const SelectParams& params) {
   plan.args.restarts = params.restarts;
   plan.args.resolves = params.resolves;
   plan.args.query_floats = params.group * params.head_dim;
+  if (params.gate.num_tasks > 0) plan.args.gate = {params.gate.tasks, params.gate.group, params.gate.head_dim, params.gate.tau, params.gate.max_age};
   plan.args.regroup = params.gated && params.num_tasks > 1 && CanRegroup(params.num_tasks);
-  size_t scan_bytes = 0;
+  ScanBytes scan;
   PREHOC_RETURN_IF_ERROR(DispatchHeadDim(params.head_dim, [&](auto d) {
-    scan_bytes = ScanMemory<d(), 8>::kBytes;  // the most
+    scan = {ScanMemory<d(), 8>::kBytes, ScanMemory<d(), 8, kAloneThreads>::kBytes};
     return Status{};
   }));
-  PREHOC_RETURN_IF_ERROR(MakePlan(params.num_tasks, params.max_n, true, scan_bytes, params.by, params.workspace, &plan));
+  PREHOC_RETURN_IF_ERROR(MakePlan(params.num_tasks, params.max_n, true, scan, params.by, params.workspace, &plan));
   return plan;
 }
 
@@ -166,6 +196,7 @@ Status Choose(const ChooseParams& params, cudaStream_t stream) {
   PREHOC_ASSIGN_OR_RETURN(const Plan plan, PlanOf(params));
   if (params.num_tasks == 0) return {};
   PREHOC_RETURN_IF_ERROR(CheckMemory("choose", params.tasks, params.workspace, params.workspace_bytes, plan.bytes));
+  if (plan.args.alone) return LaunchAloneAs<Selector<0, 0, kAloneThreads>>("choose", plan.args, stream);
   return LaunchWay<Selector<0, 0>>("choose", plan.args, plan.blocks, stream);
 }
 
@@ -173,7 +204,12 @@ Status Select(const SelectParams& params, cudaStream_t stream) {
   PREHOC_ASSIGN_OR_RETURN(const Plan plan, PlanOf(params));
   if (params.num_tasks == 0) return {};
   PREHOC_RETURN_IF_ERROR(CheckMemory("select", params.tasks, params.workspace, params.workspace_bytes, plan.bytes));
+  if (params.gate.num_tasks > 0) {
+    PREHOC_RETURN_IF_ERROR(CheckGate(params.gate));
+    if (!plan.args.alone) PREHOC_RETURN_IF_ERROR(Gate(params.gate, stream));
+  }
   return DispatchHeadDim(params.head_dim, [&](auto d) {
+    if (plan.args.alone) return LaunchAlone<d()>(params.format.bits, plan.args, stream);
     if (!plan.args.bars) return LaunchSelect<d()>(params.format.bits, plan.args, plan.blocks, stream);
     // What the first launch cannot choose, the second does, with all blocks for the few tasks that there are; mostly there is none.
     PREHOC_RETURN_IF_ERROR(LaunchBars<d()>(params.format.bits, plan.args, plan.blocks, stream));

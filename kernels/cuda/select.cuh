@@ -13,18 +13,19 @@
 
 namespace prehoc::cuda {
 
-template <int D, int BITS>  // BITS 0: the logits are there
-class Selector : public TeamMember<Selector<D, BITS>, ScanMemory<D, BITS>::kBytes> {
-  using M = ScanMemory<D, BITS>;
-  using Base = TeamMember<Selector, M::kBytes>;
+template <int D, int BITS, int THREADS = kSelectThreads>  // BITS 0: the logits are there
+class Selector : public TeamMember<Selector<D, BITS, THREADS>, ScanMemory<D, BITS, THREADS>::kBytes, THREADS> {
+  using M = ScanMemory<D, BITS, THREADS>;
+  using Base = TeamMember<Selector, M::kBytes, THREADS>;
   friend Base;
   using Base::args_, Base::rule_, Base::team_, Base::block_, Base::team_index_, Base::n_, Base::begin_, Base::end_, Base::sinks_, Base::lo_, Base::hi_;
   using Base::best_, Base::simple_, Base::round_, Base::lane, Base::warp, Base::own_bins, Base::fixed, Base::kept_words, Base::class_words, Base::lse;
   using Base::top, Base::level, Base::room, Base::Wait, Base::Leads, Base::InSight, Base::PartOf, Base::TeamMass, Base::JoinMass, Base::Write;
-  using Base::kThreadBins, Base::TopOfThread, Base::FindCut, Base::Keep, Base::AddMember, Base::JoinOutside;
+  using Base::kThreads, Base::kWarps, Base::kAlone, Base::kThreadBins, Base::TopOfThread, Base::FindCut, Base::Keep, Base::AddMember, Base::JoinOutside;
 
  public:
   static constexpr bool kScans = BITS != 0;
+  static constexpr int kSample = 4 * kThreads;  // own positions from which a block guesses what rank k will leave far below
   static constexpr bool kLists = false;
   // Keys and logits of the own part, if they fit.
   static size_t SharedBytes(const SelectArgs& args) {
@@ -91,10 +92,10 @@ class Selector : public TeamMember<Selector<D, BITS>, ScanMemory<D, BITS>::kByte
   __device__ void ScanOwn() {
     if constexpr (kScans) {
       __shared__ QueryScale scale;
-      __shared__ Mass of_warps[kSelectWarps][kScanHeads];
+      __shared__ Mass of_warps[kWarps][kScanHeads];
       const int32_t tokens = args_.format.group_tokens, coded = n_ / tokens * tokens;
       const int32_t coded_end = min(end_, coded);
-      for (int32_t i = max(begin_, coded) + warp(); i < end_; i += kSelectWarps) {
+      for (int32_t i = max(begin_, coded) + warp(); i < end_; i += kWarps) {
         const std::byte* row = static_cast<const std::byte*>(source_->rows) + int64_t{i % source_->ring_rows} * (4 * D);
         for (int h = 0; h < args_.group; ++h) {
           const float2 logit = RowLogit<D>(args_.type, source_->q + h * D, row, lane());
@@ -105,7 +106,7 @@ class Selector : public TeamMember<Selector<D, BITS>, ScanMemory<D, BITS>::kByte
         __syncthreads();
         if (warp() == 0) PrepareQuery<D, BITS>(source_->q, first, args_.group, lane(), steps(), &scale);
         __syncthreads();
-        Mass mass = tokens == 16 ? ScanTile<1>(first, coded_end, scale) : ScanTile<4>(first, coded_end, scale);
+        Mass mass = !kAlone && tokens == 16 ? ScanTile<kAlone ? 4 : 1>(first, coded_end, scale) : ScanTile<4>(first, coded_end, scale);
 #pragma unroll
         for (int offset = 4; offset < kWarp; offset *= 2) {
           mass = Join(mass, {__shfl_xor_sync(kAllLanes, mass.most, offset), __shfl_xor_sync(kAllLanes, mass.sum, offset)});
@@ -114,7 +115,7 @@ class Selector : public TeamMember<Selector<D, BITS>, ScanMemory<D, BITS>::kByte
         __syncthreads();
         const int h = first + warp();
         if (warp() >= kScanHeads || h >= args_.group) continue;
-        mass = lane() < kSelectWarps ? of_warps[lane()][warp()] : NoMass();
+        mass = lane() < kWarps ? of_warps[lane()][warp()] : NoMass();
         for (int32_t i = max(begin_, coded) + lane(); i < end_; i += kWarp) {
           if (InSight(i)) AddLogit(&mass, kept_z()[h * args_.z_stride + (i - begin_)]);
         }
@@ -127,7 +128,7 @@ class Selector : public TeamMember<Selector<D, BITS>, ScanMemory<D, BITS>::kByte
   // Blocks of PAGES pages for heads [first, first + 4): logits to kept_z; the mass of head first + lane % 4 as far as this lane has it.
   template <int PAGES>
   __device__ Mass ScanTile(int first, int32_t coded_end, const QueryScale& scale) {
-    constexpr int32_t kTokens = PAGES * kCodePageTokens, kStride = kSelectWarps * kTokens;
+    constexpr int32_t kTokens = PAGES * kCodePageTokens, kStride = kWarps * kTokens;
     const int block_bytes = static_cast<int>(args_.layout.bytes);
     const bool exists = first + lane() % 4 < args_.group;
     float* const mine = kept_z() + (first + lane() % 4) * args_.z_stride - begin_;
@@ -142,7 +143,7 @@ class Selector : public TeamMember<Selector<D, BITS>, ScanMemory<D, BITS>::kByte
     scan.Start(block, odd(at));
 #pragma unroll 1
     for (; at < coded_end; at += kStride) {
-      const std::byte* const next = at + kStride < coded_end ? block + int64_t{kSelectWarps} * block_bytes : nullptr;
+      const std::byte* const next = at + kStride < coded_end ? block + int64_t{kWarps} * block_bytes : nullptr;
       const auto emit = [&](Logits (&z)[Scan::kPairs]) {
 #pragma unroll
         for (int pair = 0; pair < Scan::kPairs; ++pair) {
@@ -175,10 +176,10 @@ class Selector : public TeamMember<Selector<D, BITS>, ScanMemory<D, BITS>::kByte
   }
   template <class Counts>
   __device__ void HeadMass(Mass* parts, int h, Counts&& counts) {
-    __shared__ Mass of_warps[kSelectWarps];
+    __shared__ Mass of_warps[kWarps];
     const float* const z = z_ + h * z_stride_;
     Mass mass = NoMass();
-    for (int32_t i = begin_ + static_cast<int32_t>(threadIdx.x); i < end_; i += kSelectThreads) {
+    for (int32_t i = begin_ + static_cast<int32_t>(threadIdx.x); i < end_; i += kThreads) {
       if (counts(i)) AddLogit(&mass, z[i - begin_]);
     }
     mass = WarpJoin(mass);
@@ -186,25 +187,25 @@ class Selector : public TeamMember<Selector<D, BITS>, ScanMemory<D, BITS>::kByte
     if (lane() == 0) of_warps[warp()] = mass;
     __syncthreads();
     if (warp() != 0) return;
-    mass = WarpJoin(lane() < kSelectWarps ? of_warps[lane()] : NoMass());
+    mass = WarpJoin(lane() < kWarps ? of_warps[lane()] : NoMass());
     if (lane() == 0) *PartOf(parts, h, block_) = mass;
   }
   // --- 2
-  __device__ float HeadScore(int h, float z) const {
+  __device__ static float HeadScore(GroupRule rule, float lse, float z) {
     if (isnan(z) || z == -Infinity()) return -Infinity();
     if (z == Infinity()) return z;
-    if (args_.rule == GroupRule::kMaxLogit) return z;
-    return isnan(lse()[h]) ? -Infinity() : z - lse()[h];
+    if (rule == GroupRule::kMaxLogit) return z;
+    return isnan(lse) ? -Infinity() : z - lse;
   }
-  // Any rule, any numbers. Out of the way: code that is run once costs the time to fetch it.
-  __device__ __noinline__ float Score(int32_t at) const {
-    const float* const z = z_ + at;
+  // Any rule, any numbers. Out of the way: code that is run once costs the time to fetch it. It is told what it needs: if it took `this`, that would
+  // have to lie in memory.
+  __device__ __noinline__ static float Score(const float* z, int64_t stride, int group, GroupRule rule, const float* lse) {
     float most = -Infinity();
-    for (int h = 0; h < args_.group; ++h) most = fmaxf(most, HeadScore(h, z[h * z_stride_]));
-    if (args_.rule != GroupRule::kMeanWeight || isinf(most)) return most;
+    for (int h = 0; h < group; ++h) most = fmaxf(most, HeadScore(rule, lse[h], z[h * stride]));
+    if (rule != GroupRule::kMeanWeight || isinf(most)) return most;
     float sum = 0;
-    for (int h = 0; h < args_.group; ++h) sum += __expf(HeadScore(h, z[h * z_stride_]) - most);
-    return most + __logf(sum / static_cast<float>(args_.group));
+    for (int h = 0; h < group; ++h) sum += __expf(HeadScore(rule, lse[h], z[h * stride]) - most);
+    return most + __logf(sum / static_cast<float>(group));
   }
   // Of four own positions by a rule that takes the maximum, where every logit is a number or -inf.
   __device__ static float4 MostOf(const float* z, int stride, int group, const float* offset) {
@@ -241,7 +242,9 @@ class Selector : public TeamMember<Selector<D, BITS>, ScanMemory<D, BITS>::kByte
       return most;
     }
 #pragma unroll 1
-    for (int t = 0; t < 4; ++t) most = {most.y, most.z, most.w, Score(min(at + t, end_ - begin_ - 1))};
+    for (int t = 0; t < 4; ++t) {
+      most = {most.y, most.z, most.w, Score(z_ + min(at + t, end_ - begin_ - 1), z_stride_, args_.group, args_.rule, lse())};
+    }
     return most;
   }
   // Keys of four own positions; 0 where a position is no candidate. `at` is a multiple of 4.
@@ -297,9 +300,10 @@ class Selector : public TeamMember<Selector<D, BITS>, ScanMemory<D, BITS>::kByte
   // thread, so that loads do not wait for each other. The first round also pools. It counts most of what lies far below rank k only as
   // one number, in bin 0: adding to bins is what a round costs.
   __device__ void CountKeys(uint32_t k, const Cut& cut, bool refines, int shift) {
-    __shared__ uint32_t scratch[kSelectWarps];
+    __shared__ uint32_t scratch[kWarps];
     __shared__ int shared_floor;
-    reinterpret_cast<uint4*>(own_bins())[threadIdx.x] = uint4{};
+#pragma unroll
+    for (int i = 0; i < kThreadBins / 4; ++i) reinterpret_cast<uint4*>(own_bins())[threadIdx.x + i * kThreads] = uint4{};
     if (threadIdx.x == 0) shared_floor = 0;
     __syncthreads();
     const int32_t own = end_ - begin_, middle = hi_ - lo_;
@@ -341,7 +345,7 @@ class Selector : public TeamMember<Selector<D, BITS>, ScanMemory<D, BITS>::kByte
       const int top = TopOfThread();
       uint32_t mine = 0, total;
       for (int i = 0; i < kThreadBins; ++i) mine += own_bins()[top - i];
-      uint32_t before = BlockPrefix(mine, scratch, &total);
+      uint32_t before = BlockPrefix<kThreads>(mine, scratch, &total);
       if (before < enough && enough <= before + mine) {
         int i = 0;
         for (; before + own_bins()[top - i] < enough; ++i) before += own_bins()[top - i];
@@ -353,7 +357,7 @@ class Selector : public TeamMember<Selector<D, BITS>, ScanMemory<D, BITS>::kByte
     skipped = __reduce_add_sync(kAllLanes, skipped);
     if (lane() == 0 && skipped != 0) {
       atomicAdd(own_bins(), skipped);
-      atomicMax(&team_->floor, static_cast<uint32_t>(floor));
+      atomicMax(this->lowest_bin(), static_cast<uint32_t>(floor));
     }
     __syncthreads();
   }
@@ -361,10 +365,10 @@ class Selector : public TeamMember<Selector<D, BITS>, ScanMemory<D, BITS>::kByte
   // --- 4
   __device__ void PlaceKeys(const Cut& cut, uint32_t* in, uint32_t* of_class) {
     const int32_t own = end_ - begin_, words = (own + 31) / 32;
-    const bool lists = cut.ByList();
+    const bool lists = Base::ByList(cut);
     const uint64_t* const resident = rule_->resident;
     const float log_theta = rule_->log_theta;
-    for (int32_t from = warp() * 4 * kWarp; from < own; from += kSelectWarps * 4 * kWarp) {
+    for (int32_t from = warp() * 4 * kWarp; from < own; from += kWarps * 4 * kWarp) {
       const int32_t at = from + 4 * lane();
       uint4 key{};
       if (at < own) key = KeysAgain(at, resident, log_theta);
@@ -396,7 +400,7 @@ class Selector : public TeamMember<Selector<D, BITS>, ScanMemory<D, BITS>::kByte
   __device__ void Spread() {
     uint32_t* const bitmap = Bitmap();
     const int32_t reach = min(max(rule_->dilate_r, 0), hi_ - lo_);
-    for (int w = threadIdx.x; w < (end_ - begin_ + 31) / 32; w += kSelectThreads) {
+    for (int w = threadIdx.x; w < (end_ - begin_ + 31) / 32; w += kThreads) {
       uint32_t left = kept_words()[w];
       kept_words()[w] = 0;
       for (; left != 0; left &= left - 1) {
@@ -410,20 +414,24 @@ class Selector : public TeamMember<Selector<D, BITS>, ScanMemory<D, BITS>::kByte
         }
       }
     }
-    if (Leads() && threadIdx.x == 0) team_->list_size = 0;  // the waits of the next cut come before its list
+    if (Leads() && threadIdx.x == 0) *this->list_size() = 0;  // the waits of the next cut come before its list
     __syncthreads();
   }
   // ... and join what rank k kept. The waits of the second cut lie between; one more for the counts.
   __device__ void TakeSpread(uint32_t* offset, uint32_t* count) {
-    __shared__ uint32_t scratch[kSelectWarps];
+    __shared__ uint32_t scratch[kWarps];
     uint32_t* const bitmap = Bitmap() + begin_ / 32;
     uint32_t mine = 0, total;
-    for (int w = threadIdx.x; w < (end_ - begin_ + 31) / 32; w += kSelectThreads) {
+    for (int w = threadIdx.x; w < (end_ - begin_ + 31) / 32; w += kThreads) {
       kept_words()[w] |= __ldcg(bitmap + w);
       bitmap[w] = 0;
       mine += __popc(kept_words()[w]);
     }
-    BlockPrefix(mine, scratch, &total);
+    BlockPrefix<kThreads>(mine, scratch, &total);
+    if constexpr (kAlone) {
+      *offset = 0, *count = total;
+      return;
+    }
     Wait();  // all have read the counts of the cut
     if (threadIdx.x == 0) team_->above[block_] = total;
     Wait();
@@ -441,13 +449,13 @@ class Selector : public TeamMember<Selector<D, BITS>, ScanMemory<D, BITS>::kByte
   // Four heads in one pass, in units of a weight that no other is far above. What is so small that it vanishes there, or no number, is
   // added up as logarithms.
   __device__ void MassOutside() {
-    __shared__ float of_warps[kSelectWarps][4];
+    __shared__ float of_warps[kWarps][4];
     constexpr float kBelow = 40;  // nats: exp(40) is far from overflow, exp(-40 - 87) is the least that counts
     for (int first = 0; first < args_.group; first += 4) {
       float sum[4] = {}, unit[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) unit[e] = first + e < args_.group ? (kBelow - lse()[first + e]) * kLog2E : 0;
-      for (int32_t at = 4 * static_cast<int32_t>(threadIdx.x); at < end_ - begin_; at += 4 * kSelectThreads) {
+      for (int32_t at = 4 * static_cast<int32_t>(threadIdx.x); at < end_ - begin_; at += 4 * kThreads) {
         uint32_t out = ~(kept_words()[at / 32] >> (at % 32)) & 15u;
         const int32_t i = begin_ + at;
         if (i < lo_ || i + 3 >= hi_) {
@@ -474,7 +482,7 @@ class Selector : public TeamMember<Selector<D, BITS>, ScanMemory<D, BITS>::kByte
       __syncthreads();
       for (int e = 0; e < 4 && first + e < args_.group; ++e) {
         float all = 0;
-        for (int w = 0; w < kSelectWarps; ++w) all += of_warps[w][e];
+        for (int w = 0; w < kWarps; ++w) all += of_warps[w][e];
         const bool fine = all > 1e-25f && all < 1e30f && isfinite(lse()[first + e]);
         if (!fine) {
           HeadMass(args_.outside, first + e, [&](int32_t i) { return Outside(i - begin_); });

@@ -558,7 +558,7 @@ class BarSelector : public TeamMember<BarSelector<D, BITS>, BarMemory<D, BITS>::
       const bool is_in = key >= cut.to;
       atomicOr((is_in ? kept_words() : class_words()) + at / 32, 1u << (at % 32));
       *in += is_in ? 1 : 0, *of_class += is_in ? 0 : 1;
-      if (!is_in && cut.ByList()) AddMember(key, begin_ + at);
+      if (!is_in && Base::ByList(cut)) AddMember(key, begin_ + at);
     }
   }
 

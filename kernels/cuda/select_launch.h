@@ -12,7 +12,9 @@ template <int D>
 Status LaunchScan(int bits, const ScanArgs& args, dim3 grid, cudaStream_t stream);
 template <int D>
 Status LaunchSelect(int bits, const SelectArgs& args, int blocks, cudaStream_t stream);
-// select_bars.cuh, in files of its own.
+// In files of their own: a block for each task; select_bars.cuh.
+template <int D>
+Status LaunchAlone(int bits, const SelectArgs& args, cudaStream_t stream);
 template <int D>
 Status LaunchBars(int bits, const SelectArgs& args, int blocks, cudaStream_t stream);
 

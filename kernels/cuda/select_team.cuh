@@ -1,5 +1,6 @@
 // What the ways to choose share: how the blocks of a team wait for each other, keys and cuts, sums over the team, and the result.
 #pragma once
+#include "kernels/cuda/gate.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/residency.cuh"
 #include "kernels/cuda/scan.cuh"
@@ -7,11 +8,12 @@
 namespace prehoc::cuda {
 
 inline constexpr int kSelectThreads = 512;
+inline constexpr int kAloneThreads = 128;   // of a block that has a task for itself, beside three others on its multiprocessor
+inline constexpr int kAloneBlocks = 4;
 inline constexpr int kSelectWarps = kSelectThreads / kWarp;
 inline constexpr int kBins = 2048;
 inline constexpr float kBinsPerNat = 64;    // the bins reach 32 nats below the best weight: 1e-14 of it
-inline constexpr int kListRoom = 1024;      // members of a bin that are compared with each other
-inline constexpr int kSample = 4 * kSelectThreads;  // own positions from which a block guesses what rank k will leave far below
+inline constexpr int kListRoom = 384;       // members of a bin that are compared with each other: of more, another round finds fewer sooner
 inline constexpr int kMaxTeam = 64;         // blocks: two to a lane
 inline constexpr int kMostListed = 12288;   // candidates of a block (select_bars.cuh)
 static_assert(kListRoom * 2 <= kBins, "the list takes the place of the histogram in shared memory");
@@ -42,6 +44,8 @@ struct SelectArgs {
   bool dilate;
   int32_t team_blocks;   // blocks per team, at least
   bool cluster;          // a team is a cluster; else all blocks of the launch run at once
+  bool alone;            // every task has a small block of its own, which knows of no other
+  GateArgs gate;         // alone, with tasks: done first
   bool regroup;          // not a cluster: the blocks of tasks that need nothing join the teams of the others
   int32_t chunk;         // most positions of a block, a multiple of 64
   int64_t z_stride;      // [floats] of a head in the logits that this launch keeps
@@ -104,14 +108,15 @@ __device__ inline uint32_t WarpUpTo(uint32_t x) {
   }
   return x;
 }
-// Exclusive prefix of `value` over the threads; *total is that of the block. `scratch` [kSelectWarps].
+// Exclusive prefix of `value` over the threads; *total is that of the block. `scratch` [THREADS / kWarp].
+template <int THREADS = kSelectThreads>
 __device__ inline uint32_t BlockPrefix(uint32_t value, uint32_t* scratch, uint32_t* total) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const uint32_t sum = WarpUpTo(value);
   __syncthreads();
   if (lane == kWarp - 1) scratch[warp] = sum;
   __syncthreads();
-  const uint32_t warps = WarpUpTo(lane < kSelectWarps ? scratch[lane] : 0);
+  const uint32_t warps = WarpUpTo(lane < THREADS / kWarp ? scratch[lane] : 0);
   *total = __shfl_sync(kAllLanes, warps, kWarp - 1);
   const uint32_t before = __shfl_sync(kAllLanes, warps, max(warp - 1, 0));
   return (warp > 0 ? before : 0) + sum - value;
@@ -139,8 +144,6 @@ struct Cut {
   uint32_t need;      // how many of the class are in
   uint32_t equal;     // how many it has
   uint32_t kept;      // in all
-
-  __device__ bool ByList() const { return equal <= kListRoom; }  // else all keys of the class are the same
 };
 // Everything and nothing; no score has key 0 or the largest one (they would be NaN).
 __device__ inline Cut AllOf(uint32_t candidates) { return {1, 1, 0, 0, candidates}; }
@@ -163,14 +166,14 @@ __device__ inline uint32_t FirstKeyOf(int bin, float best, int lane) {
 }
 
 // Shared memory of a scan: the heads of two code blocks of each warp, and q.
-template <int D, int BITS>
+template <int D, int BITS, int THREADS = kSelectThreads>
 struct ScanMemory {
   static constexpr size_t kHeaderBytes = size_t{8} * D;
-  static constexpr size_t kSteps = kSelectWarps * kHeaderBytes;
+  static constexpr size_t kSteps = THREADS / kWarp * kHeaderBytes;
   static constexpr size_t kBytes = kSteps + CodeShape<D, BITS>::kQueryBytes;
 };
-template <int D>
-struct ScanMemory<D, 0> {
+template <int D, int THREADS>
+struct ScanMemory<D, 0, THREADS> {
   static constexpr size_t kHeaderBytes = 0, kSteps = 0, kBytes = 0;
 };
 
@@ -185,7 +188,7 @@ static __device__ __noinline__ void ResolveStanding(const ResolveTask* task, int
 static __device__ __noinline__ void ResolveOwn(const ResolveTask* task, int32_t n, int32_t from, int32_t to, int32_t count, int32_t query_floats,
                                                bool leads) {
   __syncthreads();
-  ResolveRows(*task, n, from, to);
+  if (task->refs != nullptr) ResolveRows(*task, n, from, to);
   if (leads) EndResolve(*task, n, count, query_floats);
 }
 
@@ -195,10 +198,15 @@ static __device__ __noinline__ void ResolveOwn(const ResolveTask* task, int32_t 
 //   CountKeys(k, cut, refines, shift)   own_bins(): how many own candidates lie in which bin; or of the class of `cut`, in bins of 2^shift keys
 //   PlaceKeys(cut, &in, &of_class)      kept_words() and class_words() of the own candidates, their numbers, and AddMember() for the class if it is
 //                                       decided by list
-// FIXED: bytes of shared memory that it has at an address that is known when it is compiled.
-template <class WAY, size_t FIXED>
+// FIXED: bytes of shared memory that it has at an address that is known when it is compiled. Blocks of fewer threads are alone: all that a team has
+// in common is in their shared memory, and nobody is waited for.
+template <class WAY, size_t FIXED, int THREADS = kSelectThreads>
 class TeamMember {
  public:
+  static constexpr int kThreads = THREADS, kWarps = THREADS / kWarp;
+  static constexpr bool kAlone = THREADS != kSelectThreads;
+  static constexpr uint32_t kMostRanked = kAlone ? kListRoom / 4 : kListRoom;
+
   __device__ TeamMember(const SelectArgs& args, int team_blocks)
       : args_(args), team_blocks_(team_blocks), team_index_(static_cast<int>(blockIdx.x) / team_blocks), block_(static_cast<int>(blockIdx.x) % team_blocks),
         team_(args.teams + team_index_) {}
@@ -222,6 +230,19 @@ class TeamMember {
   __device__ uint32_t* kept_words() const { return reinterpret_cast<uint32_t*>(lse() + (3 * args_.group + 3) / 4 * 4); }  // [own / 32] kept positions
   __device__ uint32_t* class_words() const { return kept_words() + args_.chunk / 32; }                   // [own / 32] the class of the last cut
   __device__ std::byte* room() const { return reinterpret_cast<std::byte*>(class_words() + args_.chunk / 32); }
+
+  // How long the list of the class is; the bin below which not all are counted.
+  __device__ uint32_t* list_size() const {
+    __shared__ uint32_t of_block;
+    return kAlone ? &of_block : &team_->list_size;
+  }
+  __device__ uint32_t* lowest_bin() const {
+    __shared__ uint32_t of_block;
+    return kAlone ? &of_block : &team_->floor;
+  }
+  __device__ uint32_t LowestBin() const {
+    return kAlone ? *lowest_bin() : __ldcg(&team_->floor);
+  }
 
   __device__ void Wait() { WaitForTeam(team_, team_blocks_, args_.cluster, &waits_); }
   __device__ bool Leads() const { return block_ == 0; }
@@ -250,7 +271,7 @@ class TeamMember {
     hi_ = max(sinks_, n_ - max(rule_->local, 0));
     lo_ = min(hi_, max(sinks_, n_ - max(rule_->window, 0)));
     if (rule_->pooled != nullptr && rule_->pool_level != nullptr) {  // before anything is written: it may be lse_all
-      for (int h = static_cast<int>(threadIdx.x); h < args_.group; h += kSelectThreads) {
+      for (int h = static_cast<int>(threadIdx.x); h < args_.group; h += kThreads) {
         const float x = rule_->pool_level[h];
         level()[h] = isfinite(x) ? x : 0;
       }
@@ -260,14 +281,14 @@ class TeamMember {
   __device__ void Refuse() {
     if (!Leads()) return;
     if (threadIdx.x == 0) *rule_->count = -1;
-    for (int h = threadIdx.x; h < args_.group; h += kSelectThreads) {
+    for (int h = threadIdx.x; h < args_.group; h += kThreads) {
       rule_->lse_all[h] = NotANumber();
       if (rule_->lse_out != nullptr) rule_->lse_out[h] = NotANumber();
     }
   }
 
   __device__ Mass* PartOf(Mass* parts, int h, int block) const {
-    return parts + (int64_t{team_index_} * args_.group + h) * kMaxTeam + block;
+    return parts + (int64_t{team_index_} * args_.group + h) * (kAlone ? 1 : kMaxTeam) + block;
   }
   // Of the team, in every lane.
   __device__ Mass TeamMass(Mass* parts, int h) const {
@@ -283,11 +304,12 @@ class TeamMember {
     __shared__ int odd;
     if (threadIdx.x == 0) {
       odd = 0;
-      if (Leads()) team_->list_size = 0;
+      if (Leads()) *list_size() = 0;
+      if (kAlone) *lowest_bin() = 0;
     }
-    for (int i = static_cast<int>(threadIdx.x); i < args_.chunk / 32; i += kSelectThreads) kept_words()[i] = 0;
+    for (int i = static_cast<int>(threadIdx.x); i < args_.chunk / 32; i += kThreads) kept_words()[i] = 0;
     __syncthreads();
-    for (int h = warp(); h < args_.group; h += kSelectWarps) {
+    for (int h = warp(); h < args_.group; h += kWarps) {
       const Mass mass = TeamMass(args_.parts, h);
       if (lane() != 0) continue;
       const float all = LogOf(mass);
@@ -305,28 +327,39 @@ class TeamMember {
     }
   }
 
-  static constexpr int kThreadBins = kBins / kSelectThreads;
-  static_assert(kThreadBins == 4 && kBins % kSelectThreads == 0, "a thread's bins are one piece");
+  static constexpr int kThreadBins = kBins / kThreads;
+  static_assert(kThreadBins % 4 == 0 && kBins % kThreads == 0, "a thread's bins are whole pieces");
   // Each thread takes kThreadBins bins, from this one down.
   __device__ static int TopOfThread() { return kBins - 1 - static_cast<int>(threadIdx.x) * kThreadBins; }
 
   // Adds up what the blocks counted, and finds the bin of rank `target` (from 1, from the top), and how many are above and inside. False if there
   // are fewer; `candidates_` are all.
   __device__ bool FindBin(uint32_t target, int* bin, uint32_t* above, uint32_t* inside) {
-    __shared__ uint32_t scratch[kSelectWarps];
+    __shared__ uint32_t scratch[kWarps];
     __shared__ uint32_t found[3];
-    uint32_t* const histogram = team_->histogram[round_ % 3];
-    for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kSelectThreads) {
-      if (own_bins()[i] != 0) atomicAdd(histogram + i, own_bins()[i]);
+    if constexpr (!kAlone) {
+      uint32_t* const histogram = team_->histogram[round_ % 3];
+      for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kThreads) {
+        if (own_bins()[i] != 0) atomicAdd(histogram + i, own_bins()[i]);
+      }
+      Wait();
     }
-    Wait();
     // Thread t sums bins from the top.
     const int top = TopOfThread();
-    const uint4 piece = __ldcg(reinterpret_cast<const uint4*>(histogram + top + 1 - kThreadBins));
-    const uint32_t count[kThreadBins] = {piece.w, piece.z, piece.y, piece.x};
-    const uint32_t mine = (piece.x + piece.y) + (piece.z + piece.w);
+    uint32_t count[kThreadBins], mine = 0;
+#pragma unroll
+    for (int i = 0; i < kThreadBins; i += 4) {
+      uint4 piece;
+      if constexpr (kAlone) {
+        piece = *reinterpret_cast<const uint4*>(own_bins() + top - 3 - i);
+      } else {
+        piece = __ldcg(reinterpret_cast<const uint4*>(team_->histogram[round_ % 3] + top - 3 - i));
+      }
+      count[i] = piece.w, count[i + 1] = piece.z, count[i + 2] = piece.y, count[i + 3] = piece.x;
+      mine += (piece.x + piece.y) + (piece.z + piece.w);
+    }
     uint32_t total;
-    uint32_t before = BlockPrefix(mine, scratch, &total);
+    uint32_t before = BlockPrefix<kThreads>(mine, scratch, &total);
     if (before < target && target <= before + mine) {
 #pragma unroll
       for (int i = 0; i < kThreadBins; ++i) {
@@ -345,8 +378,11 @@ class TeamMember {
     return target <= total;
   }
   __device__ void ClearHistogram(int round) {
-    for (int i = threadIdx.x; i < kBins; i += kSelectThreads) team_->histogram[round % 3][i] = 0;
+    for (int i = threadIdx.x; !kAlone && i < kBins; i += kThreads) team_->histogram[round % 3][i] = 0;
   }
+
+  // The class of `cut` is ranked one by one; else all of its keys are the same.
+  __device__ static bool ByList(const Cut& cut) { return cut.equal <= kMostRanked; }
 
   __device__ Cut FindCut(uint32_t k) {
     __shared__ uint32_t edge[2];
@@ -365,7 +401,7 @@ class TeamMember {
         if (k == 0) return NoneOf();
         if (!enough || k == candidates_) return AllOf(candidates_);
         // A guess that was wrong (the same in every block): bins below it are counted now.
-        if (was_first && static_cast<uint32_t>(bin) < __ldcg(&team_->floor)) continue;
+        if (was_first && static_cast<uint32_t>(bin) < LowestBin()) continue;
         if (warp() < 2) {
           const uint32_t key = FirstKeyOf(bin + warp(), best_, lane());
           if (lane() == 0) edge[warp()] = key;
@@ -381,13 +417,13 @@ class TeamMember {
       cut.need = need -= above;
       cut.equal = inside;
       refines = true;
-      if (cut.ByList() || cut.to - cut.from == 1) return cut;
+      if (ByList(cut) || cut.to - cut.from == 1) return cut;
     }
   }
 
   // Adds what `cut` keeps of the own part to kept_words(); *offset: how many the blocks before keep.
   __device__ void Keep(const Cut& cut, uint32_t* offset) {
-    __shared__ uint32_t scratch[kSelectWarps];
+    __shared__ uint32_t scratch[kWarps];
     __shared__ uint32_t before, own_in, own_class, in_before, class_before;
     if (threadIdx.x == 0) before = own_in = own_class = 0;
     __syncthreads();
@@ -399,13 +435,17 @@ class TeamMember {
       if (of_class != 0) atomicAdd(&own_class, of_class);
     }
     __syncthreads();
-    if (threadIdx.x == 0) team_->above[block_] = own_in, team_->equal[block_] = own_class;
-    Wait();
-    if (Leads()) {  // all are past reading them
-      ClearHistogram(round_ - 1);
-      if (threadIdx.x == 0) team_->floor = 0;
+    if constexpr (kAlone) {
+      if (threadIdx.x == 0) in_before = class_before = *lowest_bin() = 0;
+    } else {
+      if (threadIdx.x == 0) team_->above[block_] = own_in, team_->equal[block_] = own_class;
+      Wait();
+      if (Leads()) {  // all are past reading them
+        ClearHistogram(round_ - 1);
+        if (threadIdx.x == 0) team_->floor = 0;
+      }
     }
-    if (warp() == 0) {
+    if (!kAlone && warp() == 0) {
       uint32_t above_here = 0, equal_here = 0;
       for (int b = lane(); b < block_; b += kWarp) above_here += __ldcg(team_->above + b), equal_here += __ldcg(team_->equal + b);
       above_here = __reduce_add_sync(kAllLanes, above_here), equal_here = __reduce_add_sync(kAllLanes, equal_here);
@@ -415,7 +455,7 @@ class TeamMember {
     uint32_t above_before = in_before;
     const uint32_t equal_before = class_before;
     if (cut.equal > 0) {
-      if (cut.ByList()) {
+      if (ByList(cut)) {
         RankList(cut, &before);
         __syncthreads();
         above_before += before;
@@ -434,8 +474,10 @@ class TeamMember {
     uint32_t* const key = own_bins();
     int32_t* const position = reinterpret_cast<int32_t*>(own_bins() + kListRoom);
     const int size = static_cast<int>(cut.equal);
-    for (int i = threadIdx.x; i < size; i += kSelectThreads) {
-      key[i] = __ldcg(team_->list_key + i), position[i] = __ldcg(team_->list_position + i);
+    if constexpr (!kAlone) {
+      for (int i = threadIdx.x; i < size; i += kThreads) {
+        key[i] = __ldcg(team_->list_key + i), position[i] = __ldcg(team_->list_position + i);
+      }
     }
     __syncthreads();
     ForFirst(cut.need, key, position, size, [&](int i) {
@@ -447,11 +489,11 @@ class TeamMember {
 
   // All keys of the class are equal: the lowest positions are kept.
   __device__ void TakeInOrder(const Cut& cut, uint32_t equal_before, uint32_t* scratch) {
-    const int words = (end_ - begin_ + 31) / 32, each = (words + kSelectThreads - 1) / kSelectThreads;
+    const int words = (end_ - begin_ + 31) / 32, each = (words + kThreads - 1) / kThreads;
     const int first = static_cast<int>(threadIdx.x) * each;
     uint32_t mine = 0, total;
     for (int w = first; w < min(first + each, words); ++w) mine += __popc(class_words()[w]);
-    uint32_t rank = equal_before + BlockPrefix(mine, scratch, &total);
+    uint32_t rank = equal_before + BlockPrefix<kThreads>(mine, scratch, &total);
     for (int w = first; w < min(first + each, words); ++w) {
       uint32_t left = class_words()[w], kept = 0;
       while (left != 0 && rank < cut.need) {
@@ -465,15 +507,19 @@ class TeamMember {
   }
 
   __device__ void AddMember(uint32_t key, int32_t position) const {
-    const uint32_t entry = atomicAdd(&team_->list_size, 1u);
-    team_->list_key[entry] = key, team_->list_position[entry] = position;
+    const uint32_t entry = atomicAdd(list_size(), 1u);
+    if constexpr (kAlone) {  // where the histogram was
+      own_bins()[entry] = key, own_bins()[kListRoom + entry] = static_cast<uint32_t>(position);
+    } else {
+      team_->list_key[entry] = key, team_->list_position[entry] = position;
+    }
   }
 
   // What a head's logits are scored above, by a rule that takes a maximum.
   __device__ float ScoreUnit(int h) const { return args_.rule != GroupRule::kMaxLogit ? lse()[h] : 0; }
   __device__ void WriteLse() const {
     if (!Leads()) return;
-    for (int h = static_cast<int>(threadIdx.x); h < args_.group; h += kSelectThreads) rule_->lse_all[h] = lse()[h];
+    for (int h = static_cast<int>(threadIdx.x); h < args_.group; h += kThreads) rule_->lse_all[h] = lse()[h];
   }
 
   // Calls kept(i) for the members of which fewer than `need` come before (larger key, then lower position). Of the whole block.
@@ -481,8 +527,8 @@ class TeamMember {
   __device__ void ForFirst(uint32_t need, const uint32_t* key, const int32_t* position, int size, Kept&& kept) const {
     // As many lanes for a member as there are to spare; a warp's loop is the same for all of its lanes.
     int lanes = 1;
-    while (lanes < kWarp && size * lanes * 2 <= kSelectThreads) lanes *= 2;
-    const int each = kSelectThreads / lanes, part = static_cast<int>(threadIdx.x) % lanes;
+    while (lanes < kWarp && size * lanes * 2 <= kThreads) lanes *= 2;
+    const int each = kThreads / lanes, part = static_cast<int>(threadIdx.x) % lanes;
     for (int from = 0; from < size; from += each) {
       const int i = from + static_cast<int>(threadIdx.x) / lanes;
       uint32_t rank = 0;
@@ -509,12 +555,12 @@ class TeamMember {
   }
   // How many.
   __device__ uint32_t WriteOwn(uint32_t offset) {
-    __shared__ uint32_t scratch[kSelectWarps];
-    const int words = (end_ - begin_ + 31) / 32, each = (words + kSelectThreads - 1) / kSelectThreads;
+    __shared__ uint32_t scratch[kWarps];
+    const int words = (end_ - begin_ + 31) / 32, each = (words + kThreads - 1) / kThreads;
     const int first = static_cast<int>(threadIdx.x) * each;
     uint32_t mine = 0, total;
     for (int w = first; w < min(first + each, words); ++w) mine += __popc(kept_words()[w]);
-    uint32_t at = offset + BlockPrefix(mine, scratch, &total);
+    uint32_t at = offset + BlockPrefix<kThreads>(mine, scratch, &total);
     for (int w = first; w < min(first + each, words); ++w) {
       for (uint32_t left = kept_words()[w]; left != 0; left &= left - 1) {
         rule_->chosen[at++] = begin_ + w * 32 + __ffs(static_cast<int>(left)) - 1;
@@ -526,7 +572,7 @@ class TeamMember {
   // lse_out, when the last block has written its part of `outside`.
   __device__ void JoinOutside() {
     if (!LastOfTeam()) return;
-    for (int h = warp(); h < args_.group; h += kSelectWarps) {
+    for (int h = warp(); h < args_.group; h += kWarps) {
       const Mass mass = TeamMass(args_.outside, h);
       if (lane() == 0) rule_->lse_out[h] = LogOf(mass);
     }

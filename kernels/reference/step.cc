@@ -149,9 +149,9 @@ Status Resolve(const ResolveParams& params, void*) {
     const int32_t n = *task.n, count = *task.count;
     const int64_t leaves = int64_t{n} - task.ring_rows;  // the ring's oldest position
     const bool known = count >= 0 && count <= task.room;
-    *task.num_refs = known ? count : -1;
+    if (task.num_refs != nullptr) *task.num_refs = known ? count : -1;
     int32_t misses = 0, far = 0;
-    for (int32_t i = 0; known && i < count; ++i) {
+    for (int32_t i = 0; known && task.refs != nullptr && i < count; ++i) {
       const int32_t p = task.chosen[i];
       int32_t ref = kNowhere;
       if (p >= 0 && p < n && p < task.at.max_n) {
@@ -274,6 +274,10 @@ Status CheckSelect(const SelectParams& params) {
 
 Status Select(const SelectParams& params, void*) {
   PREHOC_RETURN_IF_ERROR(CheckSelect(params));
+  PREHOC_RETURN_IF_ERROR(Check("select", params.tasks, params.num_tasks)
+                             .That(params.gate.num_tasks == 0 || params.gate.num_tasks == params.num_tasks, "gate.num_tasks", params.gate.num_tasks,
+                                   "use num_tasks, or 0").Take());
+  if (params.gate.num_tasks > 0) PREHOC_RETURN_IF_ERROR(Gate(params.gate, nullptr));
   const ChoiceShape shape{params.max_n, params.group, params.rule, params.dilate};
   for (int32_t i = 0; i < params.num_tasks; ++i) {
     const SelectTask& task = params.tasks[i];

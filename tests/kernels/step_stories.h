@@ -450,7 +450,7 @@ void GatherCopiesAndRefuses(World world) {
   EXPECT_TRUE(to.GuardsIntact());
 }
 
-// Gates with append and resolve with select give what their own calls give, over steps in which some heads hold.
+// Gates with append or select and resolve with select give what their own calls give, over steps in which some heads hold.
 template <class World>
 struct StoryUnits {
   template <class T>
@@ -520,12 +520,15 @@ void FusedStepsAreThoseOfSeparateCalls(World world) {
     int32_t n, tasks, k;
     step::SelectBy by;
     bool gated;
+    bool gates_within = false;
   };
   SeededRng rng;
   for (const Case& c : {Case{300, 5, 30, step::SelectBy::kAny, false}, Case{300, 5, 30, step::SelectBy::kAny, true},
                         Case{3000, 8, 150, step::SelectBy::kLogits, true}, Case{20'000, 70, 500, step::SelectBy::kBars, true},
                         Case{20'000, 70, 500, step::SelectBy::kBars, false}, Case{500, 150, 40, step::SelectBy::kLogits, true},
-                        Case{17'000, 8, 300, step::SelectBy::kBars, true}, Case{400, 600, 20, step::SelectBy::kAny, true}}) {
+                        Case{17'000, 8, 300, step::SelectBy::kBars, true}, Case{400, 600, 20, step::SelectBy::kAny, true},
+                        Case{900, 150, 120, step::SelectBy::kAny, false, true}, Case{700, 600, 90, step::SelectBy::kAny, true, true},
+                        Case{3000, 8, 150, step::SelectBy::kAny, true, true}}) {
     const int32_t tasks = std::min(c.tasks, World::kMostTasks);
     SCOPED_TRACE(testing::Message() << "n " << c.n << ", tasks " << tasks << ", by " << static_cast<int>(c.by) << (c.gated ? ", gated" : ""));
     const StoryCodes<World> codes(rng, c.n, StoryUnits<World>::kGroup, {4, 64, false});
@@ -551,7 +554,11 @@ void FusedStepsAreThoseOfSeparateCalls(World world) {
       world.Run(world.kernels().resolve({.tasks = apart.resolves.data(), .num_tasks = tasks, .group = gate.group, .head_dim = kStoryDim},
                                         world.stream()));
       gates.tasks = fused.gates.data(), selects.tasks = fused.selects.data(), selects.resolves = fused.resolves.data();
-      world.Run(world.kernels().append({.format = codes.format, .head_dim = kStoryDim, .gate = gates}, world.stream()));
+      if (c.gates_within) {
+        selects.gate = gates;
+      } else {
+        world.Run(world.kernels().append({.format = codes.format, .head_dim = kStoryDim, .gate = gates}, world.stream()));
+      }
       RunSelect(world, selects);
       for (const uint8_t hold : fused.hold.Read()) held += hold, ++asked;
       ASSERT_EQ(fused.hold.Read(), apart.hold.Read()) << "step " << step;
@@ -588,6 +595,14 @@ void AStateWithoutSlotsIsNone(World world) {
        .refs = refs.data(), .num_refs = num.data()}});
   world.Run(world.kernels().resolve({.tasks = task.data(), .num_tasks = 1, .group = 1, .head_dim = kStoryDim}, world.stream()));
   EXPECT_EQ(refs.Read(), (std::vector<int32_t>{~10, 7 + 90 % 16}));
+  // Where positions are rows nothing is looked up, and a query still becomes the anchor.
+  const Of<World, float> q(std::vector<float>(kStoryDim, 2.0f)), anchor(kStoryDim);
+  const Of<World, int32_t> age(std::vector<int32_t>{9});
+  const Of<World, step::ResolveTask> rows(std::vector<step::ResolveTask>{
+      {.at = {.max_n = 100}, .chosen = chosen.data(), .count = count.data(), .room = 2, .n = n.data(), .q = q.data(), .anchor = anchor.data(), .age = age.data()}});
+  world.Run(world.kernels().resolve({.tasks = rows.data(), .num_tasks = 1, .group = 1, .head_dim = kStoryDim}, world.stream()));
+  EXPECT_EQ(anchor.Read(), q.Read());
+  EXPECT_EQ(age.Read()[0], 0);
   const Of<World, step::RefreshTask> none(std::vector<step::RefreshTask>{{.wanted_count = zero.data(), .count = fetched.data()}});
   world.Run(world.kernels().refresh({.tasks = none.data(), .num_tasks = 1, .max_n = 100}, world.stream()));
   EXPECT_EQ(fetched.Read()[0], 0);

@@ -412,6 +412,95 @@ TEST_F(SelectCudaTest, SelectIsScanThenChoose) {
   }
 }
 
+// More tasks than multiprocessors, and short ones: each has a small block. Ragged lengths, all rules, dilation, residents, windows; all logits equal,
+// and logits that leave the bins.
+TEST_F(SelectCudaTest, ManyShortTasksChooseAsTheModel) {
+  SeededRng rng;
+  constexpr int32_t kMaxN = 2500, kCopies = 40;  // of each length: more tasks than any device has multiprocessors
+  constexpr int64_t kStride = 2504;
+  struct Case {
+    cuda::ChooseRule rule;
+    GroupRule group_rule = GroupRule::kMaxWeight;
+    int32_t group = 1;
+    double scale = 1;
+    bool filters = false;
+  };
+  const Case cases[] = {{.rule = {.sinks = 4, .local = 30, .k = 200}},
+                        {.rule = {.sinks = 4, .local = 30, .k = 900}, .group_rule = GroupRule::kMaxLogit, .group = 2},
+                        {.rule = {.sinks = 4, .local = 30, .k = 100}, .group_rule = GroupRule::kMeanWeight, .group = 2},
+                        {.rule = {.sinks = 8, .local = 64, .k = 100, .dilate_m = 40, .dilate_r = 2}},
+                        {.rule = {.sinks = 8, .local = 64, .window = 700, .k = 60}, .group = 2},
+                        {.rule = {.sinks = 0, .local = 0, .k = 333, .log_theta = -6}, .filters = true},
+                        {.rule = {.sinks = 4, .local = 30, .k = 200}, .scale = 0},
+                        {.rule = {.sinks = 4, .local = 30, .k = 200}, .scale = 10}};
+  for (const Case& c : cases) {
+    const int32_t d = static_cast<int32_t>(rng.Pick(std::vector<int64_t>{64, 96, 128, 256})), bits = static_cast<int32_t>(rng.Pick(std::vector<int64_t>{2, 4, 8}));
+    const cuda::RowType type = kRowTypes[rng.Int(0, 1)];
+    SCOPED_TRACE(testing::Message() << "case " << &c - cases << ", " << NameOf(type) << ", head_dim " << d << ", bits " << bits);
+    const CodeFormat format{bits, 64, false};
+    std::vector<uint64_t> resident(kMaxN / 64 + 1);
+    for (uint64_t& word : resident) word = rng.Next() & rng.Next();
+    const CudaArray<uint64_t> device_resident(resident);
+    std::vector<CodedRows> coded;
+    std::vector<CudaArray<float>> z;
+    std::vector<Results> results;
+    std::vector<cuda::SelectTask> tasks;
+    std::vector<cuda::ScanTask> scans;
+    for (const int32_t n : {0, 1, 63, 65, 640, 2047, kMaxN}) {
+      coded.emplace_back(rng, type, n, d, format, KeyKind::kNormal);
+      coded.back().SetQuery(rng.Normals(static_cast<size_t>(c.group * d), c.scale));
+      z.emplace_back(static_cast<size_t>(c.group * kStride));
+      scans.push_back({.source = coded.back().Source(), .z = z.back().data(), .z_stride = kStride});
+    }
+    const int32_t room = c.rule.k * (c.rule.dilate_m > 0 ? 3 : 1);
+    for (size_t t = 0; t < kCopies * coded.size(); ++t) {
+      results.emplace_back(room, c.group, kMaxN);
+      tasks.push_back({.source = coded[t % coded.size()].Source(), .rule = results.back().Into(c.rule)});
+      if (c.filters) tasks.back().rule.resident = device_resident.data();
+    }
+    const CudaArray<cuda::SelectTask> device(tasks);
+    const CudaArray<cuda::ScanTask> device_scans(scans);
+    cuda::SelectParams params{.tasks = device.data(), .num_tasks = static_cast<int32_t>(tasks.size()), .max_n = kMaxN, .format = format, .type = type,
+                              .group = c.group, .head_dim = d, .rule = c.group_rule, .dilate = c.rule.dilate_m > 0};
+    const auto workspace = Workspace(cuda::SelectWorkspaceBytes(params));
+    params.workspace = workspace.data(), params.workspace_bytes = workspace.size();
+    ASSERT_OK(cuda::Scan({.tasks = device_scans.data(), .num_tasks = static_cast<int32_t>(scans.size()), .max_n = kMaxN, .format = format, .type = type,
+                          .group = c.group, .head_dim = d}, stream()));
+    for (int i = 0; i < 2; ++i) ASSERT_OK(cuda::Select(params, stream()));
+    ASSERT_OK(Wait());
+    EXPECT_TRUE(workspace.GuardsIntact());
+    for (size_t t = 0; t < tasks.size(); ++t) {
+      SCOPED_TRACE(testing::Message() << "task " << t << ", n " << coded[t % coded.size()].n);
+      const Outcome got = results[t].Read();
+      if (t >= coded.size()) {
+        ASSERT_EQ(got.chosen, results[t % coded.size()].Read().chosen);
+        continue;
+      }
+      CheckChoice(got, HostTask(z[t].Read(), coded[t].n, kStride, c.rule, c.filters ? resident.data() : nullptr, c.group_rule), c.group, false);
+      if (HasFatalFailure()) return;
+    }
+    // The same from logits in memory.
+    std::vector<cuda::ChooseTask> chooses;
+    for (size_t t = 0; t < tasks.size(); ++t) {
+      chooses.push_back({.z = z[t % coded.size()].data(), .z_stride = kStride, .n = tasks[t].source.n, .rule = tasks[t].rule});
+    }
+    const CudaArray<cuda::ChooseTask> device_chooses(chooses);
+    cuda::ChooseParams choose{.tasks = device_chooses.data(), .num_tasks = params.num_tasks, .max_n = kMaxN, .group = c.group, .rule = c.group_rule,
+                              .dilate = params.dilate};
+    const auto choose_workspace = Workspace(cuda::ChooseWorkspaceBytes(choose));
+    choose.workspace = choose_workspace.data(), choose.workspace_bytes = choose_workspace.size();
+    for (int i = 0; i < 2; ++i) ASSERT_OK(cuda::Choose(choose, stream()));
+    ASSERT_OK(Wait());
+    EXPECT_TRUE(choose_workspace.GuardsIntact());
+    for (size_t t = 0; t < tasks.size(); ++t) {
+      SCOPED_TRACE(testing::Message() << "choose, task " << t << ", n " << coded[t % coded.size()].n);
+      CheckChoice(results[t].Read(), HostTask(z[t % coded.size()].Read(), coded[t % coded.size()].n, kStride, c.rule, c.filters ? resident.data() : nullptr,
+                                              c.group_rule), c.group, false);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
 // More positions than shared memory holds, and more tasks than teams.
 TEST_F(SelectCudaTest, LongContextsAndManyTasks) {
   SeededRng rng;
