@@ -10,6 +10,8 @@
 namespace prehoc::cuda {
 namespace {
 
+constexpr int64_t kShortTask = 1024;  // [rows]
+
 struct Plan {
   int heads = 0;       // of a tile
   int head_tiles = 0;
@@ -40,12 +42,13 @@ int PlacesOf(bool two, int log, size_t room) {
 }
 
 // Few tasks are split, so that each multiprocessor has a block of 8 warps. Many come in blocks of 4 warps, two to a multiprocessor (where its
-// shared memory holds two): one begins or ends while the other works. More than so find a place come in blocks of 2 warps, four to a multiprocessor.
+// shared memory holds two): one begins or ends while the other works. More than so find a place, if they are short, in blocks of 2 warps, four to a
+// multiprocessor: 512 tasks of 128 rows take 11.8 us instead of 13.6, but of 4,096 rows 261 instead of 256.
 void ChooseBlocks(int64_t tiles, int64_t rows, const SharedBytes& shared, const DeviceLimits& limits, Plan* plan) {
   int64_t splits = limits.multiprocessors / tiles;
   const bool wide = shared.wide() && splits * tiles >= limits.multiprocessors * 3 / 4, two = !wide && shared.two();
   if (two) splits = 2 * limits.multiprocessors / tiles;
-  plan->warps = wide ? 8 : two && splits == 0 && shared.four() ? 2 : 4;
+  plan->warps = wide ? 8 : two && splits == 0 && rows <= kShortTask && shared.four() ? 2 : 4;
   plan->splits = static_cast<int>(std::clamp<int64_t>(std::min(splits, CeilDiv(rows, plan->warps * kKeyTile)), 1, 256));
   plan->shared_bytes = shared.of(plan->warps);
   plan->most_shared_bytes = shared.most();
