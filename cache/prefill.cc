@@ -36,10 +36,7 @@ Status Sequence::Impl::Prefill(int32_t layer_index, const LayerInput& in) {
     // WhileOthersWork() has seen to that.
     PREHOC_RETURN_IF_ERROR(FinishLayers(2));
     if (next_layer < geometry().layers) PrepareNextLayer(next_layer);
-    if (start_layer == filled_layers) {  // of the layer before; its rows are in host memory
-      TraceScope filling(tracer(), "fill slots");
-      FillLayers(layer_index).IgnoreError();  // what fails here is tried again, and told, by End()
-    }
+    if (start_layer == filled_layers) PREHOC_RETURN_IF_ERROR(FillLayers(layer_index));  // the layer before, whose rows are in host memory
     TraceScope waiting(tracer(), "wait");
     PREHOC_RETURN_IF_ERROR(Settle({.results = true, .rows_but = 1}));
   }
@@ -60,8 +57,10 @@ Status Sequence::Impl::Prefill(int32_t layer_index, const LayerInput& in) {
       if (before) before = copies.data() + row;
     }
     PREHOC_RETURN_IF_ERROR(FirstSelection(layer_index, query, before));
-    const bool ranks = LayersOverlap(in) && FillsSlots() && selector().Residency().factor > 0;
-    if (ranks && cache->options.selector.kind != SelectorKind::kSharedCandidates) PREHOC_RETURN_IF_ERROR(RankForStart(layer_index));
+    if (FillsSlots() && selector().Residency().factor > 0 && cache->options.selector.kind != SelectorKind::kSharedCandidates) {
+      PREHOC_RETURN_IF_ERROR(RankForStart(layer_index));  // before the next layer's scores take their place
+      if (!LayersOverlap(in)) PREHOC_RETURN_IF_ERROR(FillLayers(next_layer));
+    }
   }
   return LayersOverlap(in) ? Status() : FinishLayers(0);
 }

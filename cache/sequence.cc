@@ -112,7 +112,9 @@ Result<std::unique_ptr<Sequence::Impl>> Sequence::Impl::Open(CacheShared* shared
   request.pages = selector.NeedsPages();
   if (selector.NeedsLabels()) request.label_bytes = LabelFormat::Of(selector.options().hshare, geometry.head_dim).bytes();
   request.page_tokens = selector.NeedsCodes() ? 16 : selector.PageTokens();
-  request.pool = residency.factor > 0;
+  // Without turns scores are pooled at the prompt's end alone, layer by layer.
+  const bool each = residency.turns() || selector.options().kind != SelectorKind::kTwoClock;
+  request.pool_layers = residency.factor <= 0 ? 0 : each ? geometry.layers : 1;
   request.scores = extent.chooses;
   request.errors = extent.chooses && selector.NeedsErrorBounds();
   StepShape shape;
@@ -158,9 +160,10 @@ void Sequence::Impl::Carve(const DeviceRequest& request) {
   for (size_t l = 0; l < num_layers; ++l) {
     LayerState& layer = layers[l];
     layer.units = MakeUnits(*cache);
-    for (size_t u = 0; u < layer.units.size() && layout.pooled; ++u) {
+    const size_t pool = l % static_cast<size_t>(std::max(layout.pool_layers, 1));
+    for (size_t u = 0; u < layer.units.size() && layout.pool_layers > 0; ++u) {
       layer.units[u].pooled = reinterpret_cast<float*>(base + layout.pool_at) +
-                              static_cast<int64_t>(l * layer.units.size() + u) * layout.stride;
+                              static_cast<int64_t>(pool * layer.units.size() + u) * layout.stride;
     }
     for (size_t h = 0; h < num_heads; ++h) {
       std::byte* at = base + (l * num_heads + h) * layout.head_bytes;

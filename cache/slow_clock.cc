@@ -46,6 +46,8 @@ std::span<const int32_t> Sequence::Impl::AllHeads() const {
 
 // After the prompt: layers below `end`, as far as they have not been filled yet.
 Status Sequence::Impl::FillLayers(int32_t end) {
+  TraceScope trace(tracer(), "fill slots");
+  trace.Say("layers", end - filled_layers);
   for (; filled_layers < end; ++filled_layers) {
     PREHOC_RETURN_IF_ERROR(LandPending(filled_layers));
     PREHOC_RETURN_IF_ERROR(FillAtStart(filled_layers));
@@ -58,8 +60,8 @@ Status Sequence::Impl::FillLayers(int32_t end) {
 Status Sequence::Impl::FillAtStart(int32_t layer_index) {
   if (selector().Residency().factor > 0) {
     if (cache->options.selector.kind == SelectorKind::kSharedCandidates) return {};  // its choice came with a refresh
-    if (start_layer != layer_index) return Refresh(layer_index, AllHeads(), 0);
-    return BringMissing(layer_index, std::span(at_start).first(start_heads), 0);
+    // A layer that has not chosen (all of its tokens were skipped) wants nothing.
+    return start_layer == layer_index ? BringMissing(layer_index, std::span(at_start).first(start_heads), 0) : Status();
   }
   const LayerState& layer = layers[static_cast<size_t>(layer_index)];
   std::vector<WantedRows>& wanted = scratch->wanted;
@@ -75,7 +77,7 @@ Status Sequence::Impl::FillAtStart(int32_t layer_index) {
   return BringMissing(layer_index, wanted, 0);
 }
 
-// What FillAtStart() is going to bring, while the scores are at hand: later the device is busy.
+// What FillAtStart() is going to bring, while the scores are at hand: then they make room for the next layer's, and the device is busy.
 Status Sequence::Impl::RankForStart(int32_t layer_index) {
   start_layer = -1;
   at_start.resize(static_cast<size_t>(geometry().kv_heads));

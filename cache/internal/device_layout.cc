@@ -43,8 +43,8 @@ DeviceLayout Lay(const DeviceRequest& r, int32_t ring, int32_t slots) {
 
   at *= layers * heads;
   const uint64_t floats = static_cast<uint64_t>(layout.stride) * sizeof(float);
-  layout.pooled = r.pool;
-  layout.pool_at = take(r.pool ? layers * static_cast<uint64_t>(r.units) * floats : 0);
+  layout.pool_layers = r.pool_layers;
+  layout.pool_at = take(static_cast<uint64_t>(r.pool_layers) * static_cast<uint64_t>(r.units) * floats);
   layout.z_at = take(r.scores ? static_cast<uint64_t>(r.geometry.heads) * floats : 0);
   layout.err_at = take(r.errors ? static_cast<uint64_t>(r.geometry.heads) * floats : 0);
   if (r.steps != nullptr && slots <= StepArrays::kMostSlots) {
@@ -60,7 +60,7 @@ Result<DeviceLayout> DeviceLayout::Fit(const DeviceRequest& r) {
   const auto whole = static_cast<int32_t>(RoundUp(static_cast<uint64_t>(r.max_tokens), 64));
   const auto ring = std::min(whole, static_cast<int32_t>(RoundUp(static_cast<uint64_t>(r.ring_min), 64)));
   DeviceRequest resident = r;
-  resident.pool = false;  // nothing is ever fetched
+  resident.pool_layers = 0;  // nothing is ever fetched
   const bool limited = r.slots_min > 0 && r.slots_max > 0 && ring + std::max(r.slots_max, r.slots_min) < whole;
   if (const DeviceLayout all = Lay(resident, whole, 0); all.bytes <= r.bytes && !limited) return all;
 

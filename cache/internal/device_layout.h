@@ -25,7 +25,7 @@ struct DeviceRequest {
   size_t label_bytes = 0;       // of one position; 0 = no labels
   bool pages = false;
   int32_t page_tokens = 16;     // of one page's bounds; divides code_group
-  bool pool = false;            // pooled scores for a slow clock
+  int32_t pool_layers = 0;      // pooled scores for a slow clock: of each layer, or 1 = of the one whose rows are about to come, or none
   bool scores = false;          // logits of all positions
   bool errors = false;          // ... and their error bounds
   const StepShape* steps = nullptr;  // whole steps on the device: their arrays too, and no more slots than they take; or null
@@ -39,8 +39,8 @@ struct DeviceLayout {
   int64_t stride = 0;      // [floats] of one row of logits, and of pooled scores
   size_t sinks_at = 0, ring_at = 0, slots_at = 0, codes_at = 0, lo_at = 0, hi_at = 0, labels_at = 0, slotted_at = 0, resident_at = 0;
   size_t head_bytes = 0;   // of one (layer, KV head)
-  size_t pool_at = 0;      // [layers, units, stride]
-  bool pooled = false;     // there is a pool
+  size_t pool_at = 0;      // [pool_layers, units, stride]
+  int32_t pool_layers = 0;
   size_t z_at = 0, err_at = 0;  // [heads, stride], shared by all layers
   size_t steps_at = 0, step_bytes = 0;  // of whole steps on the device; 0 bytes = there are none
   size_t bytes = 0;        // in all

@@ -364,10 +364,10 @@ TEST(PipelineTiers, ARolledBackStepLeavesNoTrace) {
 
 // Kernels whose gather fails after so many calls.
 struct FailingGather {
-  static inline int64_t left = -1;  // -1: never
+  static inline int64_t calls = 0, most = -1;  // -1: any number
   static Status Gather(const GatherParams& params, const Launch& launch) {
-    if (left == 0) return {StatusCode::kCuda, "gather fails, as the test wants it"};
-    if (left > 0) --left;
+    if (calls == most) return {StatusCode::kCuda, "gather fails, as the test wants it"};
+    ++calls;
     return BestCpuKernels().gather(params, launch);
   }
 };
@@ -381,27 +381,33 @@ TEST(PipelineTiers, APromptWhoseEndFailsLeavesNoRows) {
   options.cache.selector.tc.theta = 0;
   options.cache.selector.tc.tau = 1;
   options.device_budget = SmallestDevice(options, kPrompt + kSteps) + (64 << 10);
-  const auto run = [&](bool fails) {
+  // With a last piece of other tokens that fails at its last gather, which is that of the last layer's slots.
+  const auto run = [&](int64_t gathers) {
     World world(options);
     const Stream stream(options.cache.geometry, kPrompt + kSteps, 11), other(options.cache.geometry, kPrompt + kSteps, 12);
     const auto opened = Open(world);
     Sequence& sequence = *opened;
     Outputs out;
     EXPECT_OK(PrefillPiece(sequence, stream, 128, kPrompt, &out));
-    if (fails) {
+    FailingGather::calls = 0;
+    if (gathers > 0) {
       EXPECT_OK(sequence.Begin(other.ids(128, kPrompt - 128), kPrompt));
-      EXPECT_OK(RunLayers(sequence, other, 128, kPrompt - 128, false, &out));
-      FailingGather::left = options.cache.geometry.layers - 1;
-      EXPECT_TRUE(HasStatus(sequence.End(), StatusCode::kCuda, "as the test wants it"));
-      EXPECT_EQ(FailingGather::left, 0);
-      FailingGather::left = -1;
+      FailingGather::most = gathers - 1;
+      Status status = RunLayers(sequence, other, 128, kPrompt - 128, false, &out);
+      if (status.ok()) status = sequence.End();
+      EXPECT_TRUE(HasStatus(status, StatusCode::kCuda, "as the test wants it"));
+      FailingGather::most = -1;
+      EXPECT_GT(sequence.CountResidency().device_slots, 0);
       sequence.Rollback();
       EXPECT_OK(sequence.CheckInvariants());
     }
+    FailingGather::calls = 0;
     EXPECT_OK(PrefillPiece(sequence, stream, kPrompt - 128, kPrompt, &out));
-    return Decode(sequence, stream, kSteps);
+    const int64_t of_piece = FailingGather::calls;
+    return std::pair(Decode(sequence, stream, kSteps), of_piece);
   };
-  EXPECT_EQ(run(true), run(false));
+  const auto [want, gathers] = run(0);
+  EXPECT_EQ(run(gathers).first, want);
 }
 
 TEST(PipelineTiers, AnInheritedStepCostsItsGateAndNothingElse) {
@@ -803,6 +809,16 @@ TEST(PipelineTiers, DeviceSlotsLimitWhatIsResidentAndNothingElse) {
   EXPECT_EQ((*opened)->CountResidency().device_slots, 40 * geometry.layers * geometry.kv_heads);
   EXPECT_GT((*opened)->Report().rows_host, 0);
   EXPECT_TRUE(HasStatus(world.cache().Open({.max_tokens = kPrompt, .device_slots = -1}), StatusCode::kInvalid, "device_slots"));
+}
+
+// Without turns scores are pooled for one layer at a time: the device has room for rows instead.
+TEST(PipelineTiers, ScoresOfOneLayerAreKeptWithoutTurns) {
+  WorldOptions options = WorldOptions::Default();
+  const KvGeometry& geometry = options.cache.geometry;
+  const uint64_t scores = RoundUp(static_cast<uint64_t>(kPrompt + kSteps), 16) * sizeof(float) * static_cast<uint64_t>(geometry.kv_heads);  // of a layer
+  const uint64_t without = SmallestDevice(options, kPrompt + kSteps);
+  options.cache.selector.tc.refresh = 16;
+  EXPECT_GE(SmallestDevice(options, kPrompt + kSteps), without + static_cast<uint64_t>(geometry.layers - 1) * scores);
 }
 
 // What a row costs decides how light one is that is not worth its way: tc.theta = auto.
