@@ -22,7 +22,7 @@ if [ ! -x "$out/llama/bin/llama-bench" ]; then
     "${isa[@]}" -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DBUILD_SHARED_LIBS=OFF >"$out/llama.cmake.log"
   cmake --build "$out/llama" --target llama-bench -j "$(build_jobs)" >"$out/llama.build.log"
 fi
-cmake -S "$ROOT" --preset bench --log-level=WARNING >/dev/null
+cmake -S "$ROOT" --preset bench -DPREHOC_ENABLE_CUDA=OFF --log-level=WARNING >/dev/null
 cmake --build "$ROOT/build/bench" --target model_bench -j "$(build_jobs)" >/dev/null
 
 say "llama.cpp"
