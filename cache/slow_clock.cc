@@ -9,15 +9,15 @@
 
 namespace prehoc {
 
-// At the end of every step, and at the end of the prompt (step 0) for all heads at once.
+// At the end of every step; at the end of the prompt what is left of filling slots.
 Status Sequence::Impl::SlowClock() {
   if (!FillsSlots()) return {};
   ScopedTimer timer(*cache->resources.clock, decoding() ? &step_report.times.slow_clock : &step_report.times.prefill);
   TraceScope trace(tracer(), "slow clock");
   trace.Say("step", step);
+  if (!decoding()) return FillLayers(geometry().layers);
   const ResidencyRule rule = selector().Residency();
   const bool residents_only = cache->options.selector.kind == SelectorKind::kSharedCandidates;
-  if (!decoding()) return FillLayers(geometry().layers);
   std::vector<int32_t>& heads = scratch->due_heads;
   for (int32_t l = 0; l < geometry().layers; ++l) {
     PREHOC_RETURN_IF_ERROR(LandPending(l));
@@ -59,9 +59,8 @@ Status Sequence::Impl::FillLayers(int32_t end) {
 // After the prompt: wanted rows by the first choice's scores, or just what was chosen.
 Status Sequence::Impl::FillAtStart(int32_t layer_index) {
   if (selector().Residency().factor > 0) {
-    if (cache->options.selector.kind == SelectorKind::kSharedCandidates) return {};  // its choice came with a refresh
-    // A layer that has not chosen (all of its tokens were skipped) wants nothing.
-    return start_layer == layer_index ? BringMissing(layer_index, std::span(at_start).first(start_heads), 0) : Status();
+    // A layer that was not ranked wants nothing: all of its tokens were skipped, or (shared candidates) its choice came with a refresh.
+    return start_layer == layer_index ? BringMissing(layer_index, at_start, 0) : Status();
   }
   const LayerState& layer = layers[static_cast<size_t>(layer_index)];
   std::vector<WantedRows>& wanted = scratch->wanted;
@@ -81,7 +80,8 @@ Status Sequence::Impl::FillAtStart(int32_t layer_index) {
 Status Sequence::Impl::RankForStart(int32_t layer_index) {
   start_layer = -1;
   at_start.resize(static_cast<size_t>(geometry().kv_heads));
-  PREHOC_ASSIGN_OR_RETURN(start_heads, Rank(layer_index, AllHeads(), at_start));
+  PREHOC_ASSIGN_OR_RETURN(const size_t found, Rank(layer_index, AllHeads(), at_start));
+  at_start.resize(found);
   start_layer = layer_index;
   return {};
 }

@@ -379,7 +379,6 @@ struct Sequence::Impl {
   // At a prompt's end: the layers whose wanted rows are on the device, and what the one after them wants, if that is known.
   int32_t filled_layers = 0, start_layer = -1;
   std::vector<WantedRows> at_start;
-  size_t start_heads = 0;
   int64_t step = 0;          // u of the open or last call
   bool store_was_read = false;  // by a decode step
   bool unsealed = false;     // whole chunks are still tails: there was no memory to seal them

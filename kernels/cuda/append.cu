@@ -269,7 +269,7 @@ Status Append(const AppendParams& params, cudaStream_t stream) {
   const int32_t num_tasks = params.max_count > 0 ? params.num_tasks : 0, blocks = num_tasks + gate.num_tasks;
   if (blocks == 0) return {};
   const AppendArgs args{params.tasks, format, LayoutOf(format, params.head_dim), params.max_count, params.head_dim, num_tasks,
-                        {gate.tasks, gate.group, gate.head_dim, gate.tau, gate.max_age}, RowShapeOf(params.host_format, params.head_dim)};
+                        GateArgsOf(gate), RowShapeOf(params.host_format, params.head_dim)};
   const auto groups = num_tasks > 0 ? CeilDiv(params.max_count - 1, format.group_tokens) + 1 : 1;  // wherever the first one starts
   const auto d = static_cast<size_t>(params.head_dim);
   const Shape shape{.grid = dim3(static_cast<unsigned>(groups), static_cast<unsigned>(blocks)), .threads = kThreads,

@@ -10,6 +10,7 @@ struct GateArgs {
   float tau;
   int32_t max_age;
 };
+inline GateArgs GateArgsOf(const GateParams& params) { return {params.tasks, params.group, params.head_dim, params.tau, params.max_age}; }
 
 // A warp takes a head at a time. fp64, as the reference: a cosine near tau decides.
 template <int kThreads>

@@ -144,7 +144,7 @@ Status CheckGate(const GateParams& params) {
 Status Gate(const GateParams& params, cudaStream_t stream) {
   PREHOC_RETURN_IF_ERROR(CheckGate(params));
   if (params.num_tasks == 0) return {};
-  const GateArgs args{params.tasks, params.group, params.head_dim, params.tau, params.max_age};
+  const GateArgs args = GateArgsOf(params);
   const Shape shape{.grid = dim3(static_cast<unsigned>(params.num_tasks)), .threads = kGateThreads};
   return LaunchKernel(GateKernel, "gate", args, shape, stream);
 }

@@ -165,7 +165,7 @@ Result<Plan> PlanOf(const SelectParams& params) {
   plan.args.restarts = params.restarts;
   plan.args.resolves = params.resolves;
   plan.args.query_floats = params.group * params.head_dim;
-  if (params.gate.num_tasks > 0) plan.args.gate = {params.gate.tasks, params.gate.group, params.gate.head_dim, params.gate.tau, params.gate.max_age};
+  if (params.gate.num_tasks > 0) plan.args.gate = GateArgsOf(params.gate);
   plan.args.regroup = params.gated && params.num_tasks > 1 && CanRegroup(params.num_tasks);
   ScanBytes scan;
   PREHOC_RETURN_IF_ERROR(DispatchHeadDim(params.head_dim, [&](auto d) {

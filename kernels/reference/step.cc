@@ -269,14 +269,12 @@ Result<std::vector<float>> Logits(const SelectParams& params, const ScanSource& 
 Status CheckSelect(const SelectParams& params) {
   return Check("select", params.tasks, params.num_tasks).MaxN(params.max_n).HeadDim(params.head_dim).Group(params.group).Type(params.type)
       .Format(params.format).Rule(params.rule)
-      .That(params.by <= SelectBy::kBars, "by", static_cast<int64_t>(params.by), "use kAny, kLogits or kBars").Take();
+      .That(params.by <= SelectBy::kBars, "by", static_cast<int64_t>(params.by), "use kAny, kLogits or kBars")
+      .That(params.gate.num_tasks == 0 || params.gate.num_tasks == params.num_tasks, "gate.num_tasks", params.gate.num_tasks, "use num_tasks, or 0").Take();
 }
 
 Status Select(const SelectParams& params, void*) {
   PREHOC_RETURN_IF_ERROR(CheckSelect(params));
-  PREHOC_RETURN_IF_ERROR(Check("select", params.tasks, params.num_tasks)
-                             .That(params.gate.num_tasks == 0 || params.gate.num_tasks == params.num_tasks, "gate.num_tasks", params.gate.num_tasks,
-                                   "use num_tasks, or 0").Take());
   if (params.gate.num_tasks > 0) PREHOC_RETURN_IF_ERROR(Gate(params.gate, nullptr));
   const ChoiceShape shape{params.max_n, params.group, params.rule, params.dilate};
   for (int32_t i = 0; i < params.num_tasks; ++i) {
@@ -484,6 +482,7 @@ Status Gather(const GatherParams& params, void*) {
 // Tasks need not be there yet.
 Result<size_t> SelectWorkspace(const SelectParams& params) {
   SelectParams shape = params;
+  shape.gate = {};
   shape.num_tasks = 0;
   PREHOC_RETURN_IF_ERROR(CheckSelect(shape));
   return size_t{0};
