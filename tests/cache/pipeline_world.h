@@ -215,6 +215,23 @@ inline Status DecodeOne(Sequence& sequence, const Stream& stream, Outputs* out) 
   return status;
 }
 
+// Decodes `steps` tokens and returns all their outputs, layer after layer.
+inline std::vector<float> Decode(Sequence& sequence, const Stream& stream, int64_t steps) {
+  std::vector<float> all;
+  for (int64_t i = 0; i < steps; ++i) {
+    Outputs out;
+    EXPECT_OK(DecodeOne(sequence, stream, &out));
+    for (const auto& layer : out) all.insert(all.end(), layer.begin(), layer.end());
+  }
+  return all;
+}
+
+inline std::unique_ptr<Sequence> Open(World& world, int64_t max_tokens) {
+  auto opened = world.cache().Open({.max_tokens = max_tokens});
+  EXPECT_TRUE(opened.ok()) << opened.status();
+  return std::move(opened).value();
+}
+
 // Exact attention of one query head over `positions`, in fp64.
 inline std::vector<double> NaiveAttention(const Stream& stream, int32_t layer, int64_t t, int32_t head,
                                           std::span<const int32_t> positions) {
